@@ -1,0 +1,76 @@
+"""Which backend takes a call: the tensor's device chooses, each backend may refuse with a reason.
+
+A backend asked for by name (an argument, or MOEALIGN_BACKEND) never falls back to another.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+from .backends import TABLE, load
+from .errors import BackendUnavailable
+from .layout import Problem
+
+__all__ = ["Explanation", "backends", "choose", "explain_problem"]
+
+#: The backend for calls that name none.  Read once, at import: looking at the environment costs a call a microsecond.
+FROM_ENVIRONMENT = os.environ.get("MOEALIGN_BACKEND") or None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who takes a call, and why each other backend does not.  ``str()`` of it is meant to be printed."""
+
+    backend: str | None  #: the name of the backend that takes the call, None if nobody does
+    reasons: dict[str, str | None]  #: for every backend the reason why it refuses, None if it could take the call
+    note: str  #: what to expect of a first call (a compilation, a cache), may be empty
+    requested: str | None = None  #: the backend asked for by name
+
+    def __str__(self) -> str:
+        width = max(map(len, self.reasons))
+        lines = []
+        for name, reason in self.reasons.items():
+            if name == self.backend:
+                said = "chosen" + (" by name" if self.requested else "") + (f"; {self.note}" if self.note else "")
+            elif reason is None:
+                said = "could, " + (f"but {self.requested} was asked for" if self.requested else "but comes later")
+            else:
+                said = f"refuses: {reason}"
+            lines.append(f"{name:<{width}}  {said}")
+        return "\n".join(lines)
+
+
+def backends() -> dict[str, str | None]:
+    """Every backend by name, in the order in which a call tries them: None if it runs here, else the reason."""
+    return {name: load(name).unavailable() for name in TABLE}
+
+
+def _requested(backend: str | None) -> str | None:
+    name = backend or FROM_ENVIRONMENT
+    if name is not None and name not in TABLE:
+        source = "backend" if backend else "MOEALIGN_BACKEND"
+        raise BackendUnavailable(f"{source}: expected one of {', '.join(TABLE)}, got {name!r}")
+    return name
+
+
+def choose(problem: Problem, backend: str | None = None) -> ModuleType:
+    """The module that takes `problem`: the one named, or the first in the table that does not refuse."""
+    name = _requested(backend)
+    if name is None:
+        return next(module for module in map(load, TABLE) if module.refuses(problem) is None)
+    module = load(name)
+    reason = module.refuses(problem)
+    if reason is not None:
+        raise BackendUnavailable(f"backend: expected one that can take this call, got {name!r}: {reason}")
+    return module
+
+
+def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
+    """What :func:`choose` would do with `problem`, told instead of done."""
+    name = _requested(backend)
+    reasons = {each: load(each).refuses(problem) for each in TABLE}
+    candidates = [each for each in TABLE if reasons[each] is None and name in (None, each)]
+    chosen = candidates[0] if candidates else None
+    return Explanation(chosen, reasons, load(chosen).note(problem) if chosen else "", name)

@@ -1,0 +1,25 @@
+"""What goes wrong, by name. Every message says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["BackendUnavailable", "InvalidInput", "InvalidType", "MoealignError", "TraceError"]
+
+
+class MoealignError(Exception):
+    """Base of every error that moealign raises on purpose."""
+
+
+class InvalidInput(MoealignError, ValueError):
+    """An argument has the right type and an impossible value, shape or device."""
+
+
+class InvalidType(MoealignError, TypeError):
+    """An argument has a type or dtype that no backend takes."""
+
+
+class BackendUnavailable(MoealignError, ValueError):
+    """The backend asked for by name cannot take this call; the message says why and what would help."""
+
+
+class TraceError(MoealignError, ValueError):
+    """A file is not a routing trace, or a damaged one."""

@@ -1,0 +1,136 @@
+"""The block-aligned layout: what it is, what it is asked for, and how large it is.
+
+Words used everywhere: a *route* is one (token, k) choice, numbered ``i = token * top_k + k``; a *bin* collects the
+routes of one expert (or of one local expert, or of one batch); a *block* is ``block_size`` consecutive rows that
+belong to one bin.  ``n`` routes, ``E`` experts, ``B`` rows a block, ``cdiv(a, b) = ceil(a / b)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.utils import _pytree
+
+__all__ = ["EXTRAS", "INT32_MAX", "OUTPUTS", "BlockLayout", "Capacity", "Problem", "capacity", "capacity_batched"]
+
+INT32_MAX = 2**31 - 1
+
+#: The three tensors that every call returns, then what can be asked for besides.
+REQUIRED = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
+EXTRAS = ("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows", "scatter_idx")
+OUTPUTS = REQUIRED + EXTRAS
+
+
+@dataclass(slots=True, eq=False)
+class BlockLayout:
+    """Routes sorted by expert and padded to whole blocks.  All tensors are int32 and contiguous.
+
+    With ``c[e]`` the kept routes of bin ``e`` and ``o[e] = sum(cdiv(c[:e], B)) * B`` its first row:
+
+    ==========================  ==============  =============================================================
+    ``sorted_token_ids``        ``[L]``         rows ``o[e] .. o[e]+c[e]-1`` = routes of bin ``e``, ascending;
+                                                every other row = ``n``
+    ``expert_ids``              ``[cdiv(L,B)]`` bin of block ``b``; ``-1`` past the used blocks
+    ``num_tokens_post_padded``  ``[1]``         ``o[E]``
+    ``expert_counts``           ``[E]``         ``c``
+    ``expert_offsets``          ``[E + 1]``     ``o``
+    ``group_ends``              ``[E]``         ``cumsum(c)``
+    ``positions``               ``[n]``         ``sorted_token_ids[positions[i]] == i``; ``-1`` if dropped
+    ``block_rows``              ``[cdiv(L,B)]`` kept rows of block ``b``; 0 past the used blocks
+    ``scatter_idx``             ``[n, 1]``      ``i`` if route ``i`` is kept, else ``-1``
+    ==========================  ==============  =============================================================
+
+    What was not asked for is None.  Iterating gives the first three, as vLLM's function returns them.
+    For a batched layout a bin is a batch, ``E`` the number of batches and ``n = E * max_tokens_per_batch``.
+    """
+
+    sorted_token_ids: torch.Tensor
+    expert_ids: torch.Tensor
+    num_tokens_post_padded: torch.Tensor
+    expert_counts: torch.Tensor | None = None
+    expert_offsets: torch.Tensor | None = None
+    group_ends: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    block_rows: torch.Tensor | None = None
+    scatter_idx: torch.Tensor | None = None
+    block_size: int = 0
+    num_experts: int = 0
+    num_routes: int = 0  # the sentinel in sorted_token_ids
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter((self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded))
+
+
+_FIELDS = (*OUTPUTS, "block_size", "num_experts", "num_routes")
+
+
+def _flatten(layout: BlockLayout) -> tuple[list[object], None]:
+    return [getattr(layout, name) for name in _FIELDS], None
+
+
+def _unflatten(values: object, context: None) -> BlockLayout:
+    return BlockLayout(*values)  # type: ignore[misc]
+
+
+# A pytree node, so that a layout passes through torch.compile and torch.export like a tuple of tensors.
+_pytree.register_pytree_node(BlockLayout, _flatten, _unflatten, serialized_type_name="moealign.BlockLayout")  # type: ignore[arg-type]
+
+
+class Problem(NamedTuple):
+    """The facts of one call that are known without reading a device: what backends decide on and specialise for."""
+
+    op: str  # "align" or "align_batched"
+    device: torch.device
+    dtype: torch.dtype  # of topk_ids, or of expert_num_tokens
+    routes: int  # n; batched: number of batches * max_tokens_per_batch
+    top_k: int  # routes a row of topk_ids; batched: max_tokens_per_batch
+    num_experts: int  # E; batched: number of batches
+    block_size: int  # B
+    map_dtype: torch.dtype | None = None  # of expert_map, None without one
+    ignore_invalid_experts: bool = False  # bins are local ids, foreign routes are dropped
+    has_num_valid_tokens: bool = False
+    has_error_word: bool = False
+    extras: tuple[str, ...] = ()  # of EXTRAS, in that order
+
+
+class Capacity(NamedTuple):
+    """Elements of every output, by its name; all int32.  ``scatter_idx`` is ``[n, 1]``, the rest have one axis."""
+
+    sorted_token_ids: int
+    expert_ids: int
+    num_tokens_post_padded: int
+    expert_counts: int
+    expert_offsets: int
+    group_ends: int
+    positions: int
+    block_rows: int
+    scatter_idx: int
+
+
+def capacity(routes: int, *, block_size: int, num_experts: int, pad_sorted_ids: bool = False) -> Capacity:
+    """Sizes of what :func:`moealign.align` returns, for whoever allocates ahead.
+
+    ``L = n + E*(B-1)``, rounded up to a multiple of ``B`` with `pad_sorted_ids`, and at most ``n*B``: each of ``n``
+    routes can open one block at the most.  (vLLM takes the bound only if ``n < E``; for ``n >= E`` it does not bind.)
+
+    Shapes and ints alone decide, and symbolic ints are welcome: no value on a device is read.
+    """
+    length = routes + num_experts * (block_size - 1)
+    if pad_sorted_ids:
+        length = (length + block_size - 1) // block_size * block_size
+    most = routes * block_size
+    # sym_min keeps a symbolic size symbolic, where an `if` would compile once for each answer.
+    symbolic = isinstance(length, torch.SymInt) or isinstance(most, torch.SymInt)
+    length = torch.sym_min(length, most) if symbolic else min(length, most)
+    blocks = (length + block_size - 1) // block_size
+    return Capacity(length, blocks, 1, num_experts, num_experts + 1, num_experts, routes, blocks, routes)
+
+
+def capacity_batched(max_tokens_per_batch: int, *, block_size: int, num_batches: int) -> Capacity:
+    """Sizes of what :func:`moealign.align_batched` returns: ``L = nb * cdiv(M, B) * B``.  There is no scatter_idx."""
+    blocks = num_batches * ((max_tokens_per_batch + block_size - 1) // block_size)
+    routes = num_batches * max_tokens_per_batch
+    return Capacity(blocks * block_size, blocks, 1, num_batches, num_batches + 1, num_batches, routes, blocks, 0)
