@@ -55,13 +55,19 @@ def _requested(backend: str | None) -> str | None:
     return name
 
 
+def _reason(module: ModuleType, problem: Problem) -> str | None:
+    """Why `module` does not take `problem`, None if it does."""
+    reason: str | None = module.unavailable() or module.refuses(problem)
+    return reason
+
+
 def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     """The module that takes `problem`: the one named, or the first in the table that does not refuse."""
     name = _requested(backend)
     if name is None:
-        return next(module for module in map(load, TABLE) if module.refuses(problem) is None)
+        return next(module for module in map(load, TABLE) if _reason(module, problem) is None)
     module = load(name)
-    reason = module.refuses(problem)
+    reason = _reason(module, problem)
     if reason is not None:
         raise BackendUnavailable(f"backend: expected one that can take this call, got {name!r}: {reason}")
     return module
@@ -70,7 +76,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
     """What :func:`choose` would do with `problem`, told instead of done."""
     name = _requested(backend)
-    reasons = {each: load(each).refuses(problem) for each in TABLE}
+    reasons = {each: _reason(load(each), problem) for each in TABLE}
     candidates = [each for each in TABLE if reasons[each] is None and name in (None, each)]
     chosen = candidates[0] if candidates else None
     return Explanation(chosen, reasons, load(chosen).note(problem) if chosen else "", name)

@@ -1,0 +1,189 @@
+"""Train a small MoE language model on CPython's own standard library, and record its router on text it never saw.
+
+    python examples/make_trace.py [--steps 600] [--output stdlib-moe.safetensors]
+
+Takes some minutes on two CPU cores.  The model is a byte-level transformer: 4 layers of causal attention and a
+Mixture of 64 experts, top 8 by softmax, trained with cross-entropy and the usual load-balancing loss.  Its experts are
+computed through the block layout, so this is also an example of how a layer uses one: gather rows, one batched matrix
+product over the blocks, gather back by ``positions``.
+
+What is recorded: the top 8 experts of every byte of held-out source files, in every layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import platform
+import sysconfig
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moealign import align
+from moealign.trace import Trace, save_trace
+
+LAYERS, EXPERTS, TOP_K = 4, 64, 8
+WIDTH, HIDDEN, HEADS = 128, 32, 4
+WINDOW, WINDOWS_A_STEP = 128, 16
+BLOCK_SIZE = 32
+BALANCE = 0.01  # weight of the load-balancing loss
+RECORDED = 8192  # bytes of held-out text
+
+
+class Mixture(nn.Module):
+    """64 small experts, 8 of them for each byte."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
+        self.up = nn.Parameter(torch.randn(EXPERTS, WIDTH, HIDDEN) / math.sqrt(WIDTH))
+        self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, WIDTH) / math.sqrt(HIDDEN * 2 * LAYERS))
+        self.topk_ids: Tensor = torch.empty(0)
+        self.balance: Tensor = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` ``[tokens, width]`` to the same; leaves its choices in `topk_ids` and its balance loss in `balance`."""
+        chances = self.router(x).softmax(-1)
+        weights, self.topk_ids = chances.topk(TOP_K, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+
+        layout = align(self.topk_ids, block_size=BLOCK_SIZE, num_experts=EXPERTS, expert_counts=True, positions=True)
+        used = int(layout.num_tokens_post_padded)
+        owners = layout.expert_ids[: used // BLOCK_SIZE].long()
+        tokens = (layout.sorted_token_ids[:used].long() // TOP_K).view(-1, BLOCK_SIZE)
+        padded = torch.cat([x, x.new_zeros(1, WIDTH)])  # padding rows point one past the last token
+        rows = torch.bmm(F.silu(torch.bmm(padded[tokens], self.up[owners])), self.down[owners]).view(-1, WIDTH)
+        share = layout.expert_counts / self.topk_ids.numel()
+        self.balance = EXPERTS * (share * chances.mean(0)).sum()
+        return (rows[layout.positions.long()].view(-1, TOP_K, WIDTH) * weights.unsqueeze(-1)).sum(1)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before_attention, self.before_mixture = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.to_qkv, self.to_out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mixture = Mixture()
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows, length, _ = x.shape
+        qkv = self.to_qkv(self.before_attention(x)).view(windows, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
+        x = x + self.to_out(mixed.transpose(1, 2).reshape(windows, length, WIDTH))
+        return x + self.mixture(self.before_mixture(x).view(-1, WIDTH)).view_as(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.places = nn.Embedding(256, WIDTH), nn.Embedding(WINDOW, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Bytes ``[windows, window]`` to logits ``[windows, window, 256]``."""
+        x = self.bytes(text) + self.places.weight[: text.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(x))
+
+
+def read_sources() -> tuple[Tensor, Tensor, str]:
+    """Bytes to train on, bytes held out (one file in ten, by the hash of its name), and a hash over all of them."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(path for path in root.glob("*.py") if path.stat().st_size > 2000)
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    everything = hashlib.sha256()
+    for path in files:
+        text = path.read_bytes()
+        everything.update(text)
+        parts[hashlib.sha256(path.name.encode()).digest()[0] % 10 == 0].append(text)
+    train, held_out = (torch.frombuffer(bytearray(b"".join(parts[held])), dtype=torch.uint8) for held in (False, True))
+    return train, held_out, everything.hexdigest()[:16]
+
+
+def train(model: Model, text: Tensor, steps: int, rate: float) -> None:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
+    with Progress() as progress:
+        bar = progress.add_task("training", total=steps)
+        for step in range(steps):
+            starts = torch.randint(0, text.numel() - WINDOW - 1, (WINDOWS_A_STEP, 1))
+            window = text[starts + torch.arange(WINDOW + 1)].long()
+            logits = model(window[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+            total = loss + BALANCE * sum(layer.mixture.balance for layer in model.layers)
+            optimiser.zero_grad()
+            total.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            progress.update(bar, advance=1)
+            if (step + 1) % 100 == 0 or step == 0:
+                progress.console.print(f"step {step + 1:5d}  loss {loss.item():.3f} nats a byte", highlight=False)
+
+
+@torch.no_grad()
+def record(model: Model, text: Tensor) -> tuple[Tensor, float]:
+    """Every layer's choices ``[layers, bytes, k]`` over the middle of `text`, and the loss there in nats a byte."""
+    start = (text.numel() - RECORDED) // 2
+    text = text[start : start + RECORDED + 1].long()
+    inputs, targets = text[:-1].view(-1, WINDOW), text[1:].view(-1, WINDOW)
+    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
+    return torch.stack([layer.mixture.topk_ids for layer in model.layers]), loss
+
+
+def unigram(text: Tensor, held_out: Tensor) -> float:
+    """Loss on `held_out` of always guessing by the frequencies of `text`: what a model has to beat."""
+    counts = torch.bincount(text.long(), minlength=256).double() + 1
+    return -(counts / counts.sum()).log()[held_out.long()].mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=Path("stdlib-moe.safetensors"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+
+    text, held_out, digest = read_sources()
+    baseline = unigram(text, held_out)
+    print(f"{text.numel():,} bytes to train on, {held_out.numel():,} held out; a unigram model has {baseline:.3f}")
+    model = Model()
+    train(model, text, options.steps, 3e-3)
+    topk_ids, loss = record(model, held_out)
+    print(f"held-out loss {loss:.3f} nats a byte against {baseline:.3f} of the unigram model")
+    if loss > 0.8 * baseline:
+        raise SystemExit("the model has not learned enough for its routing to mean anything; train longer")
+    details = {
+        "made_by": "examples/make_trace.py",
+        "steps": options.steps,
+        "seed": options.seed,
+        "tokens_a_step": WINDOW * WINDOWS_A_STEP,
+        "held_out_loss": round(loss, 4),
+        "unigram_loss": round(baseline, 4),
+        "sources_sha256": digest,
+        "torch": torch.__version__,
+    }
+    trace = Trace(
+        topk_ids,
+        EXPERTS,
+        f"byte-level transformer, {LAYERS} layers, {EXPERTS} experts of {HIDDEN}, width {WIDTH}",
+        f"CPython {platform.python_version()} standard library, {RECORDED} bytes of files held out of training",
+        f"CPython {platform.python_version()}",
+        details,
+    )
+    save_trace(options.output, trace)
+    print(f"{options.output}: topk_ids {list(topk_ids.shape)}, {options.output.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

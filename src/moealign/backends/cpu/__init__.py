@@ -1,0 +1,309 @@
+"""Counting sort on the CPU, compiled by numba at the first call and cached on disk.
+
+Passes: count, scan, scatter; one compiled call on one thread, two rounds over a thread pool from `PARALLEL_ROUTES` on.
+Bytes: ids are read twice, every output is written once; scratch is one int32 counter a bin and thread.
+
+Ids of any integer dtype and of any strides that collapse to two dimensions are read in place; only other
+strides are copied.  Nothing here imports numba before the first call.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from moealign.errors import InvalidInput
+from moealign.layout import BlockLayout, Problem
+
+__all__ = ["align", "align_batched", "note", "num_threads", "refuses", "unavailable"]
+
+PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
+MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
+MIN_ROUTES_AN_EXPERT = 2  # a chunk's counters must not cost more than its routes
+MAX_THREADS = 64
+
+# Width in bytes, negative if unsigned.
+_CODES = {
+    torch.int8: 1, torch.int16: 2, torch.int32: 4, torch.int64: 8,
+    torch.uint8: -1, torch.uint16: -2, torch.uint32: -4, torch.uint64: -8,
+}  # fmt: skip
+
+_kernels: Any = None
+_pool: ThreadPoolExecutor | None = None
+
+_pool_lock = threading.Lock()
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why numba cannot run here."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed; pip install 'moealign[cpu]'"
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Takes every problem whose tensors are in host memory."""
+    if problem.device.type != "cpu":
+        return f"expected CPU tensors, got tensors on {problem.device}; it sorts in host memory only"
+    return None
+
+
+def note(problem: Problem) -> str:
+    """What the first call in this process waits for."""
+    width = abs(_CODES[problem.dtype])
+    if _kernels is not None:
+        first = _kernels.batched_scan if problem.op == "align_batched" else _kernels.serial[width]
+        if first.signatures or (problem.op == "align" and _kernels.fill_chunk[width].signatures):
+            return ""
+    folder, cached = _cache()
+    if cached:
+        return f"compiled by numba before, cached in {folder}: the first call loads it, about 0.5 s"
+    return f"the first call compiles with numba, about 3 s, then it is cached in {folder}"
+
+
+def _cache() -> tuple[str, bool]:
+    """Where numba keeps what it compiled from kernels.py, and whether there is something."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    pycache = os.path.join(here, "__pycache__")
+    home = os.path.expanduser("~")
+    if sys.platform == "darwin":
+        user = os.path.join(home, "Library", "Caches", "numba")
+    elif sys.platform == "win32":
+        user = os.path.join(os.environ.get("LOCALAPPDATA", home), "numba", "numba", "Cache")
+    else:
+        user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"), "numba")
+    given = os.environ.get("NUMBA_CACHE_DIR")
+    writable = os.access(pycache if os.path.isdir(pycache) else here, os.W_OK)
+    folder = given or (pycache if writable else user)
+    # Under a folder of its own numba keeps one sub-folder a source folder, named <parent>_<hash>.
+    places = [folder] if folder == pycache else sorted(glob.glob(os.path.join(glob.escape(folder), "cpu_*")))
+    return folder, any(glob.glob(os.path.join(glob.escape(place), "kernels.*.nbi")) for place in places)
+
+
+def num_threads() -> int:
+    """Threads of a large call: MOEALIGN_NUM_THREADS if set, else as many as torch uses; at most 64."""
+    given = os.environ.get("MOEALIGN_NUM_THREADS")
+    if given is None:
+        return min(torch.get_num_threads(), MAX_THREADS)
+    try:
+        threads = int(given)
+    except ValueError:
+        threads = 0
+    if threads < 1:
+        raise InvalidInput(f"MOEALIGN_NUM_THREADS: expected a whole number from 1 on, got {given!r}")
+    return min(threads, MAX_THREADS)
+
+
+def _load() -> Any:
+    global _kernels
+    if _kernels is None:
+        from moealign.backends.cpu import kernels
+
+        _kernels = kernels
+    return _kernels
+
+
+def _drop_pool() -> None:
+    """In a forked child: the threads stayed behind in the parent."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_pool)
+
+
+def _run(task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+    """task(*a) for every a, the first one on this thread.  No task waits for another, so callers share the pool safely."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="moealign")
+        pool = _pool
+    others = [pool.submit(task, *a) for a in arguments[1:]]
+    try:
+        results = [task(*arguments[0])]
+    finally:
+        wait(others)  # nobody may write to the outputs once this call is left
+    return results + [other.result() for other in others]
+
+
+def _walk(ids: torch.Tensor, routes: int) -> tuple[torch.Tensor, int, int, int]:
+    """Route i lies at (i // cols) * row_stride + (i % cols) * col_stride; a copy if no such three numbers exist."""
+    axes: list[tuple[int, int]] = []  # (size, stride), outermost first, mergeable neighbours merged
+    for size, stride in zip(ids.shape, ids.stride(), strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == stride * size:
+            axes[-1] = (axes[-1][0] * size, stride)
+        else:
+            axes.append((size, stride))
+    if len(axes) == 1:
+        return ids, axes[0][0], 0, axes[0][1]
+    if len(axes) == 2:
+        return ids, axes[1][0], axes[0][1], axes[1][1]
+    return ids.contiguous(), routes, 0, 1
+
+
+class _Scratch(threading.local):
+    """Five rows for each thread, kept from call to call: a call of a few routes is shorter than a malloc."""
+
+    row_ints = 0
+    address = 0
+    rows: torch.Tensor | None = None
+
+    def grow(self, row_ints: int) -> None:
+        self.rows = torch.empty(5 * row_ints, dtype=torch.int32)
+        self.address, self.row_ints = self.rows.data_ptr(), row_ints
+
+
+_own = _Scratch()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def align(
+    problem: Problem,
+    topk_ids: torch.Tensor,
+    expert_map: torch.Tensor | None,
+    num_valid_tokens: torch.Tensor | None,
+    error_word: torch.Tensor | None,
+    out: BlockLayout,
+) -> None:
+    """Fill `out`; see the package's text for how."""
+    kernels = _kernels or _load()
+    routes, experts, block_size = problem.routes, problem.num_experts, problem.block_size
+    code = _CODES[problem.dtype]
+    width = abs(code)
+    signed = 1 if code > 0 else 0
+    bound = min(experts, 128 if width == 1 else 32768) if signed and width < 4 else experts
+    if topk_ids.is_contiguous():
+        ids, cols, row_stride, col_stride = topk_ids, routes or 1, 0, 1
+    else:
+        ids, cols, row_stride, col_stride = _walk(topk_ids, routes)
+    if expert_map is None:
+        map_address = map_code = map_stride = ignore = 0
+    else:
+        map_address, map_code, map_stride = expert_map.data_ptr(), _CODES[expert_map.dtype], expert_map.stride(0)
+        ignore = 1 if problem.ignore_invalid_experts else 0
+    sorted_ids, expert_ids = out.sorted_token_ids, out.expert_ids
+    num_valid = 0 if num_valid_tokens is None else num_valid_tokens.data_ptr()
+    error = 0 if error_word is None else error_word.data_ptr()
+    if problem.extras:
+        counts, offsets, ends = _address(out.expert_counts), _address(out.expert_offsets), _address(out.group_ends)
+        positions, block_rows = _address(out.positions), _address(out.block_rows)
+        scatter_idx = _address(out.scatter_idx)
+    else:
+        counts = offsets = ends = positions = block_rows = scatter_idx = 0
+
+    if routes >= PARALLEL_ROUTES:
+        threads = min(num_threads(), routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT))
+    else:
+        threads = 1
+    row_ints = (experts + 1 + 31) // 32 * 32  # whole cache lines: threads must not share one
+    if threads <= 1:
+        own = _own
+        if own.row_ints < row_ints:
+            own.grow(row_ints)
+        kernels.serial[width](
+            ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
+            map_address, map_code, map_stride, ignore, num_valid, error,
+            routes, problem.top_k, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
+            sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
+            counts, offsets, ends, positions, block_rows, scatter_idx, own.address, row_ints,
+        )  # fmt: skip
+        return
+
+    lanes = 3 if experts <= kernels.LANES_MAX_EXPERTS else 0
+    scratch = torch.empty((threads * (1 + lanes) + 3) * row_ints, dtype=torch.int32)
+    step = 4 * row_ints
+    base = scratch.data_ptr()
+    count_base, offset_base, table = base + threads * step, base + (threads + 1) * step, base + (threads + 2) * step
+    lanes_base = table + step
+    valid = kernels.prepare(
+        map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, table
+    )
+    cuts = [valid * t // threads for t in range(threads + 1)]
+    where = (ids.data_ptr(), cols, row_stride, col_stride, bound)
+    bad = _run(
+        kernels.count_chunk[width],
+        [
+            (
+                cuts[t],
+                cuts[t + 1],
+                *where,
+                signed,
+                1 if error else 0,
+                ignore,
+                experts,
+                table,
+                base + t * step,
+                lanes_base + t * lanes * step,
+            )
+            for t in range(threads)
+        ],
+    )
+    kernels.scan(
+        threads, experts, row_ints, block_size, base, count_base, offset_base,
+        out.num_tokens_post_padded.data_ptr(), counts, offsets, ends,
+    )  # fmt: skip
+    names = 0 if ignore else map_address
+    _run(
+        kernels.fill_chunk[width],
+        [
+            (
+                t, threads, cuts[t], cuts[t + 1], *where, ignore, table, base + t * step,
+                count_base, offset_base, names, map_code, map_stride,
+                routes, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
+                sorted_ids.data_ptr(), expert_ids.data_ptr(), positions, block_rows, scatter_idx,
+            )
+            for t in range(threads)
+        ],
+    )  # fmt: skip
+    kernels.finish(valid, routes, 1 if any(bad) else 0, error, positions, scatter_idx)
+
+
+def align_batched(
+    problem: Problem,
+    expert_num_tokens: torch.Tensor,
+    error_word: torch.Tensor | None,
+    out: BlockLayout,
+) -> None:
+    """Fill `out` from counts."""
+    kernels = _kernels or _load()
+    batches, most = problem.num_experts, problem.top_k
+    sorted_ids, expert_ids = out.sorted_token_ids, out.expert_ids
+    scratch = torch.empty(2 * batches + 2, dtype=torch.int32)
+    kernels.batched_scan(
+        expert_num_tokens.data_ptr(), _CODES[problem.dtype], expert_num_tokens.stride(0), most, batches,
+        problem.block_size, _address(error_word), scratch.data_ptr(),
+        out.num_tokens_post_padded.data_ptr(), _address(out.expert_counts), _address(out.expert_offsets),
+        _address(out.group_ends),
+    )  # fmt: skip
+    length = sorted_ids.numel()
+    threads = 1
+    if length >= PARALLEL_ROUTES:
+        threads = max(min(num_threads(), length // MIN_ROUTES_A_THREAD, batches), 1)
+    arguments = [
+        (
+            t, threads, most, batches, problem.block_size, length, expert_ids.numel(), scratch.data_ptr(),
+            sorted_ids.data_ptr(), expert_ids.data_ptr(), _address(out.positions), _address(out.block_rows),
+        )
+        for t in range(threads)
+    ]  # fmt: skip
+    if threads > 1:
+        _run(kernels.batched_fill, arguments)
+    else:
+        kernels.batched_fill(*arguments[0])

@@ -1,0 +1,552 @@
+"""A stable counting sort of routes into padded bins, compiled by numba.  Plain integers in, nothing out.
+
+What it computes: every output of :class:`moealign.layout.BlockLayout`, to the last element.
+Passes, one process: count the routes of each bin; scan the bins (offsets, blocks, padding); scatter the routes.  On one thread they
+are one call (`serial`); on T threads each pass takes T equal chunks of routes with counters of their own, so the bits do
+not depend on T.
+Bytes: ids are read twice, every element of an output is written once; scratch is T counters a bin and two tables.
+
+Arguments are addresses and sizes, not arrays: an array costs numba 0.3 us to unbox and torch 0.5 us to make.  An
+address of 0 means "not wanted".  Ids are read as unsigned integers of their width, and a signed dtype only lowers
+`bound`: whatever is not below it is dropped, so that four specialisations serve eight dtypes.  Dropped routes go to bin
+E, which lies behind the last one and is filled with the sentinel: there is always room for it, and no branch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+__all__ = ["batched_fill", "batched_scan", "count_chunk", "fill_chunk", "finish", "prepare", "scan", "serial"]
+
+# Up to this many experts four counter tables are used side by side, so that a run of equal ids does not wait for its own stores.
+LANES_MAX_EXPERTS = 2048
+# The scatter asks for the cache line of a route this many routes before it writes there...
+AHEAD = 24
+# ...if all rows do not fit into a second-level cache, and the bins being filled not into the first.
+AHEAD_MIN_ROWS = 262_144
+AHEAD_MIN_EXPERTS = 48
+
+_JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
+_PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
+_UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}
+
+
+@intrinsic(prefer_literal=True)
+def _ids_pointer(typingctx, address, width):  # type: ignore[no-untyped-def]
+    """`address` as a pointer to unsigned integers of `width` bytes; `width` is a constant."""
+    result = types.CPointer(_UNSIGNED[width.literal_value])
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(result))
+
+    return result(address, width), codegen
+
+
+def _pointer_to(dtype):  # type: ignore[no-untyped-def]
+    result = types.CPointer(dtype)
+
+    @intrinsic
+    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return builder.inttoptr(args[0], context.get_value_type(result))
+
+        return result(address), codegen
+
+    return pointer
+
+
+@intrinsic
+def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]
+    """A hint that the cache line at `address` is about to be written."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        builder.call(function, [builder.inttoptr(args[0], byte), word(1), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(address), codegen
+
+
+_i8, _i16, _i32, _i64 = (_pointer_to(t) for t in (types.int8, types.int16, types.int32, types.int64))
+_u8, _u16, _u32 = (_pointer_to(t) for t in (types.uint8, types.uint16, types.uint32))
+
+
+@njit(**_PART)
+def _load(address, index, code):  # type: ignore[no-untyped-def]
+    """One integer of any dtype, saturated to int64; `code` is its width in bytes, negative if unsigned."""
+    if code == 8:
+        return np.int64(_i64(address)[index])
+    if code == 4:
+        return np.int64(_i32(address)[index])
+    if code == 2:
+        return np.int64(_i16(address)[index])
+    if code == 1:
+        return np.int64(_i8(address)[index])
+    if code == -4:
+        return np.int64(_u32(address)[index])
+    if code == -2:
+        return np.int64(_u16(address)[index])
+    if code == -1:
+        return np.int64(_u8(address)[index])
+    value = np.int64(_i64(address)[index])
+    return value if value >= 0 else np.int64(0x7FFFFFFFFFFFFFFF)
+
+
+@njit(**_PART)
+def _fill(address, start, stop, value):  # type: ignore[no-untyped-def]
+    target = _i32(address)
+    for i in range(start, stop):
+        target[i] = np.int32(value)
+
+
+@njit(**_PART)
+def _valid_routes(num_valid, error, routes, top_k):  # type: ignore[no-untyped-def]
+    """Routes that count under num_valid_tokens; error bit 4 if that lies outside the rows there are."""
+    if num_valid == 0:
+        return routes
+    rows = routes // top_k if top_k > 0 else np.int64(0)
+    value = np.int64(_i32(num_valid)[0])
+    if (value < 0 or value > rows) and error != 0:
+        _i32(error)[0] |= np.int32(4)
+    return min(max(value, np.int64(0)), rows) * top_k
+
+
+@njit(**_PART)
+def _load_map(map_address, map_code, map_stride, error, experts, wanted, table):  # type: ignore[no-untyped-def]
+    """table[id] = its bin, E if it has none; error bit 2 for a value that is neither -1 nor a bin."""
+    bad = False
+    for e in range(experts):
+        value = _load(map_address, e * map_stride, map_code)
+        inside = value >= 0 and value < experts
+        bad |= not inside and value != -1
+        if wanted:
+            table[e] = np.int32(value if inside else experts)
+    if wanted:
+        table[experts] = np.int32(experts)
+    if bad and error != 0:
+        _i32(error)[0] |= np.int32(2)
+
+
+@njit(**_PART)
+def _missing(signed, width):  # type: ignore[no-untyped-def]
+    """The bit pattern of -1; for an unsigned dtype 0, which is always an id."""
+    return np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * width) if signed != 0 else np.uint64(0)
+
+
+@njit(**_PART)
+def _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):  # type: ignore[no-untyped-def]
+    """Whether a route in [lo, hi) is neither below `bound` nor the bit pattern `missing` (-1, signed dtypes only)."""
+    bad = False
+    i = lo
+    while i < hi:
+        row = i // cols
+        col = i - row * cols
+        stop = min(hi, i + cols - col)
+        at = row * row_stride + col * col_stride
+        for _ in range(stop - i):
+            value = np.uint64(ids[at])
+            bad |= (value >= bound) & (value != missing)
+            at += col_stride
+        i = stop
+    return bad
+
+
+@njit(**_PART)
+def _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters):  # type: ignore[no-untyped-def]
+    """Adds the routes [lo, hi) to counters[0 .. E]; bin E collects the dropped ones."""
+    nowhere = np.uint64(experts)
+    i = lo
+    while i < hi:
+        row = i // cols
+        col = i - row * cols
+        stop = min(hi, i + cols - col)
+        at = row * row_stride + col * col_stride
+        if mapped:
+            for _ in range(stop - i):
+                value = np.uint64(ids[at])
+                counters[np.uint64(table[value if value < bound else nowhere])] += np.int32(1)
+                at += col_stride
+        else:
+            for _ in range(stop - i):
+                value = np.uint64(ids[at])
+                counters[value if value < bound else nowhere] += np.int32(1)
+                at += col_stride
+        i = stop
+
+
+@njit(**_PART)
+def _count_lanes(ids, lo, hi, stride, bound, experts, counters, lanes):  # type: ignore[no-untyped-def]
+    """_count for one long row without a map, LANES counter tables side by side; their sum ends in the first."""
+    nowhere = np.uint64(experts)
+    width = experts + 1
+    for e in range(3 * width):
+        lanes[e] = 0
+    second, third = np.uint64(width), np.uint64(2 * width)
+    at = lo * stride
+    for _ in range((hi - lo) // 4):
+        a = np.uint64(ids[at])
+        b = np.uint64(ids[at + stride])
+        c = np.uint64(ids[at + 2 * stride])
+        d = np.uint64(ids[at + 3 * stride])
+        counters[a if a < bound else nowhere] += np.int32(1)
+        lanes[b if b < bound else nowhere] += np.int32(1)
+        lanes[second + (c if c < bound else nowhere)] += np.int32(1)
+        lanes[third + (d if d < bound else nowhere)] += np.int32(1)
+        at += 4 * stride
+    for _ in range((hi - lo) % 4):
+        a = np.uint64(ids[at])
+        counters[a if a < bound else nowhere] += np.int32(1)
+        at += stride
+    for e in range(width):
+        counters[e] += lanes[e] + lanes[e + width] + lanes[e + 2 * width]
+
+
+@njit(**_PART)
+def _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters, lanes):  # type: ignore[no-untyped-def]
+    for e in range(experts + 1):
+        counters[e] = 0
+    if not mapped and row_stride == 0 and cols >= hi and experts <= LANES_MAX_EXPERTS and hi - lo >= 16 * experts:
+        _count_lanes(ids, lo, hi, col_stride, bound, experts, counters, lanes)
+    else:
+        _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters)
+
+
+@njit(**_PART)
+def _place(value, kept, route, routes, cursor, sorted_ids, positions, scatter_idx):  # type: ignore[no-untyped-def]
+    place = cursor[value]
+    cursor[value] = place + np.int32(1)
+    _i32(sorted_ids)[np.uint64(place)] = np.int32(route if kept else routes)
+    if positions != 0:
+        _i32(positions)[route] = np.int32(place if kept else -1)
+    if scatter_idx != 0:
+        _i32(scatter_idx)[route] = np.int32(route if kept else -1)
+
+
+@njit(**_PART)
+def _scatter(  # type: ignore[no-untyped-def]
+    ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, cursor,
+    sorted_ids, positions, scatter_idx, routes, length,
+):  # fmt: skip
+    """Routes [lo, hi) to their rows; cursor[bin] is the next free one."""
+    nowhere = np.uint64(experts)
+    simple = not mapped and positions == 0 and scatter_idx == 0
+    far = length >= AHEAD_MIN_ROWS and experts >= AHEAD_MIN_EXPERTS
+    i = lo
+    while i < hi:
+        row = i // cols
+        col = i - row * cols
+        stop = min(hi, i + cols - col)
+        at = row * row_stride + col * col_stride
+        if simple:
+            none = np.int64(0)
+            if far:
+                ahead = AHEAD * col_stride
+                for route in range(i, stop - AHEAD):
+                    value = np.uint64(ids[at + ahead])
+                    _prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else nowhere]))
+                    value = np.uint64(ids[at])
+                    value = value if value < bound else nowhere
+                    _place(value, value != nowhere, route, routes, cursor, sorted_ids, none, none)
+                    at += col_stride
+                i = max(stop - AHEAD, i)
+            for route in range(i, stop):
+                value = np.uint64(ids[at])
+                value = value if value < bound else nowhere
+                _place(value, value != nowhere, route, routes, cursor, sorted_ids, none, none)
+                at += col_stride
+        else:
+            for route in range(i, stop):
+                if far:
+                    value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
+                    value = value if value < bound else nowhere
+                    if mapped:
+                        value = np.uint64(table[value])
+                    _prefetch(sorted_ids + 4 * np.int64(cursor[value]))
+                value = np.uint64(ids[at])
+                value = value if value < bound else nowhere
+                if mapped:
+                    value = np.uint64(table[value])
+                _place(value, value != nowhere, route, routes, cursor, sorted_ids, positions, scatter_idx)
+                at += col_stride
+        i = stop
+
+
+@njit(**_PART)
+def _fill_bin(  # type: ignore[no-untyped-def]
+    e, count, first, blocks, block_size, routes, map_address, map_code, map_stride, experts,
+    sorted_ids, expert_ids, block_rows,
+):  # fmt: skip
+    """The padding and the blocks of one bin that has `count` > 0 routes from row `first` of block `first / B` on."""
+    block = first // block_size
+    name = e
+    if map_address != 0:
+        name = _load(map_address, e * map_stride, map_code)
+        if name < 0 or name >= experts:
+            name = np.int64(-1)
+    _fill(expert_ids, block, block + blocks, name)
+    if block_rows != 0:
+        _fill(block_rows, block, block + blocks - 1, block_size)
+        _i32(block_rows)[block + blocks - 1] = np.int32(count - (blocks - 1) * block_size)
+    _fill(sorted_ids, first + count, first + blocks * block_size, routes)
+
+
+@njit(**_PART)
+def _blocks(count, block_size):  # type: ignore[no-untyped-def]
+    if count <= block_size:
+        return np.int64(count > 0)
+    return np.int64((np.uint32(count) - np.uint32(1)) // np.uint32(block_size)) + 1
+
+
+@njit(**_PART)
+def _fill_rest(start, stop, value, part, parts, address):  # type: ignore[no-untyped-def]
+    """Part `part` of `parts` of the elements [start, stop)."""
+    size = max(stop - start, np.int64(0))
+    _fill(address, start + size * part // parts, start + size * (part + 1) // parts, value)
+
+
+@njit(**_PART)
+def _unwanted(positions, scatter_idx, valid, routes):  # type: ignore[no-untyped-def]
+    """-1 for the routes past num_valid_tokens."""
+    if positions != 0:
+        _fill(positions, valid, routes, -1)
+    if scatter_idx != 0:
+        _fill(scatter_idx, valid, routes, -1)
+
+
+def _make_serial(width):  # type: ignore[no-untyped-def]
+    @njit(**_JIT)
+    def serial(  # type: ignore[no-untyped-def]
+        ids_address, cols, row_stride, col_stride, bound_, signed,
+        map_address, map_code, map_stride, ignore, num_valid, error,
+        routes, top_k, experts, block_size, length, num_blocks,
+        sorted_ids, expert_ids, total_out, counts_out, offsets_out, ends_out, positions, block_rows, scatter_idx, scratch, row_ints,
+    ):  # fmt: skip
+        ids = _ids_pointer(ids_address, width)
+        bound, missing = np.uint64(bound_), _missing(signed, width)
+        valid = _valid_routes(num_valid, error, routes, top_k)
+        mapped = map_address != 0 and ignore != 0
+        counters = _i32(scratch)
+        table = _i32(scratch + 4 * row_ints)
+        work = scratch + 8 * row_ints
+        if map_address != 0 and (mapped or error != 0):
+            _load_map(map_address, map_code, map_stride, error, experts, mapped, table)
+        if error != 0 and _check_ids(ids, 0, valid, cols, row_stride, col_stride, bound, missing):
+            _i32(error)[0] |= np.int32(1)
+
+        _count_best(ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters, _i32(work))
+
+        names = np.int64(0) if mapped else map_address
+        first = np.int64(0)
+        end = np.int64(0)
+        for e in range(experts):
+            count = np.int64(counters[e])
+            if counts_out != 0:
+                _i32(counts_out)[e] = np.int32(count)
+            if offsets_out != 0:
+                _i32(offsets_out)[e] = np.int32(first)
+            end += count
+            if ends_out != 0:
+                _i32(ends_out)[e] = np.int32(end)
+            if count > 0:
+                counters[e] = np.int32(first)
+                blocks = _blocks(count, block_size)
+                _fill_bin(
+                    np.int64(e), count, first, blocks, block_size, routes, names, map_code, map_stride, experts,
+                    sorted_ids, expert_ids, block_rows,
+                )  # fmt: skip
+                first += blocks * block_size
+        counters[experts] = np.int32(first)
+        if offsets_out != 0:
+            _i32(offsets_out)[experts] = np.int32(first)
+        _i32(total_out)[0] = np.int32(first)
+        _fill(sorted_ids, first, length, routes)
+        used = first // block_size
+        _fill(expert_ids, used, num_blocks, -1)
+        if block_rows != 0:
+            _fill(block_rows, used, num_blocks, 0)
+
+        _scatter(
+            ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters,
+            sorted_ids, positions, scatter_idx, routes, length,
+        )  # fmt: skip
+        _unwanted(positions, scatter_idx, valid, routes)
+
+    return serial
+
+
+@njit(**_JIT)
+def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes, top_k, experts, table_address):  # type: ignore[no-untyped-def]
+    """Threads, before the count: the map as a table of bins.  Returns how many routes count."""
+    if map_address != 0:
+        table = _i32(table_address)
+        _load_map(map_address, map_code, map_stride, error, experts, ignore != 0, table)
+    return _valid_routes(num_valid, error, routes, top_k)
+
+
+def _make_count_chunk(width):  # type: ignore[no-untyped-def]
+    @njit(**_JIT)
+    def count_chunk(  # type: ignore[no-untyped-def]
+        lo, hi, ids_address, cols, row_stride, col_stride, bound_, signed, check, mapped, experts, table_address,
+        counters_address, work,
+    ):  # fmt: skip
+        """Threads, pass 1: the routes [lo, hi) into counters of their own.  Returns whether a bad id was seen."""
+        ids = _ids_pointer(ids_address, width)
+        bound = np.uint64(bound_)
+        table = _i32(table_address)
+        counters, lanes = _i32(counters_address), _i32(work)
+        _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped != 0, table, counters, lanes)
+        if check == 0:
+            return False
+        return _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, _missing(signed, width))
+
+    return count_chunk
+
+
+@njit(**_JIT)
+def scan(  # type: ignore[no-untyped-def]
+    threads, experts, row_ints, block_size, counters_address, counts_address, offsets_address,
+    total_out, counts_out, offsets_out, ends_out,
+):  # fmt: skip
+    """Threads, pass 2: counters of each chunk become its cursors; counts and offsets of the bins are kept for pass 3."""
+    counters = _i32(counters_address)
+    counts, offsets = _i32(counts_address), _i32(offsets_address)
+    first = np.int64(0)
+    end = np.int64(0)
+    for e in range(experts + 1):
+        place = first
+        for t in range(threads):
+            count = np.int64(counters[t * row_ints + e])
+            counters[t * row_ints + e] = np.int32(place)
+            place += count
+        count = place - first
+        counts[e] = np.int32(count)
+        offsets[e] = np.int32(first)
+        if e < experts:
+            end += count
+            if counts_out != 0:
+                _i32(counts_out)[e] = np.int32(count)
+            if ends_out != 0:
+                _i32(ends_out)[e] = np.int32(end)
+            if offsets_out != 0:
+                _i32(offsets_out)[e] = np.int32(first)
+            first += _blocks(count, block_size) * block_size
+    if offsets_out != 0:
+        _i32(offsets_out)[experts] = np.int32(first)
+    _i32(total_out)[0] = np.int32(first)
+
+
+def _make_fill_chunk(width):  # type: ignore[no-untyped-def]
+    @njit(**_JIT)
+    def fill_chunk(  # type: ignore[no-untyped-def]
+        part, parts, lo, hi, ids_address, cols, row_stride, col_stride, bound_, mapped, table_address, cursor_address,
+        counts_address, offsets_address, map_address, map_code, map_stride,
+        routes, experts, block_size, length, num_blocks,
+        sorted_ids, expert_ids, positions, block_rows, scatter_idx,
+    ):  # fmt: skip
+        """Threads, pass 3: the routes [lo, hi) to their rows, and part `part` of all padding, blocks and tails."""
+        ids = _ids_pointer(ids_address, width)
+        table = _i32(table_address)
+        cursor = _i32(cursor_address)
+        bound = np.uint64(bound_)
+        _scatter(
+            ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped != 0, table, cursor,
+            sorted_ids, positions, scatter_idx, routes, length,
+        )  # fmt: skip
+        counts, offsets = _i32(counts_address), _i32(offsets_address)
+        for e in range(experts * part // parts, experts * (part + 1) // parts):
+            count = np.int64(counts[e])
+            if count > 0:
+                _fill_bin(
+                    np.int64(e), count, np.int64(offsets[e]), _blocks(count, block_size), block_size, routes,
+                    map_address, map_code, map_stride, experts, sorted_ids, expert_ids, block_rows,
+                )  # fmt: skip
+        total = np.int64(offsets[experts])
+        _fill_rest(total, length, routes, part, parts, sorted_ids)
+        _fill_rest(total // block_size, num_blocks, -1, part, parts, expert_ids)
+        if block_rows != 0:
+            _fill_rest(total // block_size, num_blocks, 0, part, parts, block_rows)
+
+    return fill_chunk
+
+
+@njit(**_JIT)
+def finish(valid, routes, bad, error, positions, scatter_idx):  # type: ignore[no-untyped-def]
+    """Threads, at the end: the routes past num_valid_tokens, and error bit 1."""
+    _unwanted(positions, scatter_idx, valid, routes)
+    if bad != 0:
+        _i32(error)[0] |= np.int32(1)
+
+
+@njit(**_JIT)
+def batched_scan(  # type: ignore[no-untyped-def]
+    counts_in, code, stride, most, batches, block_size, error, scratch,
+    total_out, counts_out, offsets_out, ends_out,
+):  # fmt: skip
+    """Batched, pass 1: scratch[b] = clamped count, scratch[batches + 1 + b] = first row."""
+    kept = _i32(scratch)
+    first = np.int64(0)
+    end = np.int64(0)
+    bad = False
+    for b in range(batches):
+        value = _load(counts_in, b * stride, code)
+        bad |= value < 0 or value > most
+        count = min(max(value, np.int64(0)), most)
+        kept[b] = np.int32(count)
+        kept[batches + 1 + b] = np.int32(first)
+        end += count
+        if counts_out != 0:
+            _i32(counts_out)[b] = np.int32(count)
+        if offsets_out != 0:
+            _i32(offsets_out)[b] = np.int32(first)
+        if ends_out != 0:
+            _i32(ends_out)[b] = np.int32(end)
+        first += _blocks(count, block_size) * block_size
+    kept[2 * batches + 1] = np.int32(first)
+    if offsets_out != 0:
+        _i32(offsets_out)[batches] = np.int32(first)
+    _i32(total_out)[0] = np.int32(first)
+    if bad and error != 0:
+        _i32(error)[0] |= np.int32(8)
+
+
+@njit(**_JIT)
+def batched_fill(  # type: ignore[no-untyped-def]
+    part, parts, most, batches, block_size, length, num_blocks, scratch,
+    sorted_ids, expert_ids, positions, block_rows,
+):  # fmt: skip
+    """Batched, pass 2: part `part` of the batches and of the tails."""
+    kept = _i32(scratch)
+    target = _i32(sorted_ids)
+    routes = batches * most
+    for b in range(batches * part // parts, batches * (part + 1) // parts):
+        count = np.int64(kept[b])
+        first = np.int64(kept[batches + 1 + b])
+        for j in range(count):
+            target[first + j] = np.int32(b * most + j)
+        if positions != 0:
+            rows = _i32(positions)
+            for j in range(count):
+                rows[b * most + j] = np.int32(first + j)
+            _fill(positions, b * most + count, (b + 1) * most, -1)
+        if count > 0:
+            none = np.int64(0)
+            _fill_bin(
+                np.int64(b), count, first, _blocks(count, block_size), block_size, routes, none, none, none, batches,
+                sorted_ids, expert_ids, block_rows,
+            )  # fmt: skip
+    total = np.int64(kept[2 * batches + 1])
+    _fill_rest(total, length, routes, part, parts, sorted_ids)
+    _fill_rest(total // block_size, num_blocks, -1, part, parts, expert_ids)
+    if block_rows != 0:
+        _fill_rest(total // block_size, num_blocks, 0, part, parts, block_rows)
+
+
+# By the width of an id in bytes; each compiles at its first call.
+serial = {width: _make_serial(width) for width in _UNSIGNED}
+count_chunk = {width: _make_count_chunk(width) for width in _UNSIGNED}
+fill_chunk = {width: _make_fill_chunk(width) for width in _UNSIGNED}

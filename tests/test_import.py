@@ -1,0 +1,43 @@
+"""Importing the package loads nothing heavy and makes no CUDA context."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+HEAVY = ("numba", "triton", "cuda", "matplotlib", "typer", "rich", "safetensors", "transformers")
+
+PROBE = """
+import json, sys
+import torch
+before = set(sys.modules)
+{work}
+loaded = set(sys.modules) - before
+print(json.dumps([sorted({{name.partition(".")[0] for name in loaded}}), torch.cuda.is_initialized()]))
+"""
+
+
+def loaded_by(work: str) -> tuple[list[str], bool]:
+    """Top-level modules that `work` brings besides what torch alone brings, and whether CUDA came up."""
+    done = subprocess.run([sys.executable, "-c", PROBE.format(work=work)], capture_output=True, text=True, check=True)
+    names, initialised = json.loads(done.stdout.splitlines()[-1])
+    return names, initialised
+
+
+def test_import_is_light():
+    names, initialised = loaded_by("import moealign, moealign.testing, moealign.trace")
+    assert "moealign" in names
+    assert [name for name in HEAVY if name in names] == []
+    assert not initialised
+
+
+def test_asking_which_backends_there_are_is_light_too():
+    names, initialised = loaded_by("import moealign; moealign.backends()")
+    assert [name for name in ("numba", "triton", "matplotlib") if name in names] == []
+    assert not initialised
+
+
+def test_the_probe_would_see_a_heavy_import():
+    names, _ = loaded_by("import moealign, safetensors, rich")
+    assert {"safetensors", "rich"} <= set(names)
