@@ -142,5 +142,5 @@ def test_eager_calls_do_not_pass_through_the_operator(monkeypatch):
 
 
 def test_unknown_extras_of_the_operator_are_refused():
-    with pytest.raises(moealign.InvalidInput, match="extras: expected names among .*got 'position'"):
+    with pytest.raises(moealign.InvalidInput, match=r"extras: expected names among .*got 'position'"):
         torch.ops.moealign.align(IDS, 4, 5, None, False, False, None, "position")

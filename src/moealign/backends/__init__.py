@@ -1,0 +1,31 @@
+"""The backends, in the order in which a call tries them.  One row here and one module beside this file each.
+
+A backend is a module with these functions; it fills the tensors of `out` and never allocates a result:
+
+``unavailable() -> str | None``
+    Why it cannot run on this machine at all, and what would make it work; None if it can.  Imports nothing heavy.
+``refuses(problem) -> str | None``
+    Why it cannot take this call on a machine where it runs; None if it can.  Depends on nothing but the problem.
+``note(problem) -> str``
+    What a user should expect of a first call (a compilation, a cache), in one line; may be empty.
+``align(problem, topk_ids, expert_map, num_valid_tokens, error_word, out) -> None``
+``align_batched(problem, expert_num_tokens, error_word, out) -> None``
+    Fill every tensor of `out` (a BlockLayout) that is not None, to the last element.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+__all__ = ["TABLE", "load"]
+
+TABLE: dict[str, str] = {
+    "cpu": "moealign.backends.cpu",
+    "reference": "moealign.backends.reference",
+}
+
+
+def load(name: str) -> ModuleType:
+    """The module of one backend, imported at first use."""
+    return importlib.import_module(TABLE[name])

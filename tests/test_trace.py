@@ -1,0 +1,109 @@
+"""Routing traces: written, read back, refused when they are not right; and the one that ships is real."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moealign.errors import TraceError
+from moealign.trace import Trace, example_trace, load_trace, save_trace
+
+ABOUT = {"experts": 8, "k": 2, "model": "m", "source": "s", "revision": "r"}
+IDS = torch.randint(0, 8, (3, 10, 2), dtype=torch.uint8)
+
+
+def write(path, tensors, about):
+    metadata = None if about is None else {"moealign": about if isinstance(about, str) else json.dumps(about)}
+    save_file(tensors, str(path), metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("experts", "low", "dtype"),
+    [(8, 0, torch.uint8), (256, 0, torch.uint8), (257, 0, torch.int16), (40_000, 0, torch.int32), (8, -1, torch.int8)],
+)
+def test_round_trip_in_the_smallest_dtype(tmp_path, experts, low, dtype):
+    ids = torch.randint(low, experts, (2, 50, 4), generator=torch.Generator().manual_seed(1))
+    ids[0, 0, 0], ids[0, 0, 1] = low, experts - 1
+    path = tmp_path / "trace.safetensors"
+    save_trace(path, Trace(ids, experts, "m", "s", "r", {"steps": 3}))
+    trace = load_trace(path)
+    assert trace.topk_ids.dtype is dtype
+    assert torch.equal(trace.topk_ids.long(), ids)
+    assert (trace.num_experts, trace.layers, trace.tokens, trace.top_k) == (experts, 2, 50, 4)
+    assert (trace.model, trace.source, trace.revision, dict(trace.details)) == ("m", "s", "r", {"steps": 3})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "about", "message"),
+    [
+        ({"ids": IDS}, ABOUT, "expected a tensor named topk_ids, got ids"),
+        ({"topk_ids": IDS[0]}, ABOUT, r"expected topk_ids of shape \[layers, tokens, k\], got \[10, 2\]"),
+        ({"topk_ids": IDS.float()}, ABOUT, "expected topk_ids of an integer dtype, got torch.float32"),
+        ({"topk_ids": IDS}, None, "expected JSON metadata under the name moealign, got none"),
+        ({"topk_ids": IDS}, "{", "expected JSON metadata, got text that is not JSON"),
+        ({"topk_ids": IDS}, "[1]", "expected a JSON object as metadata, got list"),
+        ({"topk_ids": IDS}, {"experts": 8}, "expected k in its metadata, got experts"),
+        ({"topk_ids": IDS}, {**ABOUT, "experts": "8"}, "expected experts to be of type int in its metadata, got '8'"),
+        ({"topk_ids": IDS}, {**ABOUT, "experts": 0}, "expected experts and k of at least 1"),
+        ({"topk_ids": IDS}, {**ABOUT, "k": 3}, "expected k = 3 ids a token as its metadata says, got 2"),
+        ({"topk_ids": IDS + 7}, ABOUT, r"expected ids in \[-1, 8\), got \d+ to 14"),
+        ({"topk_ids": IDS[:, :0].contiguous()}, ABOUT, "expected at least one layer, token and choice"),
+    ],
+)
+def test_refusals(tmp_path, tensors, about, message):
+    path = write(tmp_path / "trace.safetensors", tensors, about)
+    if "14" in message:
+        tensors["topk_ids"][0, 0, 0] = 14
+        write(path, tensors, about)
+    with pytest.raises(TraceError, match=message) as caught:
+        load_trace(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(TraceError, match="got no such file"):
+        load_trace(tmp_path / "nowhere")
+    with pytest.raises(TraceError, match="got no such file"):
+        load_trace(tmp_path)
+    text = tmp_path / "text.safetensors"
+    text.write_text("not a tensor in sight")
+    with pytest.raises(TraceError, match=r"expected a \.safetensors file, got something else"):
+        load_trace(text)
+    whole = example_trace().read_bytes()
+    text.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TraceError, match=r"expected a \.safetensors file, got something else"):
+        load_trace(text)
+
+
+def test_a_trace_that_is_none_is_not_written(tmp_path):
+    with pytest.raises(TraceError, match=r"expected ids in \[-1, 4\)"):
+        save_trace(tmp_path / "t.safetensors", Trace(torch.full((1, 2, 2), 4), 4, "m", "s", "r"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def overlap(ids: torch.Tensor) -> float:
+    """Mean number of experts that a token shares with the token before it."""
+    hot = torch.zeros(*ids.shape[:2], int(ids.max()) + 1).scatter_(2, ids.long(), 1.0)
+    return (hot[:, 1:] * hot[:, :-1]).sum(-1).mean().item()
+
+
+def test_the_shipped_trace_is_a_real_router_s():
+    trace = load_trace(example_trace())
+    assert trace.layers >= 3
+    assert trace.num_experts >= 64
+    assert "standard library" in trace.source
+    assert trace.details["held_out_loss"] < 0.7 * trace.details["unigram_loss"]
+    assert example_trace().stat().st_size < 2**21
+    ids = trace.topk_ids
+    rows = ids.sort(-1).values
+    assert (rows[..., 1:] != rows[..., :-1]).all(), "the top k of a token are different experts"
+    # Routing depends on the text: the same byte in a like place goes to like experts.  Random ids would not show it.
+    by_chance = trace.top_k**2 / trace.num_experts
+    shuffled = ids[:, torch.randperm(trace.tokens, generator=torch.Generator().manual_seed(0))]
+    assert overlap(shuffled) > 1.05 * by_chance, "some experts are busier than others"
+    assert abs(overlap(ids) - overlap(shuffled)) > 0.05, "neighbours are not like strangers"
