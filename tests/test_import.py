@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+
+import pytest
 
 HEAVY = ("numba", "triton", "cuda", "matplotlib", "typer", "rich", "safetensors", "transformers")
 
@@ -41,3 +44,14 @@ def test_asking_which_backends_there_are_is_light_too():
 def test_the_probe_would_see_a_heavy_import():
     names, _ = loaded_by("import moealign, safetensors, rich")
     assert {"safetensors", "rich"} <= set(names)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+def test_the_probe_would_see_numba():
+    assert "numba" in loaded_by("import numba")[0]
+    assert (
+        "numba"
+        in loaded_by(
+            "import torch, moealign; moealign.align(torch.zeros(1, dtype=torch.int32), block_size=1, num_experts=1)"
+        )[0]
+    ), "the first call brings it, and the import does not"

@@ -115,6 +115,13 @@ def the_poison_does_not_show(case, layout, again):
         assert torch.equal(getattr(layout, name), getattr(other, name)), name
 
 
+def the_same_input_gives_the_same_bits(case, layout, again):
+    for _ in range(2):
+        other = again(case, -3)
+        for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", *EXTRAS):
+            assert torch.equal(getattr(layout, name), getattr(other, name)), name
+
+
 def relabelling_experts_permutes_blocks(case, layout, again):
     last = case.experts - 1
     mirrored = tuple(tuple(last - e if 0 <= e <= last else e for e in row) for row in case.ids)
@@ -206,6 +213,12 @@ def unwritten(case, layout, poison):
     layout.sorted_token_ids[-1] = poison
 
 
+def by_turns(case, layout, turn=itertools.count()):  # noqa: B008
+    """A race: two routes of one expert trade places in every other call."""
+    if next(turn) % 2:
+        layout.sorted_token_ids[[0, 1]] = layout.sorted_token_ids[[1, 0]]
+
+
 def by_first_come(case, layout):
     """Right for ascending experts, and in the wrong place for the mirrored case: expert 0 last."""
     layout.expert_ids[0] = case.experts - 1
@@ -237,6 +250,7 @@ PROPERTIES = {
     counts_round_up: spare_block,
     the_tail_is_as_promised: stale_tail,
     the_poison_does_not_show: unwritten,
+    the_same_input_gives_the_same_bits: by_turns,
     relabelling_experts_permutes_blocks: by_first_come,
     expert_counts_count: off_by_one("expert_counts"),
     expert_offsets_point_at_first_rows: off_by_one("expert_offsets"),

@@ -90,7 +90,6 @@ def align(
     length = out.sorted_token_ids.numel()
     padded = torch.full((length + 1,), n, dtype=torch.int32, device=device)
     padded.scatter_(0, torch.where(kept, row, length), order.to(torch.int32))
-    padded[length] = n
     out.sorted_token_ids.copy_(padded[:length])
 
     labels = local if local is not None and not problem.ignore_invalid_experts else None
