@@ -1,7 +1,8 @@
 """Counting sort on the CPU, compiled by numba at the first call and cached on disk.
 
-Passes: count, scan, scatter; one compiled call on one thread, two rounds over a thread pool from `PARALLEL_ROUTES` on.
-Bytes: ids are read twice, every output is written once; scratch is one int32 counter a bin and thread.
+Passes: count, scan, scatter, in one compiled call; from `PARALLEL_ROUTES` on several threads run it together.
+Bytes: ids are read twice, every output is written once; scratch is one int32 counter a bin and chunk of routes (four up
+to 2,048 experts), with `CHUNKS_A_THREAD` chunks a thread.
 
 Ids of any integer dtype and of any strides that collapse to two dimensions are read in place; only other
 strides are copied.  Nothing here imports numba before the first call.
@@ -15,8 +16,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = ["align", "align_batched", "note", "num_threads", "refuses", "unavaila
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
 MIN_ROUTES_AN_EXPERT = 2  # a chunk's counters must not cost more than its routes
+CHUNKS_A_THREAD = 4
 MAX_THREADS = 64
 
 # Width in bytes, negative if unsigned.
@@ -38,9 +40,6 @@ _CODES = {
 }  # fmt: skip
 
 _kernels: Any = None
-_pool: ThreadPoolExecutor | None = None
-
-_pool_lock = threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -63,7 +62,7 @@ def note(problem: Problem) -> str:
     width = abs(_CODES[problem.dtype])
     if _kernels is not None:
         first = _kernels.batched_scan if problem.op == "align_batched" else _kernels.serial[width]
-        if first.signatures or (problem.op == "align" and _kernels.fill_chunk[width].signatures):
+        if first.signatures or (problem.op == "align" and _kernels.shared[width].signatures):
             return ""
     folder, cached = _cache()
     if cached:
@@ -113,29 +112,37 @@ def _load() -> Any:
     return _kernels
 
 
-def _drop_pool() -> None:
-    """In a forked child: the threads stayed behind in the parent."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+class _Helpers:
+    """Daemon threads that run (task, arguments) from a queue; started when first needed, and again in a forked child.
 
+    The first thread of a call never waits for a helper to come, so calls from many threads share them safely.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.queue: SimpleQueue[tuple[Callable[..., Any], tuple[int, ...], object]] = SimpleQueue()
+        self.threads = 0
+
+    def ask(self, count: int, task: Callable[..., Any], arguments: tuple[int, ...], alive: object) -> None:
+        """Let `count` helpers run task(*arguments); `alive` stays alive until the last of them has left."""
+        with self.lock:
+            while self.threads < count:
+                threading.Thread(target=self._serve, name=f"moealign-{self.threads}", daemon=True).start()
+                self.threads += 1
+        for _ in range(count):
+            self.queue.put((task, arguments, alive))
+
+    def _serve(self) -> None:
+        while True:
+            task, arguments, alive = self.queue.get()
+            task(*arguments)
+            del alive
+
+
+_helpers = _Helpers()
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_pool)
-
-
-def _run(task: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
-    """task(*a) for every a, the first one on this thread.  No task waits for another, so callers share the pool safely."""
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="moealign")
-        pool = _pool
-    others = [pool.submit(task, *a) for a in arguments[1:]]
-    try:
-        results = [task(*arguments[0])]
-    finally:
-        wait(others)  # nobody may write to the outputs once this call is left
-    return results + [other.result() for other in others]
+    os.register_at_fork(after_in_child=_helpers.__init__)  # type: ignore[misc]
 
 
 def _walk(ids: torch.Tensor, routes: int) -> tuple[torch.Tensor, int, int, int]:
@@ -209,7 +216,7 @@ def align(
         counts = offsets = ends = positions = block_rows = scatter_idx = 0
 
     if routes >= PARALLEL_ROUTES:
-        threads = min(num_threads(), routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT))
+        threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
     else:
         threads = 1
     row_ints = (experts + 1 + 31) // 32 * 32  # whole cache lines: threads must not share one
@@ -226,53 +233,27 @@ def align(
         )  # fmt: skip
         return
 
-    lanes = 3 if experts <= kernels.LANES_MAX_EXPERTS else 0
-    scratch = torch.empty((threads * (1 + lanes) + 3) * row_ints, dtype=torch.int32)
-    step = 4 * row_ints
-    base = scratch.data_ptr()
-    count_base, offset_base, table = base + threads * step, base + (threads + 1) * step, base + (threads + 2) * step
-    lanes_base = table + step
+    # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
+    chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * MIN_ROUTES_AN_EXPERT))))
+    rows = 3 + chunks * (4 if experts <= kernels.LANES_MAX_EXPERTS else 1)
+    memory = torch.empty(kernels.CONTROL_BYTES // 4 + rows * row_ints, dtype=torch.int32)
+    memory[: kernels.CONTROL_BYTES // 4] = 0
+    control = memory.data_ptr()
+    scratch = control + kernels.CONTROL_BYTES
     valid = kernels.prepare(
-        map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, table
+        map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, scratch
     )
-    cuts = [valid * t // threads for t in range(threads + 1)]
-    where = (ids.data_ptr(), cols, row_stride, col_stride, bound)
-    bad = _run(
-        kernels.count_chunk[width],
-        [
-            (
-                cuts[t],
-                cuts[t + 1],
-                *where,
-                signed,
-                1 if error else 0,
-                ignore,
-                experts,
-                table,
-                base + t * step,
-                lanes_base + t * lanes * step,
-            )
-            for t in range(threads)
-        ],
-    )
-    kernels.scan(
-        threads, experts, row_ints, block_size, base, count_base, offset_base,
-        out.num_tokens_post_padded.data_ptr(), counts, offsets, ends,
+    arguments = (
+        control, chunks, valid, scratch, row_ints,
+        ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
+        map_address, map_code, map_stride, ignore, error,
+        routes, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
+        sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
+        counts, offsets, ends, positions, block_rows, scatter_idx,
     )  # fmt: skip
-    names = 0 if ignore else map_address
-    _run(
-        kernels.fill_chunk[width],
-        [
-            (
-                t, threads, cuts[t], cuts[t + 1], *where, ignore, table, base + t * step,
-                count_base, offset_base, names, map_code, map_stride,
-                routes, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
-                sorted_ids.data_ptr(), expert_ids.data_ptr(), positions, block_rows, scatter_idx,
-            )
-            for t in range(threads)
-        ],
-    )  # fmt: skip
-    kernels.finish(valid, routes, 1 if any(bad) else 0, error, positions, scatter_idx)
+    task = kernels.shared[width]
+    _helpers.ask(threads - 1, task, (0, *arguments), memory)
+    task(1, *arguments)
 
 
 def align_batched(
@@ -285,10 +266,14 @@ def align_batched(
     kernels = _kernels or _load()
     batches, most = problem.num_experts, problem.top_k
     sorted_ids, expert_ids = out.sorted_token_ids, out.expert_ids
-    scratch = torch.empty(2 * batches + 2, dtype=torch.int32)
+    control_ints = kernels.CONTROL_BYTES // 4
+    memory = torch.empty(control_ints + 2 * batches + 2, dtype=torch.int32)
+    memory[:control_ints] = 0
+    control = memory.data_ptr()
+    scratch = control + kernels.CONTROL_BYTES
     kernels.batched_scan(
         expert_num_tokens.data_ptr(), _CODES[problem.dtype], expert_num_tokens.stride(0), most, batches,
-        problem.block_size, _address(error_word), scratch.data_ptr(),
+        problem.block_size, _address(error_word), scratch,
         out.num_tokens_post_padded.data_ptr(), _address(out.expert_counts), _address(out.expert_offsets),
         _address(out.group_ends),
     )  # fmt: skip
@@ -296,14 +281,11 @@ def align_batched(
     threads = 1
     if length >= PARALLEL_ROUTES:
         threads = max(min(num_threads(), length // MIN_ROUTES_A_THREAD, batches), 1)
-    arguments = [
-        (
-            t, threads, most, batches, problem.block_size, length, expert_ids.numel(), scratch.data_ptr(),
-            sorted_ids.data_ptr(), expert_ids.data_ptr(), _address(out.positions), _address(out.block_rows),
-        )
-        for t in range(threads)
-    ]  # fmt: skip
+    arguments = (
+        control, CHUNKS_A_THREAD * threads if threads > 1 else 1, most, batches, problem.block_size, length,
+        expert_ids.numel(), scratch,
+        sorted_ids.data_ptr(), expert_ids.data_ptr(), _address(out.positions), _address(out.block_rows),
+    )  # fmt: skip
     if threads > 1:
-        _run(kernels.batched_fill, arguments)
-    else:
-        kernels.batched_fill(*arguments[0])
+        _helpers.ask(threads - 1, kernels.batched_fill, (0, *arguments), memory)
+    kernels.batched_fill(1, *arguments)

@@ -1,10 +1,11 @@
 """A stable counting sort of routes into padded bins, compiled by numba.  Plain integers in, nothing out.
 
 What it computes: every output of :class:`moealign.layout.BlockLayout`, to the last element.
-Passes, one process: count the routes of each bin; scan the bins (offsets, blocks, padding); scatter the routes.  On one thread they
-are one call (`serial`); on T threads each pass takes T equal chunks of routes with counters of their own, so the bits do
-not depend on T.
-Bytes: ids are read twice, every element of an output is written once; scratch is T counters a bin and two tables.
+Passes: count the routes of each bin; scan the bins (offsets, blocks, padding); scatter the routes.  One thread does
+them in one call, `serial`.  Several run `shared` and take chunks of the routes, which have counters of their own: the
+bits depend neither on the number of threads nor on who took which chunk.
+Bytes: ids are read twice, every element of an output is written once; scratch is one counter a bin and chunk (four up
+to LANES_MAX_EXPERTS) and three tables.
 
 Arguments are addresses and sizes, not arrays: an array costs numba 0.3 us to unbox and torch 0.5 us to make.  An
 address of 0 means "not wanted".  Ids are read as unsigned integers of their width, and a signed dtype only lowers
@@ -14,20 +15,25 @@ E, which lies behind the last one and is filled with the sentinel: there is alwa
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["batched_fill", "batched_scan", "count_chunk", "fill_chunk", "finish", "prepare", "scan", "serial"]
+__all__ = ["CONTROL_BYTES", "LANES_MAX_EXPERTS", "batched_fill", "batched_scan", "prepare", "serial", "shared"]
 
-# Up to this many experts four counter tables are used side by side, so that a run of equal ids does not wait for its own stores.
+# Up to here the count uses four counter tables side by side: a run of equal ids does not wait for its own stores.
 LANES_MAX_EXPERTS = 2048
 # The scatter asks for the cache line of a route this many routes before it writes there...
 AHEAD = 24
 # ...if all rows do not fit into a second-level cache, and the bins being filled not into the first.
 AHEAD_MIN_ROWS = 262_144
-AHEAD_MIN_EXPERTS = 48
+AHEAD_MIN_EXPERTS = 96
+# What threads of a call tell each other: six int64, each in a cache line of its own.
+CONTROL_BYTES = 384
 
 _JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
 _PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
@@ -72,8 +78,52 @@ def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]
     return types.void(address), codegen
 
 
+@intrinsic
+def _add(typingctx, address, value):  # type: ignore[no-untyped-def]
+    """Adds to the int64 at `address`, atomically and in sequence; returns what was there."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _read(typingctx, address):  # type: ignore[no-untyped-def]
+    """The int64 at `address`, read anew; what was written before it was changed is seen after."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _yield(typingctx):  # type: ignore[no-untyped-def]
+    """Offers the processor to whoever else wants it, where the system has sched_yield."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if hasattr(os, "sched_yield"):
+            kind = ir.FunctionType(ir.IntType(32), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 _i8, _i16, _i32, _i64 = (_pointer_to(t) for t in (types.int8, types.int16, types.int32, types.int64))
 _u8, _u16, _u32 = (_pointer_to(t) for t in (types.uint8, types.uint16, types.uint32))
+
+
+@njit(**_PART)
+def _wait(address, least):  # type: ignore[no-untyped-def]
+    """Until the int64 at `address` has grown to `least`."""
+    turns = 0
+    while _read(address) < least:
+        turns += 1
+        if turns % 64 == 0:
+            _yield()
 
 
 @njit(**_PART)
@@ -234,6 +284,7 @@ def _scatter(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Routes [lo, hi) to their rows; cursor[bin] is the next free one."""
     nowhere = np.uint64(experts)
+    target = _i32(sorted_ids)
     simple = not mapped and positions == 0 and scatter_idx == 0
     far = length >= AHEAD_MIN_ROWS and experts >= AHEAD_MIN_EXPERTS
     i = lo
@@ -243,21 +294,26 @@ def _scatter(  # type: ignore[no-untyped-def]
         stop = min(hi, i + cols - col)
         at = row * row_stride + col * col_stride
         if simple:
-            none = np.int64(0)
             if far:
                 ahead = AHEAD * col_stride
                 for route in range(i, stop - AHEAD):
                     value = np.uint64(ids[at + ahead])
                     _prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else nowhere]))
                     value = np.uint64(ids[at])
-                    value = value if value < bound else nowhere
-                    _place(value, value != nowhere, route, routes, cursor, sorted_ids, none, none)
+                    kept = value < bound
+                    value = value if kept else nowhere
+                    place = cursor[value]
+                    cursor[value] = place + np.int32(1)
+                    target[np.uint64(place)] = np.int32(route if kept else routes)
                     at += col_stride
                 i = max(stop - AHEAD, i)
             for route in range(i, stop):
                 value = np.uint64(ids[at])
-                value = value if value < bound else nowhere
-                _place(value, value != nowhere, route, routes, cursor, sorted_ids, none, none)
+                kept = value < bound
+                value = value if kept else nowhere
+                place = cursor[value]
+                cursor[value] = place + np.int32(1)
+                target[np.uint64(place)] = np.int32(route if kept else routes)
                 at += col_stride
         else:
             for route in range(i, stop):
@@ -324,7 +380,8 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
         ids_address, cols, row_stride, col_stride, bound_, signed,
         map_address, map_code, map_stride, ignore, num_valid, error,
         routes, top_k, experts, block_size, length, num_blocks,
-        sorted_ids, expert_ids, total_out, counts_out, offsets_out, ends_out, positions, block_rows, scatter_idx, scratch, row_ints,
+        sorted_ids, expert_ids, total_out, counts_out, offsets_out, ends_out, positions, block_rows, scatter_idx,
+        scratch, row_ints,
     ):  # fmt: skip
         ids = _ids_pointer(ids_address, width)
         bound, missing = np.uint64(bound_), _missing(signed, width)
@@ -379,49 +436,18 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
     return serial
 
 
-@njit(**_JIT)
-def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes, top_k, experts, table_address):  # type: ignore[no-untyped-def]
-    """Threads, before the count: the map as a table of bins.  Returns how many routes count."""
-    if map_address != 0:
-        table = _i32(table_address)
-        _load_map(map_address, map_code, map_stride, error, experts, ignore != 0, table)
-    return _valid_routes(num_valid, error, routes, top_k)
-
-
-def _make_count_chunk(width):  # type: ignore[no-untyped-def]
-    @njit(**_JIT)
-    def count_chunk(  # type: ignore[no-untyped-def]
-        lo, hi, ids_address, cols, row_stride, col_stride, bound_, signed, check, mapped, experts, table_address,
-        counters_address, work,
-    ):  # fmt: skip
-        """Threads, pass 1: the routes [lo, hi) into counters of their own.  Returns whether a bad id was seen."""
-        ids = _ids_pointer(ids_address, width)
-        bound = np.uint64(bound_)
-        table = _i32(table_address)
-        counters, lanes = _i32(counters_address), _i32(work)
-        _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped != 0, table, counters, lanes)
-        if check == 0:
-            return False
-        return _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, _missing(signed, width))
-
-    return count_chunk
-
-
-@njit(**_JIT)
-def scan(  # type: ignore[no-untyped-def]
-    threads, experts, row_ints, block_size, counters_address, counts_address, offsets_address,
-    total_out, counts_out, offsets_out, ends_out,
-):  # fmt: skip
-    """Threads, pass 2: counters of each chunk become its cursors; counts and offsets of the bins are kept for pass 3."""
-    counters = _i32(counters_address)
-    counts, offsets = _i32(counts_address), _i32(offsets_address)
+@njit(**_PART)
+def _scan(  # type: ignore[no-untyped-def]
+    chunks, experts, row_ints, block_size, counters, counts, offsets, total_out, counts_out, offsets_out, ends_out
+):
+    """Counters of each chunk become its cursors; counts and offsets of the bins are kept for the scatter."""
     first = np.int64(0)
     end = np.int64(0)
     for e in range(experts + 1):
         place = first
-        for t in range(threads):
-            count = np.int64(counters[t * row_ints + e])
-            counters[t * row_ints + e] = np.int32(place)
+        for chunk in range(chunks):
+            count = np.int64(counters[chunk * row_ints + e])
+            counters[chunk * row_ints + e] = np.int32(place)
             place += count
         count = place - first
         counts[e] = np.int32(count)
@@ -440,46 +466,88 @@ def scan(  # type: ignore[no-untyped-def]
     _i32(total_out)[0] = np.int32(first)
 
 
-def _make_fill_chunk(width):  # type: ignore[no-untyped-def]
-    @njit(**_JIT)
-    def fill_chunk(  # type: ignore[no-untyped-def]
-        part, parts, lo, hi, ids_address, cols, row_stride, col_stride, bound_, mapped, table_address, cursor_address,
-        counts_address, offsets_address, map_address, map_code, map_stride,
-        routes, experts, block_size, length, num_blocks,
-        sorted_ids, expert_ids, positions, block_rows, scatter_idx,
-    ):  # fmt: skip
-        """Threads, pass 3: the routes [lo, hi) to their rows, and part `part` of all padding, blocks and tails."""
-        ids = _ids_pointer(ids_address, width)
-        table = _i32(table_address)
-        cursor = _i32(cursor_address)
-        bound = np.uint64(bound_)
-        _scatter(
-            ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped != 0, table, cursor,
-            sorted_ids, positions, scatter_idx, routes, length,
-        )  # fmt: skip
-        counts, offsets = _i32(counts_address), _i32(offsets_address)
-        for e in range(experts * part // parts, experts * (part + 1) // parts):
-            count = np.int64(counts[e])
-            if count > 0:
-                _fill_bin(
-                    np.int64(e), count, np.int64(offsets[e]), _blocks(count, block_size), block_size, routes,
-                    map_address, map_code, map_stride, experts, sorted_ids, expert_ids, block_rows,
-                )  # fmt: skip
-        total = np.int64(offsets[experts])
-        _fill_rest(total, length, routes, part, parts, sorted_ids)
-        _fill_rest(total // block_size, num_blocks, -1, part, parts, expert_ids)
-        if block_rows != 0:
-            _fill_rest(total // block_size, num_blocks, 0, part, parts, block_rows)
-
-    return fill_chunk
-
-
 @njit(**_JIT)
-def finish(valid, routes, bad, error, positions, scatter_idx):  # type: ignore[no-untyped-def]
-    """Threads, at the end: the routes past num_valid_tokens, and error bit 1."""
-    _unwanted(positions, scatter_idx, valid, routes)
-    if bad != 0:
-        _i32(error)[0] |= np.int32(1)
+def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes, top_k, experts, table):  # type: ignore[no-untyped-def]
+    """Before `shared`: the map as a table of bins.  Returns how many routes count."""
+    if map_address != 0:
+        _load_map(map_address, map_code, map_stride, error, experts, ignore != 0, _i32(table))
+    return _valid_routes(num_valid, error, routes, top_k)
+
+
+def _make_shared(width):  # type: ignore[no-untyped-def]
+    @njit(**_JIT)
+    def shared(  # type: ignore[no-untyped-def]
+        leader, control, chunks, valid, scratch, row_ints,
+        ids_address, cols, row_stride, col_stride, bound_, signed,
+        map_address, map_code, map_stride, ignore, error,
+        routes, experts, block_size, length, num_blocks,
+        sorted_ids, expert_ids, total_out, counts_out, offsets_out, ends_out, positions, block_rows, scatter_idx,
+    ):  # fmt: skip
+        """What every thread of a call runs: chunks are taken from counters in `control` until none is left.
+
+        The leader can do all the work alone, and nobody waits for a thread that has not taken a chunk.  A helper that
+        comes too late finds none left: it reads `control` and leaves.
+        """
+        count_next, count_done, scanned = control, control + 64, control + 128
+        fill_next, fill_done, bad_ids = control + 192, control + 256, control + 320
+        ids = _ids_pointer(ids_address, width)
+        bound, missing = np.uint64(bound_), _missing(signed, width)
+        mapped = ignore != 0
+        names = np.int64(0) if mapped else map_address
+        step = 4 * row_ints
+        table, counts, offsets = _i32(scratch), _i32(scratch + step), _i32(scratch + 2 * step)
+        counters = scratch + 3 * step
+        lanes = counters + chunks * step
+
+        chunk = _add(count_next, 1)
+        while chunk < chunks:
+            lo, hi = valid * chunk // chunks, valid * (chunk + 1) // chunks
+            own, own_lanes = _i32(counters + chunk * step), _i32(lanes + 3 * chunk * step)
+            _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, own, own_lanes)
+            if error != 0 and _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):
+                _add(bad_ids, 1)
+            _add(count_done, 1)
+            chunk = _add(count_next, 1)
+
+        if leader != 0:
+            _wait(count_done, chunks)
+            if _read(bad_ids) > 0:
+                _i32(error)[0] |= np.int32(1)
+            _scan(
+                chunks, experts, row_ints, block_size, _i32(counters), counts, offsets,
+                total_out, counts_out, offsets_out, ends_out,
+            )  # fmt: skip
+            _add(scanned, 1)
+        else:
+            _wait(scanned, 1)
+
+        chunk = _add(fill_next, 1)
+        while chunk < chunks:
+            lo, hi = valid * chunk // chunks, valid * (chunk + 1) // chunks
+            for e in range(experts * chunk // chunks, experts * (chunk + 1) // chunks):
+                count = np.int64(counts[e])
+                if count > 0:
+                    _fill_bin(
+                        np.int64(e), count, np.int64(offsets[e]), _blocks(count, block_size), block_size, routes,
+                        names, map_code, map_stride, experts, sorted_ids, expert_ids, block_rows,
+                    )  # fmt: skip
+            total = np.int64(offsets[experts])
+            _fill_rest(total, length, routes, chunk, chunks, sorted_ids)
+            _fill_rest(total // block_size, num_blocks, -1, chunk, chunks, expert_ids)
+            if block_rows != 0:
+                _fill_rest(total // block_size, num_blocks, 0, chunk, chunks, block_rows)
+            _scatter(
+                ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, _i32(counters + chunk * step),
+                sorted_ids, positions, scatter_idx, routes, length,
+            )  # fmt: skip
+            _add(fill_done, 1)
+            chunk = _add(fill_next, 1)
+
+        if leader != 0:
+            _unwanted(positions, scatter_idx, valid, routes)
+            _wait(fill_done, chunks)
+
+    return shared
 
 
 @njit(**_JIT)
@@ -516,37 +584,42 @@ def batched_scan(  # type: ignore[no-untyped-def]
 
 @njit(**_JIT)
 def batched_fill(  # type: ignore[no-untyped-def]
-    part, parts, most, batches, block_size, length, num_blocks, scratch,
+    leader, control, parts, most, batches, block_size, length, num_blocks, scratch,
     sorted_ids, expert_ids, positions, block_rows,
 ):  # fmt: skip
-    """Batched, pass 2: part `part` of the batches and of the tails."""
+    """Batched, pass 2, what every thread runs: a share of the batches and of the tails, until none is left."""
     kept = _i32(scratch)
     target = _i32(sorted_ids)
     routes = batches * most
-    for b in range(batches * part // parts, batches * (part + 1) // parts):
-        count = np.int64(kept[b])
-        first = np.int64(kept[batches + 1 + b])
-        for j in range(count):
-            target[first + j] = np.int32(b * most + j)
-        if positions != 0:
-            rows = _i32(positions)
+    part = _add(control, 1)
+    while part < parts:
+        for b in range(batches * part // parts, batches * (part + 1) // parts):
+            count = np.int64(kept[b])
+            first = np.int64(kept[batches + 1 + b])
             for j in range(count):
-                rows[b * most + j] = np.int32(first + j)
-            _fill(positions, b * most + count, (b + 1) * most, -1)
-        if count > 0:
-            none = np.int64(0)
-            _fill_bin(
-                np.int64(b), count, first, _blocks(count, block_size), block_size, routes, none, none, none, batches,
-                sorted_ids, expert_ids, block_rows,
-            )  # fmt: skip
-    total = np.int64(kept[2 * batches + 1])
-    _fill_rest(total, length, routes, part, parts, sorted_ids)
-    _fill_rest(total // block_size, num_blocks, -1, part, parts, expert_ids)
-    if block_rows != 0:
-        _fill_rest(total // block_size, num_blocks, 0, part, parts, block_rows)
+                target[first + j] = np.int32(b * most + j)
+            if positions != 0:
+                rows = _i32(positions)
+                for j in range(count):
+                    rows[b * most + j] = np.int32(first + j)
+                _fill(positions, b * most + count, (b + 1) * most, -1)
+            if count > 0:
+                none = np.int64(0)
+                _fill_bin(
+                    np.int64(b), count, first, _blocks(count, block_size), block_size, routes, none, none, none,
+                    batches, sorted_ids, expert_ids, block_rows,
+                )  # fmt: skip
+        total = np.int64(kept[2 * batches + 1])
+        _fill_rest(total, length, routes, part, parts, sorted_ids)
+        _fill_rest(total // block_size, num_blocks, -1, part, parts, expert_ids)
+        if block_rows != 0:
+            _fill_rest(total // block_size, num_blocks, 0, part, parts, block_rows)
+        _add(control + 64, 1)
+        part = _add(control, 1)
+    if leader != 0:
+        _wait(control + 64, parts)
 
 
 # By the width of an id in bytes; each compiles at its first call.
 serial = {width: _make_serial(width) for width in _UNSIGNED}
-count_chunk = {width: _make_count_chunk(width) for width in _UNSIGNED}
-fill_chunk = {width: _make_fill_chunk(width) for width in _UNSIGNED}
+shared = {width: _make_shared(width) for width in _UNSIGNED}
