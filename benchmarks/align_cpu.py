@@ -3,7 +3,7 @@
 Every row: int32 ids, uniform over the experts unless the case says otherwise, outputs allocated inside the timed call.
 Bytes: an alignment reads 4 n bytes of ids and writes 4 (L + cdiv(L, B) + 1); `floor-memcpy` copies half as many, so
 that what it reads and writes together is the same number.
-The implementations take turns, call by call, so that a busy machine disturbs all alike; the median counts.
+The implementations take turns in a random order, so that a busy machine disturbs all alike; the median counts.
 
     python benchmarks/align_cpu.py [--quick] [--out benchmarks/results/align_cpu.csv]
 """
@@ -15,6 +15,7 @@ import csv
 import ctypes
 import datetime
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -141,12 +142,13 @@ def measure(case: Case, implementations: dict[str, Align], seconds: float) -> di
         function(inputs[name], case.num_experts)
         start = time.perf_counter_ns()
         function(inputs[name], case.num_experts)
-        calls[name] = max(1, min(200, 200_000 // max(time.perf_counter_ns() - start, 1)))
+        calls[name] = max(1, min(200, 1_000_000 // max(time.perf_counter_ns() - start, 1)))
     times: dict[str, list[float]] = {name: [] for name in implementations}
     until = time.monotonic() + seconds
     turns = 0
+    order = random.Random(0)
     while turns < 7 or (time.monotonic() < until and turns < 300):
-        for name, function in implementations.items():
+        for name, function in order.sample(list(implementations.items()), len(implementations)):
             use(name)
             given, experts, repeat = inputs[name], case.num_experts, calls[name]
             start = time.perf_counter_ns()

@@ -21,6 +21,8 @@ from types import ModuleType
 __all__ = ["TABLE", "load"]
 
 TABLE: dict[str, str] = {
+    "cuda": "moealign.backends.cuda",
+    "triton": "moealign.backends.triton",
     "cpu": "moealign.backends.cpu",
     "reference": "moealign.backends.reference",
 }

@@ -1,0 +1,1110 @@
+// The block-aligned layout of routes, in one launch, stable and bit-identical at every size.
+//
+// Reads every id once (`independent`: once a CTA), writes every element of every output once or twice.
+// One kernel is compiled at a time; align.py chooses it by size and passes the facts of the call as macros:
+//
+//   KERNEL_warp         n <= 32       every warp ranks all routes with ballots; no barrier at all
+//   KERNEL_pairwise     n <= 32*WORDS bit planes of the ids in shared memory, compared pairwise; two barriers
+//   KERNEL_independent  n <= 16,384   every CTA counts all routes and ranks its own; nothing between CTAs
+//   KERNEL_grid         n <= CTAs*THREADS*STEPS  cooperative: counts of each CTA, one grid barrier, runs written in order
+//   KERNEL_radix        any n, any E  cooperative: stable LSD radix sort of the bins by 8-bit digits
+//
+//   EXPERTS, BLOCK  E, B              ID_TYPE   0..7: int8 int16 int32 int64 uint8 uint16 uint32 uint64
+//   MAP       0 no map, 1 map names blocks, 2 map chooses bins (MAP_TYPE: its dtype)
+//   NVALID, ERROR  num_valid_tokens / error_word are given
+//   EXTRAS    1 counts, 2 offsets, 4 group_ends, 8 positions, 16 block_rows, 32 scatter_idx
+//   STRIDED   ids are [n / top_k, top_k] with strides (s0, s1); else contiguous.  VECTOR_IN, VECTOR_OUT: 16-byte aligned
+//   THREADS, WORDS, STEPS  chosen by align.py: threads of a CTA; words of 32 routes a CTA (grid: rows of the table that
+//             a thread reads at once); routes a thread
+//
+// Every parameter is 8 bytes.  Costs of these paths do not depend on values beyond bank conflicts.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if defined(KERNEL_warp)
+#define PATH 1
+#elif defined(KERNEL_pairwise)
+#define PATH 2
+#elif defined(KERNEL_independent)
+#define PATH 3
+#elif defined(KERNEL_grid)
+#define PATH 4
+#else
+#define PATH 5
+#endif
+
+constexpr int E = EXPERTS, B = BLOCK, T = THREADS, CH = WORDS, R = STEPS;
+
+template <int> struct Int;
+template <> struct Int<0> { typedef signed char type; };
+template <> struct Int<1> { typedef short type; };
+template <> struct Int<2> { typedef int type; };
+template <> struct Int<3> { typedef long long type; };
+template <> struct Int<4> { typedef u8 type; };
+template <> struct Int<5> { typedef u16 type; };
+template <> struct Int<6> { typedef u32 type; };
+template <> struct Int<7> { typedef u64 type; };
+typedef Int<ID_TYPE>::type id_t;
+typedef Int<MAP_TYPE>::type map_t;
+
+#define DEV static __device__ __forceinline__
+#define FULL 0xffffffffu
+#define COUNTS (EXTRAS & 1)
+#define OFFSETS (EXTRAS & 2)
+#define ENDS (EXTRAS & 4)
+#define POSITIONS (EXTRAS & 8)
+#define BLOCK_ROWS (EXTRAS & 16)
+#define SCATTER (EXTRAS & 32)
+#define WARPS (T / 32)
+
+static __device__ constexpr int bits_of(u32 v) { return v == 0 ? 0 : 1 + bits_of(v >> 1); }
+constexpr int BITS = bits_of(E - 1);  // of a bin
+
+#define PARAMETERS \
+    const id_t *__restrict__ ids, const map_t *__restrict__ map, const int *__restrict__ nvalid, int *error, \
+    int *__restrict__ sorted, int *__restrict__ expert_ids, int *__restrict__ total_out, \
+    int *__restrict__ counts, int *__restrict__ offsets, int *__restrict__ ends, \
+    int *__restrict__ positions, int *__restrict__ block_rows, int *__restrict__ scatter, \
+    i64 n64, i64 top_k64, i64 length64, i64 s0, i64 s1, i64 smap, int *scratch
+#define SIZES const u32 n = (u32)n64, L = (u32)length64, blocks_all = (L + B - 1u) / B; (void)blocks_all; (void)L
+
+// ---- values as given -> bins ---------------------------------------------------------------------------------------
+
+template <typename V> DEV bool inside(V v) { return !(v < (V)0) && (u64)v < (u64)E; }
+template <typename V> DEV bool minus_one(V v) { return (V)-1 < (V)0 && v == (V)-1; }
+
+// Local expert of a global one, -1 for "not here".
+DEV int mapped(const map_t *map, i64 smap, int expert) {
+#if MAP
+    map_t v = map[expert * smap];
+    return inside(v) ? (int)v : -1;
+#else
+    return expert;
+#endif
+}
+
+DEV int name_of(const map_t *map, i64 smap, int bin) {
+#if MAP == 1
+    return mapped(map, smap, bin);
+#else
+    return bin;
+#endif
+}
+
+// Routes from here on are dropped.
+DEV u32 limit_of(const int *nvalid, u32 n, u32 top_k) {
+#if NVALID
+    int v = *nvalid, rows = top_k ? (int)(n / top_k) : 0;
+    v = v < 0 ? 0 : v > rows ? rows : v;
+    return (u32)v * top_k;
+#else
+    return n;
+#endif
+}
+
+DEV id_t id_at(const id_t *ids, u32 i, u32 top_k, i64 s0, i64 s1) {
+#if STRIDED
+    u32 row = i / top_k;
+    return ids[(i64)row * s0 + (i64)(i - row * top_k) * s1];
+#else
+    return ids[i];
+#endif
+}
+
+// Bin of a route whose id is `v`, -1 if it is dropped.
+DEV int bin_of(id_t v, bool valid, const map_t *map, i64 smap, u32 &bad) {
+    bool in = inside(v);
+#if ERROR
+    if (valid && !in && !minus_one(v)) bad |= 1;
+#endif
+    if (!valid || !in) return -1;
+#if MAP == 2
+    return mapped(map, smap, (int)v);
+#else
+    return (int)v;
+#endif
+}
+
+// What the whole grid checks besides the ids, `me` of `all` threads; then the error word.
+DEV void report(int *error, u32 bad, const map_t *map, i64 smap, const int *nvalid, u32 n, u32 top_k, u32 me, u32 all) {
+#if ERROR
+#if MAP
+#pragma unroll 1
+    for (u32 e = me; e < E; e += all) {
+        map_t v = map[e * smap];
+        if (!inside(v) && !minus_one(v)) bad |= 2;
+    }
+#endif
+#if NVALID
+    if (me == 0) {
+        int v = *nvalid;
+        if (v < 0 || v > (top_k ? (int)(n / top_k) : 0)) bad |= 4;
+    }
+#endif
+    if (bad) atomicOr(error, (int)bad);
+#endif
+}
+
+// ---- pieces --------------------------------------------------------------------------------------------------------
+
+DEV u32 lane_id() { return threadIdx.x & 31; }
+DEV u32 warp_id() { return threadIdx.x >> 5; }
+DEV u32 below(u32 lane) { return (1u << lane) - 1u; }
+DEV u32 cdiv_b(u32 v) { return (v + (B - 1u)) / B; }
+DEV u32 load_l2(const u32 *p) { return __ldcg(p); }
+DEV u32 load_fresh(const u32 *p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+DEV void store_fresh(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory"); }
+
+// Lanes that hold the same bin (of BITS_ bits), among `active`.
+template <int BITS_> DEV u32 same_bin(u32 bin, u32 active) {
+    u32 eq = active;
+#pragma unroll
+    for (int b = 0; b < BITS_; b++) {
+        u32 plane = __ballot_sync(FULL, (bin >> b) & 1);
+        eq &= (bin >> b) & 1 ? plane : ~plane;
+    }
+    return eq;
+}
+
+// p[from..to) = value, by threads `me` of `all`.
+DEV void fill(int *p, u32 from, u32 to, int value, u32 me, u32 all) {
+#if VECTOR_OUT
+    u32 head = (from + 3u) & ~3u, tail = to & ~3u;
+    if (head <= tail) {
+        int4 v = make_int4(value, value, value, value);
+#pragma unroll 1
+        for (u32 i = head + 4 * me; i < tail; i += 4 * all) *(int4 *)(p + i) = v;
+        if (me < head - from) p[from + me] = value;
+        if (me < to - tail) p[tail + me] = value;
+        return;
+    }
+#endif
+#pragma unroll 1
+    for (u32 i = from + me; i < to; i += all) p[i] = value;
+}
+
+// ---- 1 warp: n <= 32 -----------------------------------------------------------------------------------------------
+// Every warp knows everything; each fills and then overwrites a slice of sorted_token_ids of its own.
+
+#if PATH == 1
+extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS) {
+    SIZES;
+    const u32 lane = lane_id(), me = blockIdx.x * T + threadIdx.x, all = gridDim.x * T, w = me >> 5, warps = all >> 5;
+    u32 bad = 0;
+    id_t v = lane < n ? id_at(ids, lane, (u32)top_k64, s0, s1) : (id_t)0;
+    const u32 limit = limit_of(nvalid, n, (u32)top_k64);
+    const u32 slice = ((L + warps - 1) / warps + 127u) & ~127u;
+    const u32 from = min(w * slice, L), to = min(from + slice, L);
+    fill(sorted, from, to, (int)n, lane, 32);
+
+    const int bin = bin_of(v, lane < limit, map, smap, bad);
+    const u32 kept = __ballot_sync(FULL, bin >= 0);
+    u32 eq = kept, lt = 0;
+    u32 planes[BITS + 1];
+#pragma unroll
+    for (int b = BITS - 1; b >= 0; b--) {
+        u32 plane = __ballot_sync(FULL, (bin >> b) & 1), mine = (bin >> b) & 1 ? FULL : 0;
+        planes[b] = plane;
+        lt |= eq & mine & ~plane;
+        eq &= ~(plane ^ mine);
+    }
+    const u32 rank = __popc(eq & below(lane));
+    const bool leads = bin >= 0 && rank % B == 0;
+    const u32 leaders = __ballot_sync(FULL, leads);
+    const u32 row = __popc(lt & leaders) * B + rank;
+    const u32 used = __popc(leaders);
+    __syncwarp();
+    if (bin >= 0 && row >= from && row < to) sorted[row] = (int)lane;
+
+    if (w == warps - 1) {
+        if (leads) {
+            expert_ids[row / B] = name_of(map, smap, bin);
+#if BLOCK_ROWS
+            block_rows[row / B] = (int)min((u32)B, __popc(eq) - rank);
+#endif
+        }
+        if (lane >= used && lane < blocks_all) {
+            expert_ids[lane] = -1;
+#if BLOCK_ROWS
+            block_rows[lane] = 0;
+#endif
+        }
+        if (lane == 0) total_out[0] = (int)(used * B);
+    }
+    if (w == 0) {
+        if (lane < n) {
+#if POSITIONS
+            positions[lane] = bin >= 0 ? (int)row : -1;
+#endif
+#if SCATTER
+            scatter[lane] = bin >= 0 ? (int)lane : -1;
+#endif
+        }
+    }
+#if COUNTS || OFFSETS || ENDS
+#pragma unroll 1
+    for (u32 e = me; e < E + 1u; e += all) {
+        u32 is = kept, less = 0;
+#pragma unroll
+        for (int b = BITS - 1; b >= 0; b--) {
+            u32 mine = (e >> b) & 1 ? FULL : 0;
+            less |= is & mine & ~planes[b];
+            is &= ~(planes[b] ^ mine);
+        }
+        if (e < E) {
+#if COUNTS
+            counts[e] = __popc(is);
+#endif
+#if ENDS
+            ends[e] = __popc(is | less);
+#endif
+        }
+#if OFFSETS
+        offsets[e] = (int)((e < E ? __popc(less & leaders) : used) * B);
+#endif
+    }
+#endif
+    report(error, w == 0 ? bad : 0, map, smap, nvalid, n, (u32)top_k64, me, all);
+}
+#endif
+
+// ---- 2 pairwise: n <= 32 * CH = T routes, any E ----------------------------------------------------------------------
+// Every CTA compares all routes with all; each fills and then overwrites a slice of sorted_token_ids of its own.
+
+#if PATH == 2
+struct Planes { u32 kept; u32 bit[BITS + 1]; };
+
+DEV void compare(const Planes &p, u32 bin, u32 &eq, u32 &lt) {
+    eq = p.kept;
+    lt = 0;
+#pragma unroll
+    for (int b = BITS - 1; b >= 0; b--) {
+        u32 plane = p.bit[b], mine = (bin >> b) & 1 ? FULL : 0;
+        lt |= eq & mine & ~plane;
+        eq &= ~(plane ^ mine);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS) {
+    SIZES;
+    __shared__ __align__(16) Planes planes[CH];
+    __shared__ u32 leaders[CH];
+    const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), me = blockIdx.x * T + t, all = gridDim.x * T;
+    u32 bad = 0;
+    id_t v = t < n ? id_at(ids, t, (u32)top_k64, s0, s1) : (id_t)0;
+    const u32 limit = limit_of(nvalid, n, (u32)top_k64);
+    const u32 slice = ((L + gridDim.x - 1) / gridDim.x + 3u) & ~3u;
+    const u32 from = min(blockIdx.x * slice, L), to = min(from + slice, L);
+    fill(sorted, from, to, (int)n, t, T);
+
+    const int bin = bin_of(v, t < limit, map, smap, bad);
+    if (warp < CH) {
+        u32 kept = __ballot_sync(FULL, bin >= 0);
+        if (lane == 0) planes[warp].kept = kept;
+#pragma unroll
+        for (int b = 0; b < BITS; b++) {
+            u32 plane = __ballot_sync(FULL, (bin >> b) & 1);
+            if (lane == 0) planes[warp].bit[b] = plane;
+        }
+    }
+    __syncthreads();
+    u32 rank = 0, count = 0, lt[CH];
+#pragma unroll
+    for (int c = 0; c < CH; c++) {
+        u32 eq;
+        compare(planes[c], (u32)bin, eq, lt[c]);
+        count += __popc(eq);
+        rank += __popc(eq & (c < (int)warp ? FULL : c == (int)warp ? below(lane) : 0u));
+    }
+    const bool leads = bin >= 0 && rank % B == 0;
+    const u32 lead = __ballot_sync(FULL, leads);
+    if (lane == 0 && warp < CH) leaders[warp] = lead;
+    __syncthreads();
+    u32 before = 0, used = 0;
+#pragma unroll
+    for (int c = 0; c < CH; c++) {
+        before += __popc(lt[c] & leaders[c]);
+        used += __popc(leaders[c]);
+    }
+    const u32 row = before * B + rank;
+    if (bin >= 0 && row >= from && row < to) sorted[row] = (int)t;
+    if (blockIdx.x == gridDim.x - 1) {
+        if (leads) {
+            expert_ids[row / B] = name_of(map, smap, bin);
+#if BLOCK_ROWS
+            block_rows[row / B] = (int)min((u32)B, count - rank);
+#endif
+        }
+        if (t >= used && t < blocks_all) {
+            expert_ids[t] = -1;
+#if BLOCK_ROWS
+            block_rows[t] = 0;
+#endif
+        }
+        if (t == 0) total_out[0] = (int)(used * B);
+    }
+    if (blockIdx.x == 0 && t < n) {
+#if POSITIONS
+        positions[t] = bin >= 0 ? (int)row : -1;
+#endif
+#if SCATTER
+        scatter[t] = bin >= 0 ? (int)t : -1;
+#endif
+    }
+#if COUNTS || OFFSETS || ENDS
+#pragma unroll 1
+    for (u32 e = me; e < E + 1u; e += all) {
+        u32 is = 0, less = 0, blocks = 0;
+#pragma unroll 1
+        for (int c = 0; c < CH; c++) {
+            u32 eq_c, lt_c;
+            compare(planes[c], e, eq_c, lt_c);
+            is += __popc(eq_c);
+            less += __popc(lt_c);
+            blocks += __popc(lt_c & leaders[c]);
+        }
+        if (e < E) {
+#if COUNTS
+            counts[e] = is;
+#endif
+#if ENDS
+            ends[e] = is + less;
+#endif
+        }
+#if OFFSETS
+        offsets[e] = (int)((e < E ? blocks : used) * B);
+#endif
+    }
+#endif
+    report(error, blockIdx.x == 0 ? bad : 0, map, smap, nvalid, n, (u32)top_k64, me, all);
+}
+#endif
+
+// ---- pieces of the counting paths ------------------------------------------------------------------------------------
+
+#if PATH >= 3
+// Exclusive prefix over the CTA of (a, b), each thread giving one pair; totals in `all_a`, `all_b`.  One barrier inside;
+// `room` is written before it and read after it: two calls need a barrier between them.
+DEV void scan_cta(u32 &a, u32 &b, u32 &all_a, u32 &all_b, uint2 *room, bool second) {
+    const u32 lane = lane_id(), warp = warp_id();
+    u32 x = a, y = b;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        u32 p = __shfl_up_sync(FULL, x, d);
+        if (lane >= d) x += p;
+        if (second) {
+            u32 q = __shfl_up_sync(FULL, y, d);
+            if (lane >= d) y += q;
+        }
+    }
+    if (lane == 31) room[warp] = make_uint2(x, y);
+    __syncthreads();
+    const uint2 w = lane < WARPS ? room[lane] : make_uint2(0, 0);
+    a = x - a + __reduce_add_sync(FULL, lane < warp ? w.x : 0);
+    all_a = __reduce_add_sync(FULL, w.x);
+    if (second) {
+        b = y - b + __reduce_add_sync(FULL, lane < warp ? w.y : 0);
+        all_b = __reduce_add_sync(FULL, w.y);
+    }
+}
+
+// Counts every lane with a bin; lanes that agree with the first are added at once, so that a single hot expert costs
+// one addition a warp, not 32.  Lanes that are `early` also count in the upper half; `alike`: all lanes are, or none.
+DEV void count_warp(u32 *table, int bin, bool early, bool alike) {
+    int first = __shfl_sync(FULL, bin, 0);
+    u32 same = __ballot_sync(FULL, bin == first), add = early ? 0x10001u : 1u;
+    bool mine = bin >= 0 && bin != first;
+    if (alike) {
+        if (lane_id() == 0) add *= __popc(same), mine = bin >= 0;
+    } else {
+        u32 same_early = __ballot_sync(FULL, bin == first && early);
+        if (lane_id() == 0) add = __popc(same) | __popc(same_early) << 16, mine = bin >= 0;
+    }
+    if (mine) atomicAdd(&table[bin], add);
+}
+
+// The four ids from `i` on, as vectors where they may be; those past n are not touched and come back with ok = false.
+DEV void load4(const id_t *ids, u32 i, u32 n, u32 top_k, i64 s0, i64 s1, id_t v[4]) {
+#if VECTOR_IN && !STRIDED
+    if (i + 4 <= n) {
+        if (sizeof(id_t) == 8) {
+            longlong2 a = *(const longlong2 *)(ids + i), b = *(const longlong2 *)(ids + i + 2);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)b.x, v[3] = (id_t)b.y;
+        } else if (sizeof(id_t) == 4) {
+            int4 a = *(const int4 *)(ids + i);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
+        } else if (sizeof(id_t) == 2) {
+            short4 a = *(const short4 *)(ids + i);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
+        } else {
+            char4 a = *(const char4 *)(ids + i);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
+        }
+        return;
+    }
+#endif
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = i + j < n ? id_at(ids, i + j, top_k, s0, s1) : (id_t)0;
+}
+#endif
+
+// ---- 3 independent: every CTA counts all routes, ranks CH * 32 of its own ---------------------------------------------
+// One word a bin: routes in all | routes before my chunk << 16.  Shared memory: E * (1 + CH) + E + 1 words.
+
+#if PATH == 3
+#define PER ((E + T - 1) / T)
+extern __shared__ __align__(16) u32 shared[];
+
+extern "C" __global__ void __launch_bounds__(T, 1) independent(PARAMETERS) {
+    SIZES;
+    __shared__ uint2 room[WARPS];
+    u32 *table = shared, *masks = shared + E, *first_row = shared + E * (1 + CH);
+    const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), g = blockIdx.x, G = gridDim.x;
+    const u32 me = g * T + t, all = G * T, top_k = (u32)top_k64, chunk = g * (CH * 32);
+    u32 bad = 0;
+
+    id_t v[R][4], own_v = (id_t)0;
+#pragma unroll
+    for (int r = 0; r < R; r++) load4(ids, 4 * (t + r * T), n, top_k, s0, s1, v[r]);
+    const u32 own_i = chunk + t;
+    const bool own = t < CH * 32 && own_i < n;
+    if (own) own_v = id_at(ids, own_i, top_k, s0, s1);
+    const u32 limit = limit_of(nvalid, n, top_k);
+    for (u32 i = t; i < E * (1 + CH); i += T) shared[i] = 0;
+    __syncthreads();
+
+    const int own_bin = own ? bin_of(own_v, own_i < limit, map, smap, bad) : -1;
+    if (own_bin >= 0) atomicOr(&masks[own_bin * CH + warp], 1u << lane);
+    u32 unused = 0;
+#pragma unroll 1
+    for (u32 first = 0;;) {
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                u32 i = first + 4 * (t + r * T) + j;
+                count_warp(table, bin_of(v[r][j], i < limit, map, smap, unused), i < chunk, CH % 4 == 0);
+            }
+        first += 4 * T * R;
+        if (first >= n) break;
+#pragma unroll
+        for (int r = 0; r < R; r++) load4(ids, first + 4 * (t + r * T), n, top_k, s0, s1, v[r]);
+    }
+    __syncthreads();
+
+    // Thread t scans experts t * PER ...
+    u32 blocks = 0, routes = 0, total, kept;
+#pragma unroll (PER <= 4 ? PER : 1)
+    for (int k = 0; k < PER; k++) {
+        u32 e = t * PER + k;
+        u32 c = e < E ? table[e] & 0xffff : 0;
+        blocks += cdiv_b(c);
+        routes += c;
+    }
+    scan_cta(blocks, routes, total, kept, room, ENDS != 0);
+#pragma unroll (PER <= 4 ? PER : 1)
+    for (int k = 0; k < PER; k++) {
+        u32 e = t * PER + k;
+        if (e >= E) break;
+        u32 c = table[e] & 0xffff;
+        first_row[e] = blocks * B;
+        routes += c;
+        if (e % G == g) {
+#if COUNTS
+            counts[e] = c;
+#endif
+#if OFFSETS
+            offsets[e] = blocks * B;
+#endif
+#if ENDS
+            ends[e] = routes;
+#endif
+        }
+        blocks += cdiv_b(c);
+    }
+    total *= B;
+    if (t == 0) {
+        first_row[E] = total;
+        if (g == 0) {
+            total_out[0] = (int)total;
+#if OFFSETS
+            offsets[E] = (int)total;
+#endif
+        }
+    }
+    __syncthreads();
+
+    if (own) {
+        u32 row = 0;
+        if (own_bin >= 0) {
+            row = first_row[own_bin] + (table[own_bin] >> 16);
+#pragma unroll 1
+            for (u32 w = 0; w < warp; w++) row += __popc(masks[own_bin * CH + w]);
+            row += __popc(masks[own_bin * CH + warp] & below(lane));
+            sorted[row] = (int)own_i;
+        }
+#if POSITIONS
+        positions[own_i] = own_bin >= 0 ? (int)row : -1;
+#endif
+#if SCATTER
+        scatter[own_i] = own_bin >= 0 ? (int)own_i : -1;
+#endif
+    }
+    // Padding and blocks of experts g, g + G, ...: one warp each, the last warp first (the first rank routes).
+#pragma unroll 1
+    for (u32 e = g + (WARPS - 1 - warp) * G; e < E; e += WARPS * G) {
+        u32 start = first_row[e], stop = first_row[e + 1], end = start + (table[e] & 0xffff);
+        if (start == stop) continue;
+#pragma unroll 1
+        for (u32 r = end + lane; r < stop; r += 32) sorted[r] = (int)n;
+        int name = name_of(map, smap, (int)e);
+#pragma unroll 1
+        for (u32 b = start / B + lane; b < stop / B; b += 32) {
+            expert_ids[b] = name;
+#if BLOCK_ROWS
+            block_rows[b] = (int)min((u32)B, end - b * B);
+#endif
+        }
+    }
+#pragma unroll 1
+    for (u32 r = total + me; r < L; r += all) sorted[r] = (int)n;
+#pragma unroll 1
+    for (u32 b = total / B + me; b < blocks_all; b += all) {
+        expert_ids[b] = -1;
+#if BLOCK_ROWS
+        block_rows[b] = 0;
+#endif
+    }
+    report(error, bad, map, smap, nvalid, n, top_k, me, all);
+}
+#endif
+
+// ---- the grid barrier ------------------------------------------------------------------------------------------------
+// The word is the driver's own, one for each cooperative launch (the one cooperative_groups uses): nothing to zero,
+// nothing that two streams or graphs could share.  Its top bit flips when all CTAs have arrived.
+
+#if PATH >= 4
+DEV u32 *barrier_word() {
+    u32 hi, lo;
+    asm("mov.u32 %0, %%envreg1;" : "=r"(hi));
+    asm("mov.u32 %0, %%envreg2;" : "=r"(lo));
+    return (u32 *)(((u64)hi << 32 | lo) + 4);
+}
+
+struct Barrier {
+    u32 *word;
+    u32 phase;  // thread 0 alone uses it
+
+    __device__ __forceinline__ static Barrier begin() {
+        Barrier b;
+        b.word = barrier_word();
+        b.phase = 0;
+        if (threadIdx.x == 0) asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(b.phase) : "l"(b.word) : "memory");
+        return b;
+    }
+    // The same for what warp 0 alone wrote; nobody else need come along.
+    __device__ __forceinline__ void arrive_warp() {
+        __syncwarp();
+        if (threadIdx.x == 0) {
+            u32 add = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+            asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(word), "r"(add) : "memory");
+        }
+    }
+    // Everything that the CTA wrote before is seen by every CTA after its wait().
+    __device__ __forceinline__ void arrive() {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            u32 add = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+            asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(word), "r"(add) : "memory");
+        }
+    }
+    // Starts a look at the word, for wait() to use: what lies between hides its latency.
+    __device__ __forceinline__ u32 look() {
+        u32 now = phase;
+        if (threadIdx.x == 0) asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+        return now;
+    }
+    __device__ __forceinline__ void wait_after(u32 now) {
+        if (threadIdx.x == 0 && ((now ^ phase) & 0x80000000u)) {
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");
+            phase ^= 0x80000000u;
+        } else if (threadIdx.x == 0) {
+            spin();
+        }
+        __syncthreads();
+    }
+    __device__ __forceinline__ void wait() {
+        if (threadIdx.x == 0) spin();
+        __syncthreads();
+    }
+    __device__ __forceinline__ void spin() {
+        u32 now;
+        do {
+            asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
+        } while (!((now ^ phase) & 0x80000000u));
+        phase ^= 0x80000000u;
+    }
+    __device__ __forceinline__ void sync() {
+        arrive();
+        wait();
+    }
+};
+#endif
+
+// ---- 4 grid: T * R routes a CTA, E up to a few thousand ----------------------------------------------------------------
+// Scratch: G rows of PAIRS words, two 16-bit counts each.  Shared memory: counts [WARPS][STRIDE] words (later the sums),
+// then per bin: base [E + 1], first_row [E + 1], count [E]; then route and bin of T * R sorted routes.
+
+#if PATH == 4
+#define PAIRS ((E + 1) / 2)
+#define STRIDE (PAIRS | 1)
+#define PER ((E + T - 1) / T)
+#define ROUTES (T * R)
+#define EMPTY 0xffffffffu  // no pair of counts: a CTA has fewer than 65,535 routes
+#define SEGS ((T / PAIRS) >= 16 ? 16 : (T / PAIRS) >= 8 ? 8 : (T / PAIRS) >= 4 ? 4 : (T / PAIRS) >= 2 ? 2 : 1)
+// The sums need SEGS * 2 * (2 * PAIRS) words, the counts WARPS * STRIDE.
+#define SUMS (SEGS * 4 * PAIRS)
+#define FRONT (SUMS > WARPS * STRIDE ? SUMS : WARPS * STRIDE)
+extern __shared__ __align__(16) u32 shared[];
+
+extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
+    SIZES;
+    __shared__ uint2 room[32], room2[32];
+    u32 *cnt = shared, *base = shared + FRONT, *first_row = base + E + 1, *count = first_row + E + 1;
+    u32 *local_route = count + E;
+    u16 *local_bin = (u16 *)(local_route + ROUTES);
+    const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), g = blockIdx.x, G = gridDim.x;
+    const u32 me = g * T + t, all = G * T, top_k = (u32)top_k64;
+    u32 *table = (u32 *)scratch;
+    u32 bad = 0;
+    Barrier barrier = Barrier::begin();
+
+    // Routes of a warp are consecutive: its step r holds routes my_first + 32 r + lane.
+    const u32 chunk = g * ROUTES, my_first = chunk + warp * (32 * R) + lane;
+    id_t v[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) v[r] = my_first + 32 * r < n ? id_at(ids, my_first + 32 * r, top_k, s0, s1) : (id_t)0;
+    const u32 limit = limit_of(nvalid, n, top_k);
+    if (warp == 0) {
+        for (u32 i = lane; i < PAIRS; i += 32) store_fresh(&table[g * PAIRS + i], EMPTY);
+        barrier.arrive_warp();
+    }
+    u32 *mine = cnt + warp * STRIDE;
+    for (u32 i = lane; i < STRIDE; i += 32) mine[i] = 0;
+
+    int bin[R];
+    u32 rank[R], peers[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        u32 i = my_first + 32 * r;
+        bin[r] = bin_of(v[r], i < limit, map, smap, bad);
+        peers[r] = same_bin<BITS>((u32)bin[r], __ballot_sync(FULL, bin[r] >= 0));
+#if SCATTER
+        if (i < n) scatter[i] = bin[r] >= 0 ? (int)i : -1;
+#endif
+    }
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        u32 ahead = peers[r] & below(lane), old = 0;
+        u16 *slot = (u16 *)mine + (bin[r] < 0 ? 0 : bin[r]);
+        if (r > 0) {
+            old = *slot;
+            __syncwarp();
+        }
+        if (bin[r] >= 0 && ahead == 0) *slot = (u16)(old + __popc(peers[r]));
+        if (r + 1 < R) __syncwarp();
+        rank[r] = old + __popc(ahead);
+    }
+    __syncthreads();
+
+    // Prefix over the warps, eight threads a pair of bins.
+    constexpr int EACH = (WARPS + 7) / 8;
+    for (u32 at = t >> 3; at < (PAIRS + 3) / 4 * 4; at += T / 8) {
+        u32 seg = t & 7, run = 0, part[EACH];
+        bool ok = at < PAIRS;
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            u32 w = seg * EACH + k;
+            part[k] = ok && w < WARPS ? cnt[w * STRIDE + at] : 0;
+            run += part[k];
+        }
+        u32 sum = run;
+#pragma unroll
+        for (int d = 1; d < 8; d *= 2) {
+            u32 p = __shfl_up_sync(FULL, sum, d);
+            if (seg >= d) sum += p;
+        }
+        if (ok && seg == 7) {
+            store_fresh(&table[g * PAIRS + at], sum);
+            count[2 * at] = sum & 0xffff;
+            if (2 * at + 1 < E) count[2 * at + 1] = sum >> 16;
+        }
+        run = sum - run;
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            u32 w = seg * EACH + k;
+            if (ok && w < WARPS) cnt[w * STRIDE + at] = run;
+            run += part[k];
+        }
+    }
+    const u32 look = barrier.look();
+    __syncthreads();
+
+    // While the rows travel: sort the chunk by bin in shared memory.
+    u32 a = 0, unused = 0, in_chunk, unused2;
+#pragma unroll (PER <= 4 ? PER : 1)
+    for (int k = 0; k < PER; k++) a += t * PER + k < E ? count[t * PER + k] : 0;
+    scan_cta(a, unused, in_chunk, unused2, room, false);
+#pragma unroll (PER <= 4 ? PER : 1)
+    for (int k = 0; k < PER; k++) {
+        u32 e = t * PER + k;
+        if (e >= E) break;
+        base[e] = a;
+        a += count[e];
+    }
+    __syncthreads();
+    u32 place[R];
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        place[r] = 0;
+        if (bin[r] >= 0) {
+            place[r] = base[bin[r]] + ((u16 *)mine)[bin[r]] + rank[r];
+            local_route[place[r]] = my_first + 32 * r;
+            local_bin[place[r]] = (u16)bin[r];
+        }
+    }
+    barrier.wait_after(look);
+
+    // All rows of the table at once: pair `p`, rows seg, seg + SEGS, ...; a word is there once it is not EMPTY.
+    u32 *sum_all = cnt, *sum_before = cnt + SEGS * 2 * PAIRS;
+    for (u32 at = t; at < SEGS * PAIRS; at += T) {
+        u32 p = at % PAIRS, seg = at / PAIRS, lo = 0, hi = 0, lo_before = 0, hi_before = 0;
+#pragma unroll 1
+        for (u32 row = seg; row < G; row += CH * SEGS) {
+            u32 w[CH];
+            bool missing;
+#pragma unroll
+            for (int k = 0; k < CH; k++) w[k] = row + k * SEGS < G ? EMPTY : 0;
+            do {
+#pragma unroll
+                for (int k = 0; k < CH; k++)
+                    if (w[k] == EMPTY) w[k] = load_fresh(&table[(row + k * SEGS) * PAIRS + p]);
+                missing = false;
+#pragma unroll
+                for (int k = 0; k < CH; k++) missing |= w[k] == EMPTY;
+            } while (missing);
+#pragma unroll
+            for (int k = 0; k < CH; k++) {
+                lo += w[k] & 0xffff;
+                hi += w[k] >> 16;
+                if (row + k * SEGS < g) {
+                    lo_before += w[k] & 0xffff;
+                    hi_before += w[k] >> 16;
+                }
+            }
+        }
+        sum_all[seg * 2 * PAIRS + 2 * p] = lo, sum_all[seg * 2 * PAIRS + 2 * p + 1] = hi;
+        sum_before[seg * 2 * PAIRS + 2 * p] = lo_before, sum_before[seg * 2 * PAIRS + 2 * p + 1] = hi_before;
+    }
+    __syncthreads();
+    u32 blocks = 0, routes = 0, total, kept;
+#pragma unroll (PER <= 4 ? PER : 1)
+    for (int k = 0; k < PER; k++) {
+        u32 e = t * PER + k, c = 0, before = 0;
+        if (e >= E) break;
+#pragma unroll
+        for (int s = 0; s < SEGS; s++) c += sum_all[s * 2 * PAIRS + e], before += sum_before[s * 2 * PAIRS + e];
+        count[e] = c;
+        base[e] = before - base[e];
+        blocks += cdiv_b(c);
+        routes += c;
+    }
+    scan_cta(blocks, routes, total, kept, room2, ENDS != 0);
+#pragma unroll (PER <= 4 ? PER : 1)
+    for (int k = 0; k < PER; k++) {
+        u32 e = t * PER + k;
+        if (e >= E) break;
+        u32 c = count[e];
+        first_row[e] = blocks * B;
+        base[e] += blocks * B;
+        routes += c;
+        if (e % G == g) {
+#if COUNTS
+            counts[e] = c;
+#endif
+#if OFFSETS
+            offsets[e] = blocks * B;
+#endif
+#if ENDS
+            ends[e] = routes;
+#endif
+        }
+        blocks += cdiv_b(c);
+    }
+    total *= B;
+    if (t == 0) {
+        first_row[E] = total;
+        if (g == 0) {
+            total_out[0] = (int)total;
+#if OFFSETS
+            offsets[E] = (int)total;
+#endif
+        }
+    }
+    __syncthreads();
+
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        u32 q = t + r * T;
+        if (q < in_chunk) sorted[base[local_bin[q]] + q] = (int)local_route[q];
+#if POSITIONS
+        u32 i = my_first + 32 * r;
+        if (i < n) positions[i] = bin[r] >= 0 ? (int)(base[bin[r]] + place[r]) : -1;
+#endif
+    }
+#pragma unroll 1
+    for (u32 e = g + (WARPS - 1 - warp) * G; e < E; e += WARPS * G)
+#pragma unroll 1
+        for (u32 r = first_row[e] + count[e] + lane; r < first_row[e + 1]; r += 32) sorted[r] = (int)n;
+#pragma unroll 1
+    for (u32 r = total + me; r < L; r += all) sorted[r] = (int)n;
+    // Blocks in equal shares, so that one hot expert is everybody's: the last e with first_row[e] <= row owns it.
+#pragma unroll 1
+    for (u32 b = g + G * t; b < blocks_all; b += all) {
+        u32 row = b * B, e = 0;
+        if (row < total) {
+#pragma unroll
+            for (int step = BITS ? 1 << (BITS - 1) : 0; step; step /= 2)
+                if (e + step < E && first_row[e + step] <= row) e += step;
+            expert_ids[b] = name_of(map, smap, (int)e);
+        } else {
+            expert_ids[b] = -1;
+        }
+#if BLOCK_ROWS
+        block_rows[b] = row < total ? (int)min((u32)B, first_row[e] + count[e] - row) : 0;
+#endif
+    }
+    report(error, bad, map, smap, nvalid, n, top_k, me, all);
+}
+#endif
+
+// ---- 5 radix: any number of routes, any number of experts --------------------------------------------------------------
+// Least significant digit first, 8 bits a pass; a dropped route has key E and sorts last.  Then runs of equal keys give
+// counts, one distributed scan over the experts gives rows.
+// Scratch (words): PASSES tables of G * 256, keys and routes (2n; 4n from two passes on), begin, end, first row (3E),
+// parts (2G).
+
+#if PATH == 5
+#define PASSES ((bits_of(E) + 7) / 8)
+extern "C" __global__ void __launch_bounds__(T, 1) radix(PARAMETERS) {
+    SIZES;
+    __shared__ uint2 room[32];
+    __shared__ u32 table[256];            // counts of my chunk, then the next row of each digit
+    __shared__ u32 sums[2][T / 256 * 256];
+    __shared__ u32 of_warp[WARPS][257];
+    const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), g = blockIdx.x, G = gridDim.x;
+    const u32 me = g * T + t, all = G * T, top_k = (u32)top_k64;
+    u32 bad = 0;
+    u32 *tables = (u32 *)scratch, *keys = tables + (u64)PASSES * G * 256, *routes = keys + n;
+    u32 *other = PASSES > 1 ? routes + n : keys;
+    u32 *begin = other + 2ull * n, *end = begin + E, *row_of = end + E, *parts = row_of + E;
+    Barrier barrier = Barrier::begin();
+    const u32 limit = limit_of(nvalid, n, top_k);
+
+    fill(sorted, 0, L, (int)n, me, all);
+    for (u32 b = me; b < blocks_all; b += all) {
+        expert_ids[b] = -1;
+#if BLOCK_ROWS
+        block_rows[b] = 0;
+#endif
+    }
+    for (u32 e = me; e < E; e += all) begin[e] = end[e] = 0;
+
+    const u32 tiles = (n + T - 1) / T, share = (tiles + G - 1) / G;
+    const u32 from = min((u64)g * share * T, (u64)n), to = min((u64)from + (u64)share * T, (u64)n);
+    u32 *keys_in = nullptr, *routes_in = nullptr;
+#pragma unroll 1
+    for (int pass = 0; pass < PASSES; pass++) {
+        u32 *keys_out = pass & 1 ? other : keys, *routes_out = keys_out + n;
+        const int shift = 8 * pass;
+        for (u32 i = t; i < 256; i += T) table[i] = 0;
+        __syncthreads();
+#pragma unroll 1
+        for (u32 tile = from; tile < to; tile += T) {
+            u32 i = tile + t, key = E;
+            int digit = -1;
+            if (i < to) {
+                if (pass == 0) {
+                    int bin = bin_of(id_at(ids, i, top_k, s0, s1), i < limit, map, smap, bad);
+                    key = bin < 0 ? E : (u32)bin;
+                } else {
+                    key = load_l2(&keys_in[i]);
+                }
+                digit = (key >> shift) & 255;
+            }
+            int first = __shfl_sync(FULL, digit, 0);
+            u32 same = __ballot_sync(FULL, digit == first);
+            if (digit >= 0 && (lane == 0 || digit != first)) atomicAdd(&table[digit], lane == 0 ? __popc(same) : 1);
+        }
+        __syncthreads();
+        u32 *mine = tables + (u64)pass * G * 256;
+        for (u32 i = t; i < 256; i += T) __stcg(&mine[g * 256 + i], table[i]);
+        barrier.sync();
+        {
+            u32 d = t & 255, seg = t >> 8, a = 0, before = 0;
+#pragma unroll 16
+            for (u32 row = seg; row < G; row += T / 256) {
+                u32 w = load_l2(&mine[row * 256 + d]);
+                a += w;
+                if (row < g) before += w;
+            }
+            sums[0][t] = a, sums[1][t] = before;
+        }
+        __syncthreads();
+        u32 a = 0, before = 0, unused = 0, x, y;
+        if (t < 256)
+            for (int s = 0; s < T / 256; s++) a += sums[0][s * 256 + t], before += sums[1][s * 256 + t];
+        scan_cta(a, unused, x, y, room, false);
+        if (t < 256) table[t] = a + before;
+#pragma unroll 1
+        for (u32 tile = from; tile < to; tile += T) {
+            for (u32 i = lane; i < 256; i += 32) of_warp[warp][i] = 0;
+            __syncwarp();
+            u32 i = tile + t, key = E, route = i;
+            bool ok = i < to;
+            if (ok) {
+                if (pass == 0) {
+                    u32 ignored = 0;
+                    int bin = bin_of(id_at(ids, i, top_k, s0, s1), i < limit, map, smap, ignored);
+                    key = bin < 0 ? E : (u32)bin;
+#if SCATTER
+                    scatter[i] = bin < 0 ? -1 : (int)i;
+#endif
+                } else {
+                    key = load_l2(&keys_in[i]);
+                    route = load_l2(&routes_in[i]);
+                }
+            }
+            u32 digit = (key >> shift) & 255;
+            u32 eq = same_bin<8>(digit, __ballot_sync(FULL, ok)), ahead = eq & below(lane);
+            if (ok && ahead == 0) of_warp[warp][digit] = __popc(eq);
+            __syncthreads();
+            if (t < 256) {
+                u32 run = table[t];
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) {
+                    u32 c = of_warp[w][t];
+                    of_warp[w][t] = run;
+                    run += c;
+                }
+                table[t] = run;
+            }
+            __syncthreads();
+            if (ok) {
+                u32 at = of_warp[warp][digit] + __popc(ahead);
+                __stcg(&keys_out[at], key);
+                __stcg(&routes_out[at], route);
+            }
+            __syncwarp();
+        }
+        keys_in = keys_out, routes_in = routes_out;
+        barrier.sync();
+    }
+
+    for (u32 i = me; i < n; i += all) {
+        u32 key = load_l2(&keys_in[i]);
+        if (key >= E) continue;
+        if (i == 0 || load_l2(&keys_in[i - 1]) != key) __stcg(&begin[key], i);
+        if (i + 1 == n || load_l2(&keys_in[i + 1]) != key) __stcg(&end[key], i + 1);
+    }
+    barrier.sync();
+
+    // My experts: sums first, then rows.
+    const u32 each = (E + G - 1) / G, e_from = min(g * each, (u32)E), e_to = min(e_from + each, (u32)E);
+    u32 blocks = 0, kept = 0, all_blocks, all_kept;
+    for (u32 e = e_from + t; e < e_to; e += T) {
+        u32 c = load_l2(&end[e]) - load_l2(&begin[e]);
+        blocks += cdiv_b(c);
+        kept += c;
+    }
+    scan_cta(blocks, kept, all_blocks, all_kept, room, true);
+    if (t == 0) __stcg(&parts[2 * g], all_blocks), __stcg(&parts[2 * g + 1], all_kept);
+    barrier.sync();
+    u32 before_blocks = 0, before_kept = 0, total = 0;
+    {
+        u32 a = 0, b = 0, c = 0, x, y;
+        for (u32 i = t; i < G; i += T) {
+            u32 p = load_l2(&parts[2 * i]), q = load_l2(&parts[2 * i + 1]);
+            if (i < g) a += p, b += q;
+            c += p;
+        }
+        u32 a_ = a, b_ = b;
+        scan_cta(a_, b_, before_blocks, before_kept, room, true);
+        __syncthreads();
+        u32 zero = 0;
+        scan_cta(c, zero, x, y, room, false);
+        total = x * B;
+        __syncthreads();
+    }
+    for (u32 tile = e_from; tile < e_to; tile += T) {
+        u32 e = tile + t, c = 0;
+        if (e < e_to) c = load_l2(&end[e]) - load_l2(&begin[e]);
+        u32 a = cdiv_b(c), b = c, x, y;
+        scan_cta(a, b, x, y, room, true);
+        if (e < e_to) {
+            u32 row = (before_blocks + a) * B;
+            __stcg(&row_of[e], row);
+#if COUNTS
+            counts[e] = (int)c;
+#endif
+#if OFFSETS
+            offsets[e] = (int)row;
+#endif
+#if ENDS
+            ends[e] = (int)(before_kept + b + c);
+#endif
+        }
+        before_blocks += x;
+        before_kept += y;
+        __syncthreads();
+    }
+    if (me == 0) {
+        total_out[0] = (int)total;
+#if OFFSETS
+        offsets[E] = (int)total;
+#endif
+    }
+    barrier.sync();
+
+    for (u32 i = me; i < n; i += all) {
+        u32 key = load_l2(&keys_in[i]), route = load_l2(&routes_in[i]);
+        if (key >= E) {
+#if POSITIONS
+            positions[route] = -1;
+#endif
+            continue;
+        }
+        u32 rank = i - load_l2(&begin[key]), row = load_l2(&row_of[key]) + rank;
+        sorted[row] = (int)route;
+#if POSITIONS
+        positions[route] = (int)row;
+#endif
+        if (rank % B == 0) {
+            expert_ids[row / B] = name_of(map, smap, (int)key);
+#if BLOCK_ROWS
+            block_rows[row / B] = (int)min((u32)B, load_l2(&end[key]) - i);
+#endif
+        }
+    }
+    report(error, bad, map, smap, nvalid, n, top_k, me, all);
+}
+#endif

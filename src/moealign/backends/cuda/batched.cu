@@ -1,0 +1,259 @@
+// The batched layout in one plain launch.  Every CTA scans the counts for itself and fills its own share of every
+// output, so CTAs never wait for each other.  Bytes: the counts once a CTA (from L2), every output once.
+//
+// With M slots a batch, B rows a block, c[b] = clamp(counts[b], 0, M): batch b takes cdiv(c[b], B) blocks, packed.
+// batched_few: up to 32 batches, one a lane: every warp scans with shuffles; no barrier and no shared memory.
+// batched_many: any number, in tiles of THREADS * PER_THREAD batches; two barriers a tile.
+//
+// Macros: COUNT_BYTES, COUNT_SIGNED (dtype of the counts), M, B, VECTOR (4: rows are stored in 16 bytes, which needs
+// B % 4 == 0 and an aligned sorted_token_ids; else 1), THREADS, and for batched_many PER_THREAD.
+
+#if COUNT_BYTES == 1
+#define WIDTH char
+#elif COUNT_BYTES == 2
+#define WIDTH short
+#elif COUNT_BYTES == 4
+#define WIDTH int
+#else
+#define WIDTH long long
+#endif
+#if COUNT_SIGNED
+typedef signed WIDTH Count;
+#else
+typedef unsigned WIDTH Count;
+#endif
+
+#define ALL 0xffffffffu
+#define WARPS (THREADS / 32)
+#define ERROR_COUNT 8  // a count outside [0, M]
+#define SLOTS (M > 0 ? M : 1)  // M as a divisor
+
+struct Outputs {
+  int* __restrict__ sorted_token_ids;
+  int* __restrict__ expert_ids;
+  int* __restrict__ block_rows;  // may be null
+};
+
+// This CTA's share of `all` things.
+struct Share {
+  unsigned first, last;
+  __device__ explicit Share(unsigned all) {
+    unsigned each = (all + gridDim.x - 1) / gridDim.x;
+    first = min(blockIdx.x * each, all);
+    last = min(first + each, all);
+  }
+};
+
+__device__ int clamped(const Count* counts, long long stride, int batch, bool& wrong) {
+  Count value = counts[batch * stride];
+  bool low = COUNT_SIGNED && value < 0;
+  bool high = !low && (unsigned long long)value > (unsigned long long)M;
+  wrong |= low || high;
+  return low ? 0 : high ? M : (int)value;
+}
+
+__device__ int blocks_of(int count) { return count / B + (count % B != 0); }
+
+// Stores rows row .. row+VECTOR-1, which lie in one block of `batch`, whose rows begin at `start`; batch -1 is the tail.
+__device__ void put(const Outputs& out, unsigned row, int batch, unsigned start, int count, int sentinel) {
+  unsigned slot = row - start;
+  int left = batch < 0 ? 0 : count - (int)slot;
+  unsigned id = (unsigned)batch * M + slot;
+#if VECTOR == 4
+  int4 four = make_int4(left > 0 ? id : sentinel, left > 1 ? id + 1 : sentinel, left > 2 ? id + 2 : sentinel,
+                        left > 3 ? id + 3 : sentinel);
+  *reinterpret_cast<int4*>(out.sorted_token_ids + row) = four;
+#else
+  out.sorted_token_ids[row] = left > 0 ? id : sentinel;
+#endif
+  if (row % B == 0) {
+    out.expert_ids[row / B] = batch;
+    if (out.block_rows) out.block_rows[row / B] = min(max(left, 0), B);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------- up to 32 batches
+
+#ifdef KERNEL_batched_few
+
+__device__ int inclusive_scan(int value, int lane) {
+  for (int distance = 1; distance < 32; distance *= 2) {
+    int other = __shfl_up_sync(ALL, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    batched_few(const Count* __restrict__ counts, long long stride, long long batches, long long rows,
+                int* sorted_token_ids, int* expert_ids, int* total, int* expert_counts, int* expert_offsets,
+                int* group_ends, int* positions, int* block_rows, int* error) {
+  const int lane = threadIdx.x % 32;
+  const unsigned warp_start = threadIdx.x - lane;
+  const int sentinel = (int)batches * M;
+  const Outputs out{sorted_token_ids, expert_ids, block_rows};
+
+  // Lane b holds batch b; lanes past the batches hold empty ones.
+  bool wrong = false;
+  const int count = lane < batches ? clamped(counts, stride, lane, wrong) : 0;
+  const int end = inclusive_scan(blocks_of(count), lane);  // in blocks
+  const int start = end - blocks_of(count);
+
+  // Rows.  The ballots say how many batches end before the first and the last block of the warp's rows.
+  const Share mine((unsigned)rows / VECTOR);
+  for (unsigned unit = mine.first + warp_start; unit < mine.last; unit += THREADS) {
+    unsigned row = (unit + lane) * VECTOR;
+    int block = row / B;
+    int batch = __popc(__ballot_sync(ALL, end <= (int)(unit * VECTOR / B)));
+    int most = __popc(__ballot_sync(ALL, end <= (int)((unit + 31) * VECTOR / B)));
+    for (int other = batch; other < most; ++other) batch += __shfl_sync(ALL, end, other) <= block;
+    int from = __shfl_sync(ALL, start, batch % 32);
+    int held = __shfl_sync(ALL, count, batch % 32);
+    if (unit + lane < mine.last) put(out, row, batch < 32 ? batch : -1, (unsigned)from * B, held, sentinel);
+  }
+
+  if (positions) {
+    const Share slots(sentinel);
+    for (unsigned slot = slots.first + warp_start; slot < slots.last; slot += THREADS) {
+      unsigned batch = (slot + lane) / SLOTS, index = (slot + lane) % SLOTS;
+      int from = __shfl_sync(ALL, start, batch % 32);
+      int held = __shfl_sync(ALL, count, batch % 32);
+      if (slot + lane < slots.last) positions[slot + lane] = (int)index < held ? from * B + (int)index : -1;
+    }
+  }
+
+  if (blockIdx.x == 0 && warp_start == 0) {
+    if (wrong && error) atomicOr(error, ERROR_COUNT);
+    if (lane == 31) *total = end * B;
+    if (expert_offsets) {
+      if (lane < batches) expert_offsets[lane] = start * B;
+      if (lane == 31) expert_offsets[batches] = end * B;
+    }
+    if (expert_counts && lane < batches) expert_counts[lane] = count;
+    if (group_ends) {
+      int sum = inclusive_scan(count, lane);
+      if (lane < batches) group_ends[lane] = sum;
+    }
+  }
+}
+
+#endif
+
+// --------------------------------------------------------------------------------------------- any number of batches
+
+#ifdef KERNEL_batched_many
+
+#define TILE (THREADS * PER_THREAD)
+
+// Blocks and rows, summed together.
+struct Sum {
+  int blocks, counts;
+  __device__ Sum operator+(const Sum& other) const { return {blocks + other.blocks, counts + other.counts}; }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    batched_many(const Count* __restrict__ counts, long long stride, long long batches, long long rows,
+                 int* sorted_token_ids, int* expert_ids, int* total, int* expert_counts, int* expert_offsets,
+                 int* group_ends, int* positions, int* block_rows, int* error) {
+  __shared__ int ends[TILE];  // in blocks
+  __shared__ int held[TILE];
+  __shared__ Sum warp_sums[WARPS];
+  __shared__ int lowest, highest;  // the batches of the tile that this CTA's rows can belong to
+
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int sentinel = (int)batches * M;
+  const Outputs out{sorted_token_ids, expert_ids, block_rows};
+  const Share mine((unsigned)rows / VECTOR), slots(positions ? sentinel : 0);
+  const int first_block = mine.first * VECTOR / B;
+  const int last_block = mine.last > mine.first ? (mine.last * VECTOR - 1) / B : first_block;
+  Sum base{0, 0};
+  bool wrong = false;
+
+  for (int tile = 0; tile < batches; tile += TILE) {
+    const int here = min((int)batches - tile, TILE);
+
+    // The tile's counts, PER_THREAD consecutive ones a thread, and their sum.
+    int own[PER_THREAD];
+    Sum sum{0, 0};
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) {
+      int index = threadIdx.x * PER_THREAD + i;
+      own[i] = index < here ? clamped(counts, stride, tile + index, wrong) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) sum = sum + Sum{blocks_of(own[i]), own[i]};
+    Sum scanned = sum;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      Sum other{__shfl_up_sync(ALL, scanned.blocks, distance), 0};
+      if (group_ends) other.counts = __shfl_up_sync(ALL, scanned.counts, distance);
+      if (lane >= distance) scanned = scanned + other;
+    }
+    if (lane == 31) warp_sums[warp] = scanned;
+    if (threadIdx.x == 0) {
+      lowest = 0;
+      highest = here - 1;
+    }
+    __syncthreads();
+
+    // Where each batch begins and ends.
+    Sum before = base, after = base;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) {
+      if (i < warp) before = before + warp_sums[i];
+      after = after + warp_sums[i];
+    }
+    before = before + Sum{scanned.blocks - sum.blocks, scanned.counts - sum.counts};
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) {
+      int index = threadIdx.x * PER_THREAD + i;
+      int start = before.blocks;
+      before = before + Sum{blocks_of(own[i]), own[i]};
+      if (index >= here) continue;
+      ends[index] = before.blocks;
+      held[index] = own[i];
+      if (start <= first_block && first_block < before.blocks) lowest = index;
+      if (start <= last_block && last_block < before.blocks) highest = index;
+      if (blockIdx.x == 0) {
+        if (expert_counts) expert_counts[tile + index] = own[i];
+        if (expert_offsets) expert_offsets[tile + index] = start * B;
+        if (group_ends) group_ends[tile + index] = before.counts;
+      }
+    }
+    __syncthreads();
+
+    // Those of this CTA's rows that belong to the tile.
+    const unsigned unit_end = min((unsigned)after.blocks * (B / VECTOR), mine.last);
+    const unsigned unit_begin = max((unsigned)base.blocks * (B / VECTOR), mine.first);
+    for (unsigned unit = unit_begin + threadIdx.x; unit < unit_end; unit += THREADS) {
+      unsigned row = unit * VECTOR;
+      int block = row / B, low = lowest, high = highest;
+      while (low < high) {
+        int middle = (low + high) / 2;
+        if (ends[middle] > block) high = middle; else low = middle + 1;
+      }
+      int start = low ? ends[low - 1] : base.blocks;
+      put(out, row, tile + low, (unsigned)start * B, held[low], sentinel);
+    }
+
+    const unsigned slot_end = min((unsigned)(tile + here) * M, slots.last);
+    for (unsigned slot = max((unsigned)tile * M, slots.first) + threadIdx.x; slot < slot_end; slot += THREADS) {
+      int index = (int)(slot / SLOTS) - tile, offset = slot % SLOTS;
+      int start = index ? ends[index - 1] : base.blocks;
+      positions[slot] = offset < held[index] ? start * B + offset : -1;
+    }
+
+    base = after;
+    if (tile + TILE < batches) __syncthreads();
+  }
+
+  for (unsigned unit = max((unsigned)base.blocks * (B / VECTOR), mine.first) + threadIdx.x; unit < mine.last;
+       unit += THREADS)
+    put(out, unit * VECTOR, -1, unit * VECTOR, 0, sentinel);
+  if (wrong && error && blockIdx.x == 0) atomicOr(error, ERROR_COUNT);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *total = base.blocks * B;
+    if (expert_offsets) expert_offsets[batches] = base.blocks * B;
+  }
+}
+
+#endif

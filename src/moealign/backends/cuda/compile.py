@@ -1,0 +1,318 @@
+"""CUDA source -> cubin -> launch.  Knows nothing of MoE.
+
+::
+
+    k = kernel("align.cu", "pairwise", (("E", 256), ("B", 16)), device_index)  # compiled once, then a dict look-up
+    k.launch(grid, block, shared_bytes, *args)                    # on the device's current stream, no synchronisation
+    k.launch(grid, block, shared_bytes, *args, mode=COOPERATIVE)  # or OVERLAP: programmatic stream serialization
+    k.max_blocks(block, shared_bytes)   # CTAs the whole device holds at once: the limit of a cooperative grid
+    k.multiprocessors
+
+Conventions for a ``.cu`` file, which stands beside this one and includes nothing:
+
+- Kernels are ``extern "C" __global__``, and **every parameter is 8 bytes**: a pointer or a ``long long``.  `args` are
+  Python ints in that order, 0 for a null pointer; a wrong number of them raises ``struct.error``.
+- `defines` become macros, and so does ``KERNEL_<name>``: guard each kernel by ``#ifdef KERNEL_<name>``, so that a
+  specialisation compiles that kernel alone.
+- Clusters are a property of the code (``__cluster_dims__``).  Dynamic shared memory needs no attribute from the caller.
+
+A compiled kernel is kept in the user's cache folder, :func:`cache_folder`.  An entry is a SHA-256 over its key and its
+code, then the code; one whose hash does not fit is compiled again: that is for damage.  Against other users there are
+the folder's permissions: it is used only if its owner alone can write it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import struct
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["COOPERATIVE", "OVERLAP", "PLAIN", "Kernel", "build", "cache_folder", "compiler_version", "kernel"]
+
+Defines = tuple[tuple[str, int], ...]
+
+#: How a kernel is launched: alone, with all CTAs resident at once, or before the kernel ahead of it has drained.
+PLAIN, COOPERATIVE, OVERLAP = range(3)
+
+_STANDARD = "c++17"
+_log = logging.getLogger("moealign")
+
+
+# ---------------------------------------------------------------------------------------------------------- compiling
+
+
+@functools.cache
+def compiler_version() -> str:
+    """NVRTC's version.  Raises RuntimeError if it cannot be loaded."""
+    from cuda.bindings import nvrtc
+
+    code, major, minor = nvrtc.nvrtcVersion()
+    if int(code):
+        raise RuntimeError(f"NVRTC: expected its version, got {code}")
+    return f"{major}.{minor}"
+
+
+def build(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
+    """The cubin of kernel `name` for `arch` ("sm_90").  Needs neither a GPU nor a driver; raises what NVRTC says."""
+    from cuda.core import Program, ProgramOptions
+
+    macros: list[str | tuple[str, str]] = [(key, str(value)) for key, value in defines]
+    options = ProgramOptions(name=name, arch=arch, std=_STANDARD, define_macro=[*macros, (f"KERNEL_{name}", "1")])
+    code = Program(source_text, "c++", options).compile("cubin").code
+    assert isinstance(code, bytes)
+    return code
+
+
+def cache_key(source_text: str, name: str, defines: Defines, arch: str, version: str) -> str:
+    """Names one cubin: it changes with everything that the code depends on."""
+    ingredients = (source_text, name, *(f"{key}={value}" for key, value in defines), arch, version, _STANDARD)
+    digest = hashlib.sha256()
+    for each in ingredients:
+        encoded = each.encode()
+        digest.update(struct.pack("<q", len(encoded)) + encoded)
+    return digest.hexdigest()
+
+
+def _folder() -> Path:
+    named = os.environ.get("MOEALIGN_CACHE_DIR")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moealign"
+
+
+@functools.cache
+def _checked(folder: Path) -> Path | None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.stat()
+        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
+            raise PermissionError(f"{folder} belongs to another user or can be written by others")
+        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be read and written")
+    except (OSError, RuntimeError) as error:
+        _log.warning("kernels are compiled in every process: %s; set MOEALIGN_CACHE_DIR to a folder of yours", error)
+        return None
+    return folder
+
+
+def cache_folder() -> Path | None:
+    """MOEALIGN_CACHE_DIR, else XDG_CACHE_HOME/moealign, else ~/.cache/moealign; None if that is not safe to use."""
+    try:
+        return _checked(_folder())
+    except RuntimeError:  # no home folder
+        return None
+
+
+def _read(path: Path, key: str) -> bytes | None:
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        return None
+    code = entry[32:]
+    if not code or hashlib.sha256(key.encode() + code).digest() != entry[:32]:
+        _log.warning("%s is damaged: compiling again", path)
+        return None
+    return code
+
+
+def _write(path: Path, key: str, code: bytes) -> None:
+    """Whole or not at all: a reader sees no half-written entry, and of many writers the last one wins with the same."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(key.encode() + code).digest() + code)
+        os.replace(temporary, path)
+    except OSError as error:
+        _log.warning("%s was not written: %s", path, error)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def cubin(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
+    """:func:`build` through the cache on disk."""
+    folder = cache_folder()
+    if folder is None:
+        return build(source_text, name, defines, arch)
+    key = cache_key(source_text, name, defines, arch, compiler_version())
+    path = folder / f"{key}.cubin"
+    code = _read(path, key)
+    if code is None:
+        code = build(source_text, name, defines, arch)
+        _write(path, key, code)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------------------- launching
+
+# CUlaunchConfig: grid and block in three dimensions each, shared bytes, stream, attributes, number of attributes.
+_CONFIG = "7IQQI4x"
+_CONFIG_BYTES = struct.calcsize(_CONFIG)
+
+# One CUlaunchAttribute each: id, padding, a union of 64 bytes that holds an int.
+_COOPERATIVE = ctypes.create_string_buffer(struct.pack("i4xi60x", 2, 1), 72)
+_OVERLAP = ctypes.create_string_buffer(struct.pack("i4xi60x", 6, 1), 72)
+_ATTRIBUTES = ((0, 0), (ctypes.addressof(_COOPERATIVE), 1), (ctypes.addressof(_OVERLAP), 1))
+
+_INVALID_CONTEXT = 201
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
+_STATIC_SHARED_BYTES = 1
+_OPT_IN_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_*
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _error(code: int) -> str:
+    text = ctypes.c_char_p()
+    _driver().cuGetErrorName(code, ctypes.byref(text))
+    return text.value.decode() if text.value else f"CUDA error {code}"
+
+
+def _call(function: str, *args: Any) -> None:
+    code = getattr(_driver(), function)(*args)
+    if code:
+        raise RuntimeError(f"{function}: expected CUDA_SUCCESS, got {_error(code)}")
+
+
+def _enter_context(device_index: int) -> None:
+    """Make torch's context the thread's own: a thread that has called no CUDA yet has none."""
+    current = ctypes.c_void_p()
+    _call("cuCtxGetCurrent", ctypes.byref(current))
+    if not current.value:
+        device, primary = ctypes.c_int(), ctypes.c_void_p()
+        _call("cuDeviceGet", ctypes.byref(device), device_index)
+        _call("cuDevicePrimaryCtxRetain", ctypes.byref(primary), device)
+        _call("cuCtxSetCurrent", primary)
+
+
+class Kernel:
+    """One compiled kernel on one device, ready to launch from any thread."""
+
+    def __init__(self, code: bytes, name: str, device_index: int) -> None:
+        self.name = name
+        self.device_index = device_index
+        self.multiprocessors: int = torch.cuda.get_device_properties(device_index).multi_processor_count
+        # Loading is forbidden in another thread's or our own strict stream capture, unless this thread says otherwise.
+        mode = ctypes.c_int(_RELAXED)
+        with torch.cuda.device(device_index):
+            _enter_context(device_index)
+            _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+            try:
+                self._load(code)
+            finally:
+                _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        self._pack = struct.Struct(f"{_CONFIG}{self._parameters}q").pack_into
+        self._thread = threading.local()
+        self._launch = _driver().cuLaunchKernelEx
+        self._current_device = torch._C._cuda_getDevice
+        self._current_stream = torch._C._cuda_getCurrentRawStream
+
+    def _load(self, code: bytes) -> None:
+        library, handle, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        _call("cuLibraryLoadData", ctypes.byref(library), code, None, None, 0, None, None, 0)
+        _call("cuLibraryGetKernel", ctypes.byref(handle), library, self.name.encode())
+        _call("cuKernelGetFunction", ctypes.byref(function), handle)
+        _call("cuFuncLoad", function)
+        self._library, self._function = library, function
+
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        self._parameters = 0
+        while not _driver().cuFuncGetParamInfo(
+            function, ctypes.c_size_t(self._parameters), ctypes.byref(offset), ctypes.byref(size)
+        ):
+            if size.value != 8:
+                raise RuntimeError(f"{self.name}: expected parameters of 8 bytes, got one of {size.value}")
+            self._parameters += 1
+
+        static, most = ctypes.c_int(), ctypes.c_int()
+        _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
+        _call("cuDeviceGetAttribute", ctypes.byref(most), _OPT_IN_SHARED_BYTES, self.device_index)
+        self.max_shared_bytes: int = most.value - static.value
+        _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, self.max_shared_bytes)
+
+    def _buffer(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
+        """This thread's launch configuration, parameters and pointers to them: written anew at every launch."""
+        values = ctypes.create_string_buffer(_CONFIG_BYTES + 8 * self._parameters)
+        start = ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * self._parameters)(
+            *(start + _CONFIG_BYTES + 8 * i for i in range(self._parameters))
+        )
+        found = (values, ctypes.c_void_p(start), ctypes.c_void_p(ctypes.addressof(pointers)), pointers)
+        self._thread.buffer = found
+        return found
+
+    def launch(self, grid: int, block: int, shared_bytes: int, *args: int, mode: int = PLAIN) -> None:
+        """Start `grid` CTAs of `block` threads on the current stream of the kernel's device.  Raises RuntimeError."""
+        index = self.device_index
+        if self._current_device() != index:
+            with torch.cuda.device(index):
+                return self.launch(grid, block, shared_bytes, *args, mode=mode)
+        try:
+            values, config, parameters, _ = self._thread.buffer
+        except AttributeError:
+            values, config, parameters, _ = self._buffer()
+        self._pack(
+            values, 0, grid, 1, 1, block, 1, 1, shared_bytes, self._current_stream(index), *_ATTRIBUTES[mode], *args
+        )
+        code = self._launch(config, self._function, parameters, None)
+        if code == _INVALID_CONTEXT:
+            _enter_context(index)
+            code = self._launch(config, self._function, parameters, None)
+        if code:
+            raise RuntimeError(
+                f"{self.name} on cuda:{index} with {grid} CTAs of {block} threads and {shared_bytes} bytes of shared "
+                f"memory: expected CUDA_SUCCESS, got {_error(code)} (perhaps of work started earlier)"
+            )
+        return None
+
+    @functools.cache  # noqa: B019  (kernels live as long as the process)
+    def max_blocks(self, block: int, shared_bytes: int) -> int:
+        """CTAs of that kind that the device holds at once."""
+        each = ctypes.c_int()
+        with torch.cuda.device(self.device_index):
+            _enter_context(self.device_index)
+            _call(
+                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+                ctypes.byref(each),
+                self._function,
+                block,
+                ctypes.c_size_t(shared_bytes),
+            )
+        return each.value * self.multiprocessors
+
+
+@functools.cache
+def _source(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
+_kernels: dict[tuple[str, str, Defines, int], Kernel] = {}
+_compiling = threading.Lock()
+
+
+def kernel(source: str, name: str, defines: Defines, device_index: int) -> Kernel:
+    """Kernel `name` of file `source` beside this one, with `defines` as macros, loaded on cuda:`device_index`."""
+    key = (source, name, defines, device_index)
+    found = _kernels.get(key)
+    if found is None:
+        with _compiling:
+            found = _kernels.get(key)
+            if found is None:
+                major, minor = torch.cuda.get_device_capability(device_index)
+                code = cubin(_source(source), name, defines, f"sm_{major}{minor}")
+                found = _kernels[key] = Kernel(code, name, device_index)
+    return found

@@ -1,0 +1,301 @@
+"""The layout in Triton, on any GPU that Triton reaches: NVIDIA, AMD, Intel.
+
+One launch up to `SMALL_ROUTES` routes, three beyond; batched two.  See kernels.py for the passes and their bytes.
+Scratch, from torch's allocator on the current stream: n ranks and a table of chunks times bins; no host sync, so a CUDA
+graph can hold it.  A configuration follows from the problem by the rules below and never from a measurement at run
+time.  The number of routes is no constant of a kernel: another one compiles nothing, save where a rule below changes.
+
+Under TRITON_INTERPRET=1 it takes CPU tensors, for tests.  Nothing here imports Triton before the first call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moealign.layout import BlockLayout, Problem
+
+__all__ = ["Launch", "align", "align_batched", "launches", "launches_batched", "note", "refuses", "unavailable"]
+
+SMALL_ROUTES = 128  # more in a pairwise tile spill registers
+SMALL_LENGTH = 65_536  # rows that one program can fill in passing
+SMALL_BINS = 1_024  # with expert_offsets or group_ends, which cost the small kernel bins times routes
+PAIRWISE = 64  # routes in a pairwise tile of a chunk: work a route grows with it, steps a chunk shrink
+CHUNKS = ((16_384, 64), (65_536, 128), (262_144, 256))  # (up to so many routes, so many in a chunk); beyond, at most MAX_CHUNKS
+MAX_CHUNKS = 1_024
+MAX_TABLE = 2**24  # entries, chunks times bins
+SCAN_TILE = 8_192  # elements, chunks times bins, that a scanning program holds
+SCAN_COLUMNS = ((4_096, 8), (2**31, 64))  # (up to so many bins, bins a scanning program)
+MAX_SCAN = 4_096  # bins in one step of the last scan
+PLACE = 512  # routes a placing program
+FILL_TILE = 1_024  # rows a filling program writes at a time
+MAX_BINS = 2**30
+
+_SIGNED = {
+    torch.uint8: torch.int8,
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+}
+
+_kernels: Any = None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why Triton cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with GPU builds of torch, or pip install triton"
+    if _interpreted() or torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return None
+    return "no GPU that Triton reaches; TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly, for tests"
+
+
+def refuses(problem: Problem) -> str | None:
+    """Takes every problem on a GPU; under the interpreter, on the CPU as well."""
+    reason = unavailable()
+    if reason is not None:
+        return reason
+    if problem.device.type not in ("cuda", "xpu") and not (_interpreted() and problem.device.type == "cpu"):
+        return f"expected tensors on a GPU, got tensors on {problem.device}"
+    if problem.num_experts > MAX_BINS:
+        return f"expected at most {MAX_BINS} experts, got {problem.num_experts}; the reference backend takes them"
+    return None
+
+
+def note(problem: Problem) -> str:
+    """What the first call waits for."""
+    if _interpreted():
+        return "Triton's interpreter, milliseconds a program: for tests"
+    folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
+    return f"the first call for a dtype and block size compiles for a second or two, then it is cached in {folder}"
+
+
+class Launch(NamedTuple):
+    """One launch, before it happens: what tests compile ahead for machines that are not there."""
+
+    kernel: str
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    num_warps: int
+
+
+def _power(value: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _as_signed(values: Tensor) -> tuple[Tensor, bool]:
+    """The same bits with a sign, and whether they had none: not every unsigned dtype reaches Triton."""
+    signed = _SIGNED.get(values.dtype)
+    return (values, False) if signed is None else (values.view(signed), True)
+
+
+def _walk(ids: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
+    """Ids, whether they lie one behind the other, and (columns, row stride, column stride) if not."""
+    if ids.is_contiguous():
+        return ids, True, (1, 0, 0)
+    if ids.dim() == 1:
+        return ids, False, (ids.shape[0], 0, ids.stride(0))
+    if ids.dim() == 2:
+        return ids, False, (ids.shape[1], ids.stride(0), ids.stride(1))
+    return ids.contiguous(), True, (1, 0, 0)
+
+
+def _chunk(routes: int, bins: int) -> int:
+    """Routes of a chunk: a power of two, so that a new number of routes seldom compiles a new kernel."""
+    size = next((size for most, size in CHUNKS if routes <= most), PAIRWISE)
+    return max(size, _power(_cdiv(routes, MAX_CHUNKS)) if routes > CHUNKS[-1][0] else 0, _fits(routes, bins))
+
+
+def _fits(routes: int, bins: int) -> int:
+    """The least chunk with which the table stays within MAX_TABLE."""
+    return _power(_cdiv(routes, max(MAX_TABLE // bins, 1)))
+
+
+def _fill_shape(block_size: int) -> dict[str, int]:
+    rows = min(_power(block_size), 64)
+    return {"BLOCKS": FILL_TILE // rows, "ROWS": rows}
+
+
+def launches(
+    problem: Problem,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    error_word: Tensor | None,
+    out: BlockLayout,
+) -> list[Launch]:
+    """What :func:`align` launches, in order; allocates the scratch."""
+    n, bins = problem.routes, problem.num_experts
+    length, blocks = out.sorted_token_ids.numel(), out.expert_ids.numel()
+    block_size = problem.block_size if n else 1  # without a route it changes nothing, and it may be any number
+    ids, unsigned = _as_signed(topk_ids)
+    ids, contiguous, walk = _walk(ids)
+    if expert_map is None:
+        local, map_unsigned, map_stride = None, False, 0
+    else:
+        local, map_unsigned = _as_signed(expert_map)
+        map_stride = local.stride(0)
+    ignore = expert_map is not None and problem.ignore_invalid_experts
+    rows = n // problem.top_k if n else 0
+    inputs = (ids, local, num_valid_tokens, error_word)
+    reading = {"CONTIGUOUS": contiguous, "UNSIGNED": unsigned, "MAP_UNSIGNED": map_unsigned, "IGNORE": ignore}
+    extra_bins = out.expert_offsets is not None or out.group_ends is not None
+
+    if n <= SMALL_ROUTES and length <= SMALL_LENGTH and not (extra_bins and bins > SMALL_BINS):
+        size = max(_power(n), 16)
+        return [
+            Launch(
+                "align_small",
+                1,
+                (
+                    *inputs,
+                    out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded, out.expert_counts,
+                    out.expert_offsets, out.group_ends, out.positions, out.block_rows, out.scatter_idx,
+                    n, rows, problem.top_k, *walk, map_stride, bins, length, blocks,
+                ),
+                {"BLOCK_SIZE": block_size, **reading, "SIZE": size, "FILL": 1024, "BINS": 64},
+                size // 32 or 1,
+            )
+        ]  # fmt: skip
+
+    chunk = _chunk(n, bins)
+    chunks = max(_cdiv(n, chunk), 1)
+    scratch = torch.empty(chunks * bins + n + 2 * bins + 2, dtype=torch.int32, device=problem.device)
+    table, ranks, totals, offsets, arrived = scratch.split([chunks * bins, n, bins, bins + 1, 1])
+    columns = next(columns for most, columns in SCAN_COLUMNS if bins <= most)
+    scan_rows = min(max(_power(chunks), 32), SCAN_TILE // columns)
+    placing, fill = _cdiv(n, PLACE), _fill_shape(block_size)
+    return [
+        Launch(
+            "rank_chunks",
+            chunks,
+            (*inputs, table, ranks, arrived, n, rows, problem.top_k, *walk, map_stride, bins),
+            {**reading, "CHUNK": chunk, "SIZE": PAIRWISE, "FILL": min(_power(bins), 1024)},
+            1,
+        ),
+        Launch(
+            "scan_bins",
+            _cdiv(bins, columns),
+            (
+                local, error_word,
+                table, totals, offsets, arrived,
+                out.num_tokens_post_padded, out.expert_counts, out.expert_offsets, out.group_ends,
+                chunks, bins, map_stride,
+            ),
+            {
+                "BLOCK_SIZE": block_size, "MAP_UNSIGNED": map_unsigned,
+                "ROWS": scan_rows, "COLUMNS": columns, "SCAN": min(max(_power(bins), 32), MAX_SCAN),
+            },
+            8 if scan_rows * columns > 1024 else 4,
+        ),
+        Launch(
+            "place_routes",
+            placing + _cdiv(blocks, fill["BLOCKS"]),
+            (
+                ids, local,
+                table, ranks, totals, offsets,
+                out.sorted_token_ids, out.expert_ids, out.positions, out.block_rows, out.scatter_idx,
+                n, *walk, map_stride, bins, length, blocks, placing,
+            ),
+            {
+                "BLOCK_SIZE": block_size, **reading, "NAMED": expert_map is not None and not ignore,
+                "CHUNK": chunk, "PLACE": PLACE, **fill, "STEPS": bins.bit_length(),
+            },
+            4,
+        ),
+    ]  # fmt: skip
+
+
+def launches_batched(
+    problem: Problem, expert_num_tokens: Tensor, error_word: Tensor | None, out: BlockLayout
+) -> list[Launch]:
+    """What :func:`align_batched` launches, in order; allocates the scratch."""
+    n, bins, most = problem.routes, problem.num_experts, problem.top_k
+    length, blocks = out.sorted_token_ids.numel(), out.expert_ids.numel()
+    block_size = problem.block_size if length else 1
+    counts, unsigned = _as_signed(expert_num_tokens)
+    scratch = torch.empty(2 * bins + 1, dtype=torch.int32, device=problem.device)
+    totals, offsets = scratch.split([bins, bins + 1])
+    fill = _fill_shape(block_size)
+    filling = _cdiv(blocks, fill["BLOCKS"])
+    placing = _cdiv(n, PLACE) if out.positions is not None else 0
+    scan = min(max(_power(bins), 32), MAX_SCAN)
+    return [
+        Launch(
+            "scan_counts",
+            1,
+            (
+                counts, error_word,
+                totals, offsets,
+                out.num_tokens_post_padded, out.expert_counts, out.expert_offsets, out.group_ends,
+                bins, most, counts.stride(0),
+            ),
+            {"BLOCK_SIZE": block_size, "UNSIGNED": unsigned, "SCAN": scan},
+            8 if scan > 512 else 4,
+        ),
+        Launch(
+            "fill_batches",
+            filling + placing,
+            (
+                totals, offsets,
+                out.sorted_token_ids, out.expert_ids, out.positions, out.block_rows,
+                n, bins, length, blocks, most, filling,
+            ),
+            {"BLOCK_SIZE": block_size, "PLACE": PLACE, **fill, "STEPS": bins.bit_length()},
+            4,
+        ),
+    ]  # fmt: skip
+
+
+def _run(problem: Problem, planned: list[Launch]) -> None:
+    global _kernels
+    if _kernels is None:
+        from moealign.backends.triton import kernels
+
+        _kernels = kernels
+    device = problem.device
+    if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device
+            _launch(planned)
+    else:
+        _launch(planned)
+
+
+def _launch(planned: list[Launch]) -> None:
+    for launch in planned:
+        if launch.programs:
+            kernel = getattr(_kernels, launch.kernel)
+            kernel[(launch.programs,)](*launch.arguments, **launch.constants, num_warps=launch.num_warps)
+
+
+def align(
+    problem: Problem,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    error_word: Tensor | None,
+    out: BlockLayout,
+) -> None:
+    """Fill `out`; see kernels.py for how."""
+    _run(problem, launches(problem, topk_ids, expert_map, num_valid_tokens, error_word, out))
+
+
+def align_batched(problem: Problem, expert_num_tokens: Tensor, error_word: Tensor | None, out: BlockLayout) -> None:
+    """Fill `out` from counts."""
+    _run(problem, launches_batched(problem, expert_num_tokens, error_word, out))

@@ -1,0 +1,460 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of the block-aligned layout, in the order of their passes.  Imported at a first call only.
+
+Few routes: `align_small`, one program, all pairs of routes compared; the cost does not depend on the number of experts.
+Otherwise three launches, for n routes in C chunks and E bins:
+
+1. `rank_chunks`   a program a chunk: rank of each route among its chunk's routes of the same bin, counts a bin.
+                   Reads n ids, writes n ranks and C*E counts.
+2. `scan_bins`     a program a few bins: prefix of the counts over chunks; the last program to finish turns the totals
+                   into offsets.  Reads and writes C*E counts.
+3. `place_routes`  routes to their rows, and everything that is no route: padding, tail, one entry a block.
+                   Reads n ids and ranks, writes every output row once.
+
+Batched: `scan_counts` (one program), then `fill_batches`.
+
+A pairwise tile is reduced over its first axis: there the partners of a route lie in one thread's registers.
+Integer atomics add up flags and arrivals alone, so no order of execution shows in a result.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["align_small", "fill_batches", "place_routes", "rank_chunks", "scan_bins", "scan_counts"]
+
+BAD_ID = tl.constexpr(1)
+BAD_MAP = tl.constexpr(2)
+BAD_VALID = tl.constexpr(4)
+BAD_COUNT = tl.constexpr(8)
+RANK_SHIFT = tl.constexpr(16)  # a rank above a count in one word: one reduction gives both
+RANK_AND_COUNT = tl.constexpr((1 << 16) + 1)
+COUNT_MASK = tl.constexpr((1 << 16) - 1)
+
+# Sizes change from call to call, addresses with them where outputs share a slab: neither may compile anything anew.
+SIZES = (
+    "num_routes", "limit_rows", "top_k", "cols", "row_stride", "col_stride", "map_stride", "num_bins", "num_chunks",
+    "length", "num_blocks", "num_placing", "num_filling", "max_tokens", "count_stride",
+)  # fmt: skip
+POINTERS = (
+    "ids", "expert_map", "num_valid", "error_word", "table", "ranks", "arrived", "totals", "offsets", "sorted_ids",
+    "expert_ids", "total", "expert_counts", "expert_offsets", "group_ends", "positions", "block_rows", "scatter_idx",
+    "batch_counts",
+)  # fmt: skip
+
+
+def _kernel(function):  # type: ignore[no-untyped-def]
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(
+        function,
+        do_not_specialize=[name for name in SIZES if name in names],
+        do_not_specialize_on_alignment=[name for name in POINTERS if name in names],
+    )
+
+
+# ---- What a route says --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _widened(values, UNSIGNED: tl.constexpr):
+    """Values to compare with a number of bins.  Unsigned ones come as signed of the same width; what does not fit the
+    result stays negative, which is out of range as well."""
+    wide = values
+    if values.dtype != tl.int64:
+        wide = values.to(tl.int32)
+    if UNSIGNED and values.dtype == tl.int8:
+        wide = wide & 0xFF
+    if UNSIGNED and values.dtype == tl.int16:
+        wide = wide & 0xFFFF
+    return wide
+
+
+@triton.jit
+def _local_bins(expert_map, map_stride, experts, mask, num_bins, MAP_UNSIGNED: tl.constexpr):
+    """The map's value for each expert, -1 where it is no bin; and whether it is neither a bin nor -1."""
+    value = _widened(tl.load(expert_map + experts.to(tl.int64) * map_stride, mask=mask, other=0), MAP_UNSIGNED)
+    inside = (value >= 0) & (value < num_bins)
+    wrong = ~inside & mask
+    if not MAP_UNSIGNED:
+        wrong = wrong & (value != -1)
+    return tl.where(inside, value, -1).to(tl.int32), wrong
+
+
+@triton.jit
+def _bins(
+    route, live, ids, cols, row_stride, col_stride, expert_map, map_stride, num_bins,
+    CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr, IGNORE: tl.constexpr,
+):  # fmt: skip
+    """The bin of each route, num_bins for a dropped one; and whether its id is neither an expert nor -1."""
+    if CONTIGUOUS:
+        at = route
+    else:
+        at = (route // cols) * row_stride + (route % cols) * col_stride
+    expert = _widened(tl.load(ids + at, mask=live, other=0), UNSIGNED)
+    kept = live & (expert >= 0) & (expert < num_bins)
+    wrong = live & ~kept
+    if not UNSIGNED:
+        wrong = wrong & (expert != -1)
+    found = tl.where(kept, expert, num_bins).to(tl.int32)
+    if IGNORE:
+        local, _ = _local_bins(expert_map, map_stride, found, kept, num_bins, MAP_UNSIGNED)
+        found = tl.where(kept & (local >= 0), local, num_bins)
+    return found, wrong
+
+
+@triton.jit
+def _limit(num_valid, num_routes, limit_rows, top_k):
+    """Routes from this one on are dropped; and whether the count on the device is out of range."""
+    limit = num_routes.to(tl.int64)
+    wrong = num_routes < 0
+    if num_valid is not None:
+        valid = tl.load(num_valid)
+        limit = tl.minimum(tl.maximum(valid, 0), limit_rows).to(tl.int64) * top_k
+        wrong = (valid < 0) | (valid > limit_rows)
+    return limit, wrong
+
+
+@triton.jit
+def _report(error_word, bits):
+    if bits != 0:
+        tl.atomic_or(error_word, bits)
+
+
+@triton.jit
+def _ranks(bins, SIZE: tl.constexpr):
+    """For each of SIZE routes: how many earlier ones, and how many in all, share its bin."""
+    lane = tl.arange(0, SIZE)
+    weight = tl.where(lane[:, None] < lane[None, :], RANK_AND_COUNT, 1)
+    both = tl.sum(tl.where(bins[:, None] == bins[None, :], weight, 0), axis=0)
+    return both >> RANK_SHIFT, both & COUNT_MASK
+
+
+# ---- A few routes: one program does it all ------------------------------------------------------------------------
+
+
+@_kernel
+def align_small(
+    ids, expert_map, num_valid, error_word,
+    sorted_ids, expert_ids, total, expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx,
+    num_routes, limit_rows, top_k, cols, row_stride, col_stride, map_stride, num_bins, length, num_blocks,
+    BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr,
+    IGNORE: tl.constexpr, SIZE: tl.constexpr, FILL: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    limit, wrong_limit = _limit(num_valid, num_routes, limit_rows, top_k)
+    lane = tl.arange(0, SIZE)
+    route = lane.to(tl.int64)
+    bins, wrong = _bins(
+        route, route < limit, ids, cols, row_stride, col_stride, expert_map, map_stride, num_bins,
+        CONTIGUOUS, UNSIGNED, MAP_UNSIGNED, IGNORE,
+    )  # fmt: skip
+
+    # The sentinel everywhere while the ids are on their way; the barrier puts the routes on top of it.
+    fill = tl.arange(0, FILL)
+    for first in range(0, length, FILL):
+        tl.store(sorted_ids + first + fill, num_routes, mask=fill < length - first)
+    for first in range(0, num_blocks, FILL):
+        tl.store(expert_ids + first + fill, -1, mask=fill < num_blocks - first)
+        if block_rows is not None:
+            tl.store(block_rows + first + fill, 0, mask=fill < num_blocks - first)
+    if expert_counts is not None:
+        for first in range(0, num_bins, FILL):
+            tl.store(expert_counts + first + fill, 0, mask=fill < num_bins - first)
+
+    kept = bins < num_bins
+    rank, count = _ranks(bins, SIZE)
+    blocks = tl.where(kept & (rank == 0), (count + (BLOCK_SIZE - 1)) // BLOCK_SIZE, 0)
+    first_block = tl.sum(tl.where(bins[:, None] < bins[None, :], blocks[:, None], 0), axis=0)
+    row = first_block * BLOCK_SIZE + rank
+    tl.store(total, tl.sum(blocks, axis=0) * BLOCK_SIZE)
+    if positions is not None:
+        tl.store(positions + lane, tl.where(kept, row, -1), mask=lane < num_routes)
+    if scatter_idx is not None:
+        tl.store(scatter_idx + lane, tl.where(kept, lane, -1), mask=lane < num_routes)
+
+    name = bins
+    if expert_map is not None and not IGNORE:
+        name, _wrong_name = _local_bins(expert_map, map_stride, bins, kept, num_bins, MAP_UNSIGNED)
+    opens = kept & (rank % BLOCK_SIZE == 0)
+    block = first_block + rank // BLOCK_SIZE
+    tl.debug_barrier()
+    tl.store(sorted_ids + row, lane, mask=kept)
+    tl.store(expert_ids + block, name, mask=opens)
+    if block_rows is not None:
+        tl.store(block_rows + block, tl.minimum(count - rank, BLOCK_SIZE), mask=opens)
+    if expert_counts is not None:
+        tl.store(expert_counts + bins, count, mask=kept & (rank == 0))
+
+    if expert_offsets is not None or group_ends is not None:
+        some = tl.arange(0, BINS)
+        for first in range(0, num_bins + 1, BINS):
+            bin_ = first + some
+            below = bins[:, None] < bin_[None, :]
+            if expert_offsets is not None:
+                start = tl.sum(tl.where(below, blocks[:, None], 0), axis=0) * BLOCK_SIZE
+                tl.store(expert_offsets + bin_, start, mask=bin_ <= num_bins)
+            if group_ends is not None:
+                ended = tl.sum(tl.where(below & kept[:, None], 1, 0), axis=0)
+                tl.store(group_ends + bin_ - 1, ended, mask=(bin_ <= num_bins) & (bin_ > 0))
+
+    if error_word is not None:
+        bits = tl.max(wrong.to(tl.int32), axis=0) * BAD_ID + wrong_limit.to(tl.int32) * BAD_VALID
+        if expert_map is not None:
+            seen = tl.zeros([FILL], tl.int32)
+            for first in range(0, num_bins, FILL):
+                _value, wrong_map = _local_bins(
+                    expert_map, map_stride, first + fill, fill < num_bins - first, num_bins, MAP_UNSIGNED
+                )
+                seen = seen | wrong_map.to(tl.int32)
+            bits = bits | (tl.max(seen, axis=0) * BAD_MAP)
+        _report(error_word, bits)
+
+
+# ---- Launch 1 of 3: ranks inside a chunk --------------------------------------------------------------------------
+
+
+@_kernel
+def rank_chunks(
+    ids, expert_map, num_valid, error_word,
+    table, ranks, arrived,
+    num_routes, limit_rows, top_k, cols, row_stride, col_stride, map_stride, num_bins,
+    CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr, IGNORE: tl.constexpr,
+    CHUNK: tl.constexpr, SIZE: tl.constexpr, FILL: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0).to(tl.int64)
+    counts = table + chunk * num_bins  # of this program alone until the next launch
+    fill = tl.arange(0, FILL)
+    for first in range(0, num_bins, FILL):
+        tl.store(counts + first + fill, 0, mask=fill < num_bins - first)
+    if chunk == 0:
+        tl.store(arrived, 0)
+    limit, wrong_limit = _limit(num_valid, num_routes, limit_rows, top_k)
+    seen = tl.zeros([SIZE], tl.int32)
+    tl.debug_barrier()
+
+    for first in range(0, CHUNK, SIZE):
+        route = chunk * CHUNK + first + tl.arange(0, SIZE)
+        bins, wrong = _bins(
+            route, route < limit, ids, cols, row_stride, col_stride, expert_map, map_stride, num_bins,
+            CONTIGUOUS, UNSIGNED, MAP_UNSIGNED, IGNORE,
+        )  # fmt: skip
+        seen = seen | wrong.to(tl.int32)
+        kept = bins < num_bins
+        before = tl.load(counts + bins, mask=kept, other=0)
+        rank, count = _ranks(bins, SIZE)
+        tl.store(ranks + route, tl.where(kept, before + rank, -1), mask=route < num_routes)
+        tl.debug_barrier()  # all have read what comes before them
+        tl.store(counts + bins, before + count, mask=kept & (rank == 0))
+        tl.debug_barrier()
+
+    if error_word is not None:
+        bits = tl.max(seen, axis=0) * BAD_ID
+        if chunk == 0:
+            bits = bits | (wrong_limit.to(tl.int32) * BAD_VALID)
+        _report(error_word, bits)
+
+
+# ---- Launch 2 of 3: where each chunk's routes of a bin begin, and where each bin begins ----------------------------
+
+
+@triton.jit
+def _begin_bins(
+    bin_, counts, begin, ended, num_bins, offsets, expert_counts, expert_offsets, group_ends, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Bins behind `begin` rows and `ended` routes: their first rows and ends, and both sums behind them."""
+    live = bin_ < num_bins
+    padded = (counts + (BLOCK_SIZE - 1)) // BLOCK_SIZE * BLOCK_SIZE
+    first_row = begin + tl.cumsum(padded, 0) - padded
+    tl.store(offsets + bin_, first_row, mask=live)
+    if expert_counts is not None:
+        tl.store(expert_counts + bin_, counts, mask=live)
+    if expert_offsets is not None:
+        tl.store(expert_offsets + bin_, first_row, mask=live)
+    if group_ends is not None:
+        tl.store(group_ends + bin_, ended + tl.cumsum(counts, 0), mask=live)
+        ended += tl.sum(counts, axis=0)
+    return begin + tl.sum(padded, axis=0), ended
+
+
+@_kernel
+def scan_bins(
+    expert_map, error_word,
+    table, totals, offsets, arrived,
+    total, expert_counts, expert_offsets, group_ends,
+    num_chunks, num_bins, map_stride,
+    BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    mine = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    live = mine < num_bins
+    before = tl.zeros([COLUMNS], tl.int32)
+    for first in range(0, num_chunks, ROWS):
+        chunk = first + tl.arange(0, ROWS)
+        at = table + chunk[:, None].to(tl.int64) * num_bins + mine[None, :]
+        here = (chunk < num_chunks)[:, None] & live[None, :]
+        counts = tl.load(at, mask=here, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(counts, 0) - counts, mask=here)
+        before += tl.sum(counts, axis=0)
+    tl.store(totals + mine, before, mask=live)
+    if error_word is not None and expert_map is not None:
+        _, wrong_map = _local_bins(expert_map, map_stride, mine, live, num_bins, MAP_UNSIGNED)
+        _report(error_word, tl.max(wrong_map.to(tl.int32), axis=0) * BAD_MAP)
+
+    tl.debug_barrier()
+    if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.debug_barrier()
+        begin = 0
+        ended = 0
+        for first in range(0, num_bins, SCAN):
+            bin_ = first + tl.arange(0, SCAN)
+            counts = tl.load(totals + bin_, mask=bin_ < num_bins, other=0, cache_modifier=".cg")
+            begin, ended = _begin_bins(
+                bin_, counts, begin, ended, num_bins, offsets, expert_counts, expert_offsets, group_ends, BLOCK_SIZE
+            )
+        tl.store(offsets + num_bins, begin)
+        tl.store(total, begin)
+        if expert_offsets is not None:
+            tl.store(expert_offsets + num_bins, begin)
+
+
+# ---- Launch 3 of 3: every row of the outputs ----------------------------------------------------------------------
+
+
+@triton.jit
+def _bin_at(row, offsets, num_bins, STEPS: tl.constexpr):
+    """The last bin that begins at or before each row; num_bins for a row past all bins."""
+    found = tl.zeros_like(row).to(tl.int32)
+    for step in tl.static_range(STEPS):
+        probe = found + (1 << (STEPS - 1 - step))
+        inside = probe <= num_bins
+        begins = tl.load(offsets + probe, mask=inside, other=0)
+        found = tl.where(inside & (begins <= row), probe, found)
+    return found
+
+
+@triton.jit
+def _fill_blocks(
+    part, totals, offsets, expert_map, sorted_ids, expert_ids, block_rows,
+    num_routes, num_bins, length, num_blocks, map_stride, max_tokens,
+    BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr, NAMED: tl.constexpr, BATCHED: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """BLOCKS blocks: their entries, and the rows in them that no other program writes."""
+    block = part.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    live = block < num_blocks
+    row = block * BLOCK_SIZE
+    bin_ = _bin_at(row, offsets, num_bins, STEPS)
+    used = live & (bin_ < num_bins)
+    skipped = (row - tl.load(offsets + bin_, mask=used, other=0)).to(tl.int32)
+    rows = tl.load(totals + bin_, mask=used, other=0) - skipped
+    rows = tl.where(used, tl.minimum(tl.maximum(rows, 0), BLOCK_SIZE), 0)
+    name = bin_
+    if NAMED:
+        name, _ = _local_bins(expert_map, map_stride, bin_, used, num_bins, MAP_UNSIGNED)
+    tl.store(expert_ids + block, tl.where(used, name, -1), mask=live)
+    if block_rows is not None:
+        tl.store(block_rows + block, rows, mask=live)
+    for first in range(0, BLOCK_SIZE, ROWS):
+        inner = first + tl.arange(0, ROWS)
+        at = row[:, None] + inner[None, :]
+        here = (inner < BLOCK_SIZE)[None, :] & (at < length)
+        padding = inner[None, :] >= rows[:, None]
+        if BATCHED:
+            slot = (bin_ * max_tokens + skipped)[:, None] + inner[None, :]
+            tl.store(sorted_ids + at, tl.where(padding, num_routes, slot), mask=here)
+        else:
+            tl.store(sorted_ids + at, num_routes, mask=here & padding)
+
+
+@_kernel
+def place_routes(
+    ids, expert_map,
+    table, ranks, totals, offsets,
+    sorted_ids, expert_ids, positions, block_rows, scatter_idx,
+    num_routes, cols, row_stride, col_stride, map_stride, num_bins, length, num_blocks, num_placing,
+    BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr,
+    IGNORE: tl.constexpr, NAMED: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    if part < num_placing:
+        route = part.to(tl.int64) * PLACE + tl.arange(0, PLACE)
+        live = route < num_routes
+        rank = tl.load(ranks + route, mask=live, other=-1)
+        kept = rank >= 0
+        bins, _ = _bins(
+            route, live, ids, cols, row_stride, col_stride, expert_map, map_stride, num_bins,
+            CONTIGUOUS, UNSIGNED, MAP_UNSIGNED, IGNORE,
+        )  # fmt: skip
+        begin = tl.load(offsets + bins, mask=kept, other=0)
+        before = tl.load(table + (route // CHUNK) * num_bins + bins, mask=kept, other=0)
+        row = begin + before + rank
+        tl.store(sorted_ids + row, route.to(tl.int32), mask=kept)
+        if positions is not None:
+            tl.store(positions + route, tl.where(kept, row, -1), mask=live)
+        if scatter_idx is not None:
+            tl.store(scatter_idx + route, tl.where(kept, route, -1).to(tl.int32), mask=live)
+    else:
+        _fill_blocks(
+            part - num_placing, totals, offsets, expert_map, sorted_ids, expert_ids, block_rows,
+            num_routes, num_bins, length, num_blocks, map_stride, 0,
+            BLOCK_SIZE, MAP_UNSIGNED, NAMED, False, BLOCKS, ROWS, STEPS,
+        )  # fmt: skip
+
+
+# ---- Batched: counts are given ------------------------------------------------------------------------------------
+
+
+@_kernel
+def scan_counts(
+    batch_counts, error_word,
+    totals, offsets,
+    total, expert_counts, expert_offsets, group_ends,
+    num_bins, max_tokens, count_stride,
+    BLOCK_SIZE: tl.constexpr, UNSIGNED: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    begin = 0
+    ended = 0
+    seen = tl.zeros([SCAN], tl.int32)
+    for first in range(0, num_bins, SCAN):
+        bin_ = first + tl.arange(0, SCAN)
+        live = bin_ < num_bins
+        given = _widened(tl.load(batch_counts + bin_.to(tl.int64) * count_stride, mask=live, other=0), UNSIGNED)
+        counts = tl.minimum(tl.maximum(given, 0), max_tokens).to(tl.int32)
+        if UNSIGNED:
+            counts = tl.where(given < 0, max_tokens, counts)
+        seen = seen | ((given < 0) | (given > max_tokens)).to(tl.int32)
+        tl.store(totals + bin_, counts, mask=live)
+        begin, ended = _begin_bins(
+            bin_, counts, begin, ended, num_bins, offsets, expert_counts, expert_offsets, group_ends, BLOCK_SIZE
+        )
+    tl.store(offsets + num_bins, begin)
+    tl.store(total, begin)
+    if expert_offsets is not None:
+        tl.store(expert_offsets + num_bins, begin)
+    if error_word is not None:
+        _report(error_word, tl.max(seen, axis=0) * BAD_COUNT)
+
+
+@_kernel
+def fill_batches(
+    totals, offsets,
+    sorted_ids, expert_ids, positions, block_rows,
+    num_routes, num_bins, length, num_blocks, max_tokens, num_filling,
+    BLOCK_SIZE: tl.constexpr, PLACE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    if part < num_filling:
+        _fill_blocks(
+            part, totals, offsets, None, sorted_ids, expert_ids, block_rows,
+            num_routes, num_bins, length, num_blocks, 0, max_tokens,
+            BLOCK_SIZE, False, False, True, BLOCKS, ROWS, STEPS,
+        )  # fmt: skip
+    elif positions is not None:
+        route = (part - num_filling).to(tl.int64) * PLACE + tl.arange(0, PLACE)
+        live = route < num_routes
+        bin_ = route // max_tokens
+        slot = (route % max_tokens).to(tl.int32)
+        kept = live & (slot < tl.load(totals + bin_, mask=live, other=0))
+        begin = tl.load(offsets + bin_, mask=kept, other=0)
+        tl.store(positions + route, tl.where(kept, begin + slot, -1), mask=live)

@@ -1,0 +1,303 @@
+"""What only a GPU can show of the CUDA backend: graphs, streams, devices, threads, every path against the oracle."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import moealign
+from moealign.layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched
+from moealign.testing import assert_same_layout, oracle_align, oracle_align_batched, poisoned
+
+cuda = importlib.import_module("moealign.backends.cuda")
+
+pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
+
+DEVICE = torch.device("cuda:0")
+BATCHED_EXTRAS = ("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows")
+ALL = dict.fromkeys(BATCHED_EXTRAS, True)
+
+#: Every path, and both sides of the sizes at which one takes over from another.
+ROUTES = (1, 8, 63, 64, 65, 127, 128, 129, 1000, 5000, 16384, 16385, 40000, 200000)
+EXPERTS = (8, 256, 512, 3000, 65536)
+BATCHED = (
+    (8, 128, 16),
+    (32, 512, 64),
+    (33, 7, 3),
+    (64, 512, 64),
+    (256, 256, 64),
+    (257, 8, 4),
+    (1024, 1, 1),
+    (5000, 8, 4),
+)
+
+
+def some_ids(routes: int, experts: int, seed: int = 0, top_k: int = 1) -> torch.Tensor:
+    """Ids from -2 to a little past the experts."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, experts + 2, (routes // top_k, top_k), generator=generator, dtype=torch.int32)
+
+
+def some_map(experts: int) -> torch.Tensor:
+    """Every other expert is on this rank."""
+    return torch.where(torch.arange(experts) % 2 == 0, torch.arange(experts) // 2, -1).to(torch.int32)
+
+
+def tensors(layout: BlockLayout) -> list[torch.Tensor]:
+    return [getattr(layout, name) for name in OUTPUTS if getattr(layout, name) is not None]
+
+
+# --------------------------------------------------------------------------------------------------------- the oracle
+
+
+@pytest.mark.parametrize("routes", ROUTES)
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("mapped", ["plain", "map", "ignore"])
+def test_every_path_is_the_oracles(routes, experts, mapped):
+    ids = some_ids(routes, experts)
+    options: dict[str, object] = {"block_size": 16, "num_experts": experts}
+    if mapped != "plain":
+        options |= {"expert_map": some_map(experts), "ignore_invalid_experts": mapped == "ignore"}
+    expected = oracle_align(ids, **options)
+    extras = {**ALL, "scatter_idx": mapped != "map"}
+    options = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    for chosen in (extras, {}):
+        word = moealign.new_error_word(DEVICE)
+        layout = moealign.align(ids.to(DEVICE), **options, **chosen, error_word=word, backend="cuda")
+        assert_same_layout(layout, expected)
+        assert word.tolist() == expected["error_word"]
+
+
+@pytest.mark.parametrize(("batches", "slots", "block_size"), BATCHED)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
+def test_batched_is_the_oracles(batches, slots, block_size, dtype):
+    counts = torch.randint(-3 if dtype.is_signed else 0, min(slots + 3, 255), (batches,)).to(dtype)
+    expected = oracle_align_batched(counts, max_tokens_per_batch=slots, block_size=block_size)
+    for poison, chosen in ((-7, ALL), (123456, {})):
+        word = moealign.new_error_word(DEVICE)
+        sizes = capacity_batched(slots, block_size=block_size, num_batches=batches)
+        out = poisoned(sizes, tuple(chosen), DEVICE, poison)
+        layout = moealign.align_batched(
+            counts.to(DEVICE),
+            max_tokens_per_batch=slots,
+            block_size=block_size,
+            **chosen,
+            error_word=word,
+            out=out,
+            backend="cuda",
+        )
+        assert_same_layout(layout, expected)
+        assert word.tolist() == expected["error_word"]
+
+
+# ------------------------------------------------------------------------------------------------------------- graphs
+
+
+@pytest.mark.parametrize("routes", [8, 64, 1024, 8192, 40000])
+def test_a_graph_replays_with_other_ids_and_another_valid_count(routes):
+    ids = some_ids(routes, 64, top_k=8).to(DEVICE)
+    valid = torch.tensor([routes // 8], dtype=torch.int32, device=DEVICE)
+    arguments = {"block_size": 16, "num_experts": 64, "num_valid_tokens": valid, "backend": "cuda"}
+    moealign.align(ids, **arguments, **ALL)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layout = moealign.align(ids, **arguments, **ALL)
+    for seed, count in ((1, routes // 8), (2, routes // 16), (3, 0), (4, routes), (5, -1)):
+        ids.copy_(some_ids(routes, 64, seed, top_k=8))
+        valid.fill_(count)
+        graph.replay()
+        expected = oracle_align(ids.cpu(), block_size=16, num_experts=64, num_valid_tokens=count)
+        assert_same_layout(layout, expected)
+
+
+def test_a_batched_graph_replays_with_other_counts():
+    counts = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    arguments = {"max_tokens_per_batch": 32, "block_size": 16, "backend": "cuda"}
+    moealign.align_batched(counts, **arguments, **ALL)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layout = moealign.align_batched(counts, **arguments, **ALL)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        counts.copy_(torch.randint(0, 40, (64,), dtype=torch.int32))
+        graph.replay()
+        assert_same_layout(layout, oracle_align_batched(counts.cpu(), max_tokens_per_batch=32, block_size=16))
+
+
+IN_A_NEW_PROCESS = """
+import torch, moealign
+from moealign.testing import assert_same_layout, oracle_align, oracle_align_batched
+ids = torch.randint(0, 61, ({routes} // 8, 8), dtype=torch.int32, device="cuda")
+counts = torch.tensor([3, 0, 8], dtype=torch.int32, device="cuda")
+{body}
+torch.cuda.synchronize()
+assert_same_layout(layout, oracle_align(ids.cpu(), block_size=16, num_experts=61))
+assert_same_layout(batched, oracle_align_batched(counts.cpu(), max_tokens_per_batch=8, block_size=4))
+"""
+CALLS = """
+    layout = moealign.align(ids, block_size=16, num_experts=61, positions=True, backend="cuda")
+    batched = moealign.align_batched(counts, max_tokens_per_batch=8, block_size=4, backend="cuda")
+"""
+CAPTURE_FIRST = f"graph = torch.cuda.CUDAGraph()\nwith torch.cuda.graph(graph):{CALLS}\ngraph.replay()"
+THREAD_FIRST = f"""
+import threading
+def work():
+    global layout, batched
+    with torch.cuda.stream(torch.cuda.Stream()):{CALLS.replace(chr(10) + "    ", chr(10) + "        ")}
+torch.cuda.synchronize()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("routes", [64, 1024, 40000])
+@pytest.mark.parametrize("body", [CAPTURE_FIRST, THREAD_FIRST], ids=["capture", "thread"])
+@pytest.mark.parametrize("cache", ["cold", "warm"])
+def test_the_very_first_call(routes, body, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(tmp_path / "cache"))
+    for _ in range(1 if cache == "cold" else 2):
+        code = IN_A_NEW_PROCESS.format(routes=routes, body=body)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ------------------------------------------------------------------------------------- streams, threads and devices
+
+
+@pytest.mark.parametrize("routes", [64, 1024, 40000])
+def test_two_streams_at_once(routes):
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    ids = [some_ids(routes, 64, seed).to(DEVICE) for seed in range(2)]
+    expected = [oracle_align(each.cpu(), block_size=16, num_experts=64) for each in ids]
+    torch.cuda.synchronize()
+    layouts: list[list[BlockLayout]] = [[], []]
+    for _ in range(50):
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                layout = moealign.align(ids[which], block_size=16, num_experts=64, **ALL, backend="cuda")
+                layouts[which].append(layout)
+    torch.cuda.synchronize()
+    for which in range(2):
+        assert_same_layout(layouts[which][0], expected[which])
+        for layout in layouts[which][1:]:
+            assert all(torch.equal(a, b) for a, b in zip(tensors(layout), tensors(layouts[which][0]), strict=True))
+
+
+def test_threads():
+    wrong: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                for routes in (16, 100, 2000, 20000):
+                    ids = some_ids(routes, 32, seed)
+                    expected = oracle_align(ids, block_size=8, num_experts=32)
+                    on_gpu = ids.to(DEVICE)
+                    for _ in range(5):
+                        layout = moealign.align(on_gpu, block_size=8, num_experts=32, **ALL, backend="cuda")
+                        assert_same_layout(layout, expected)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert wrong == []
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("routes", [64, 1024, 40000])
+def test_a_device_that_is_not_the_current_one(routes):
+    ids = some_ids(routes, 64)
+    counts = torch.tensor([3, 0, 8], dtype=torch.int32)
+    with torch.cuda.device(0):
+        layout = moealign.align(ids.to("cuda:1"), block_size=16, num_experts=64, **ALL, backend="cuda")
+        batched = moealign.align_batched(counts.to("cuda:1"), max_tokens_per_batch=8, block_size=4, backend="cuda")
+        assert torch.cuda.current_device() == 0
+    assert layout.sorted_token_ids.device == torch.device("cuda:1")
+    assert_same_layout(layout, oracle_align(ids, block_size=16, num_experts=64))
+    assert_same_layout(batched, oracle_align_batched(counts, max_tokens_per_batch=8, block_size=4))
+
+
+# -------------------------------------------------------------------------------------------- order, bounds and waits
+
+
+@pytest.mark.parametrize("routes", [64, 1024, 40000])
+def test_a_thousand_runs_are_identical(routes):
+    ids = some_ids(routes, 64).to(DEVICE)
+    first = moealign.align(ids, block_size=16, num_experts=64, **ALL, backend="cuda")
+    same = torch.ones((), dtype=torch.bool, device=DEVICE)
+    for _ in range(1000):
+        again = moealign.align(ids, block_size=16, num_experts=64, **ALL, backend="cuda")
+        for a, b in zip(tensors(first), tensors(again), strict=True):
+            same &= (a == b).all()
+    assert same.item()
+
+
+def with_canaries(sizes: Capacity, wanted: tuple[str, ...], shift: int) -> tuple[BlockLayout, list[torch.Tensor]]:
+    """Buffers for ``out=`` with 64 words on each side; `shift` moves them off their 16-byte alignment."""
+    wide, inner = [], {}
+    for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", *wanted):
+        size = getattr(sizes, name)
+        whole = torch.full((64 + size + 64,), 0x5A5A5A5A, dtype=torch.int32, device=DEVICE)
+        view = whole[64 + shift : 64 + shift + size]
+        inner[name] = view.view(-1, 1) if name == "scatter_idx" else view
+        wide.append(whole)
+    return BlockLayout(**inner), wide
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("call", [1, 64, 100, 1024, 8192, 40000, "few", "many"], ids=str)
+def test_canaries_around_the_outputs_live(call, shift):
+    if isinstance(call, int):
+        ids = some_ids(call, 61).to(DEVICE)
+        sizes = capacity(call, block_size=16, num_experts=61)
+        out, wide = with_canaries(sizes, EXTRAS, shift)
+        wanted = dict.fromkeys(EXTRAS, True)
+        moealign.align(ids, block_size=16, num_experts=61, out=out, **wanted, backend="cuda")
+        expected = oracle_align(ids.cpu(), block_size=16, num_experts=61)
+    else:
+        counts = torch.randint(-9, 99, (9 if call == "few" else 300,), device=DEVICE)
+        sizes = capacity_batched(50, block_size=8, num_batches=counts.numel())
+        out, wide = with_canaries(sizes, BATCHED_EXTRAS, shift)
+        moealign.align_batched(counts, max_tokens_per_batch=50, block_size=8, out=out, **ALL, backend="cuda")
+        expected = oracle_align_batched(counts.cpu(), max_tokens_per_batch=50, block_size=8)
+    assert_same_layout(out, expected)
+    for whole in wide:
+        assert (whole[: 64 + shift] == 0x5A5A5A5A).all()
+        assert (whole[whole.numel() - 64 + shift :] == 0x5A5A5A5A).all()
+
+
+@pytest.mark.parametrize("routes", [64, 1024, 40000])
+def test_no_call_waits_for_the_gpu(routes):
+    ids = some_ids(routes, 64).to(DEVICE)
+    valid = torch.tensor([5], dtype=torch.int32, device=DEVICE)
+    counts = torch.tensor([3, 0, 8], dtype=torch.int32, device=DEVICE)
+    word = moealign.new_error_word(DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):  # a first call compiles
+            moealign.align(
+                ids, block_size=16, num_experts=64, num_valid_tokens=valid, error_word=word, **ALL, backend="cuda"
+            )
+            moealign.align_batched(counts, max_tokens_per_batch=8, block_size=4, backend="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_failed_launch_says_what_failed():
+    compile_ = importlib.import_module("moealign.backends.cuda.compile")
+    batched = importlib.import_module("moealign.backends.cuda.batched")
+    found = compile_.kernel(batched.SOURCE, *batched.specialise(torch.int32, 4, 8, 4, True), 0)
+    with pytest.raises(
+        RuntimeError, match=r"batched_few on cuda:0 with 1 CTAs of 4096 threads.*CUDA_ERROR_INVALID_VALUE"
+    ):
+        found.launch(1, 4096, 0, *[0] * 13)

@@ -1,0 +1,261 @@
+"""What of the CUDA backend can be tested without a GPU: every specialisation compiles, and the cache keeps its word."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import multiprocessing
+import os
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+compile_ = importlib.import_module("moealign.backends.cuda.compile")
+
+
+def missing() -> str | None:
+    try:
+        if importlib.util.find_spec("cuda.core") is None:
+            return "cuda.core is not installed"
+        compile_.compiler_version()
+    except Exception as error:
+        return f"NVRTC cannot be loaded: {error}"
+    return None
+
+
+needs_nvrtc = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+SMALL = 'extern "C" __global__ void k(long long* a) { a[threadIdx.x] = VALUE; }'
+
+
+def specialisations() -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
+    found = []
+    for module in ("batched", "align"):
+        found += importlib.import_module(f"moealign.backends.cuda.{module}").specialisations()
+    return list(dict.fromkeys(found))
+
+
+class Resources(NamedTuple):
+    """What the ELF file of a cubin says of one kernel.  Spilled registers live on the stack."""
+
+    registers: int
+    stack: int  # bytes
+    parameters: list[int]  # bytes of each
+
+
+def resources(cubin: bytes, kernel: str) -> Resources:
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    entry_size, entries, names_at = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * entry_size) for i in range(entries)]
+    by_name = {}
+    for section in sections:
+        start = sections[names_at][4] + section[0]
+        by_name[cubin[start : cubin.index(b"\0", start)].decode()] = section
+
+    def attributes(name: str) -> Iterator[tuple[int, bytes]]:
+        at, end = by_name[name][4], by_name[name][4] + by_name[name][5]
+        while at < end:
+            form, attribute, size = struct.unpack_from("<BBH", cubin, at)
+            at += 4
+            if form == 4:  # `size` bytes follow; in the other forms `size` is the value
+                yield attribute, cubin[at : at + size]
+                at += size
+
+    symbol, registers = by_name[f".text.{kernel}"][7] & 0xFFFFFF, by_name[f".text.{kernel}"][7] >> 24
+    stack = None
+    for attribute, value in attributes(".nv.info"):
+        if attribute in (0x11, 0x2F):  # frame size; registers, where the section header has none
+            which, number = struct.unpack("<II", value)
+            if which == symbol and attribute == 0x11:
+                stack = number
+            elif which == symbol:
+                registers = number
+    # EIATTR_KPARAM_INFO: index, ordinal, offset, and flags whose upper bits are the size.
+    found = [
+        struct.unpack("<IHHI", value) for attribute, value in attributes(f".nv.info.{kernel}") if attribute == 0x17
+    ]
+    assert stack is not None
+    return Resources(registers, stack, [flags >> 18 for _, _, _, flags in found])
+
+
+def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
+    return dict(defines).get("THREADS", 1024)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_specialisation_compiles_and_spills_nothing(arch):
+    wrong = []
+    for source, name, defines in specialisations():
+        found = resources(compile_.build(compile_._source(source), name, defines, arch), name)
+        if found.stack or not 0 < found.registers <= min(255, 65536 // threads_of(defines)):
+            wrong.append((source, name, defines, found))
+        if set(found.parameters) != {8}:  # as Kernel.launch passes them
+            wrong.append((source, name, defines, found))
+    assert wrong == []
+
+
+@needs_nvrtc
+def test_the_reader_of_resources_sees_a_stack_and_a_short_parameter():
+    source = """extern "C" __global__ void k(long long* a, int b) {
+      volatile int local[64]; for (int i = 0; i < 64; ++i) local[i] = i; a[0] = local[a[b] & 63]; }"""
+    found = resources(compile_.build(source, "k", (), "sm_90"), "k")
+    assert found.stack >= 256
+    assert found.registers > 0
+    assert sorted(found.parameters) == [4, 8]
+
+
+@needs_nvrtc
+def test_a_compile_error_says_what_nvrtc_says():
+    with pytest.raises(Exception, match="nonsense"):
+        compile_.build("nonsense;", "k", (), "sm_90")
+
+
+# ------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    path = tmp_path / "cache"
+    monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(path))
+    compile_._checked.cache_clear()
+    yield path
+    compile_._checked.cache_clear()
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Compilations, counted; the compiler is left out."""
+    calls: list[tuple[object, ...]] = []
+
+    def build(*args: object) -> bytes:
+        calls.append(args)
+        return repr(args).encode()
+
+    monkeypatch.setattr(compile_, "build", build)
+    monkeypatch.setattr(compile_, "compiler_version", lambda: "13.0")
+    return calls
+
+
+REQUEST = (SMALL, "k", (("VALUE", 1),), "sm_90")
+
+
+def test_the_key_changes_with_each_ingredient():
+    base = [*REQUEST, "13.0"]
+    others = ["other", "other", (("VALUE", 2),), "sm_80", "13.1"]
+    keys = {compile_.cache_key(*base)}
+    for i, other in enumerate(others):
+        keys.add(compile_.cache_key(*base[:i], other, *base[i + 1 :]))
+    keys.add(compile_.cache_key(SMALL, "k", (("VALUE", 1), ("MORE", 1)), "sm_90", "13.0"))
+    assert len(keys) == 7
+
+
+def test_an_entry_is_compiled_once(folder, builds):
+    first = compile_.cubin(*REQUEST)
+    assert compile_.cubin(*REQUEST) == first
+    assert len(builds) == 1
+    assert [path.suffix for path in folder.iterdir()] == [".cubin"]
+    if hasattr(os, "getuid"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "longer", "renamed"])
+def test_a_damaged_entry_is_built_again(folder, builds, damage):
+    good = compile_.cubin(*REQUEST)
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    if damage == "renamed":  # a good entry under the name of another
+        compile_.cubin(SMALL, "k", (("VALUE", 2),), "sm_90")
+        (other,) = (each for each in folder.iterdir() if each != path)
+        path.write_bytes(other.read_bytes())
+        builds.clear()
+        builds.append(())
+    else:
+        path.write_bytes(
+            {"truncated": whole[:-1], "flipped": whole[:-1] + b"~", "empty": b"", "longer": whole + b"."}[damage]
+        )
+    assert compile_.cubin(*REQUEST) == good
+    assert len(builds) == 2
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="permissions as on Unix")
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
+def test_a_folder_that_others_can_write_is_not_used_and_said_so_once(folder, builds, caplog, mode):
+    folder.mkdir()
+    folder.chmod(mode)
+    with caplog.at_level(logging.WARNING, "moealign"):
+        compile_.cubin(*REQUEST)
+        compile_.cubin(*REQUEST)
+    assert len(builds) == 2
+    assert list(folder.iterdir()) == []
+    assert len(caplog.records) == 1
+    assert "MOEALIGN_CACHE_DIR" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="owners as on Unix")
+def test_a_folder_of_another_user_is_not_used(folder, builds, monkeypatch):
+    folder.mkdir(mode=0o700)
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    compile_.cubin(*REQUEST)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(folder, builds):
+    folder.write_text("a file stands where the folder should")
+    assert compile_.cubin(*REQUEST)
+
+
+def test_the_folder_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("MOEALIGN_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert compile_._folder() == tmp_path / "xdg" / "moealign"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert compile_._folder() == tmp_path / "home" / ".cache" / "moealign"
+
+
+def test_an_interrupted_write_leaves_nothing_behind(folder, builds, monkeypatch):
+    def broken(*args: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", broken)
+    assert compile_.cubin(*REQUEST)
+    assert list(folder.iterdir()) == []
+
+
+def _compile_in_a_process(start, results) -> None:
+    start.wait()
+    results.put(compile_.cubin(*REQUEST))
+
+
+@needs_nvrtc
+def test_four_processes_at_once_end_with_one_good_entry(folder):
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    start, results = context.Barrier(4), context.Queue()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork beside torch's threads
+        workers = [context.Process(target=_compile_in_a_process, args=(start, results)) for _ in range(4)]
+        for each in workers:
+            each.start()
+    codes = {results.get(timeout=60) for _ in workers}
+    for each in workers:
+        each.join(60)
+    assert len(codes) == 1
+    (entry,) = folder.iterdir()
+    assert compile_._read(entry, entry.stem) == codes.pop()
+
+
+def test_importing_the_backend_imports_no_cuda_core():
+    # torch itself may import cuda.bindings, and does where it is installed.
+    heavy = "('cuda.core', 'cuda.bindings.nvrtc')"
+    code = f"import sys, moealign.backends.cuda; print([m for m in sys.modules if m.startswith({heavy})])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

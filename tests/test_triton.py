@@ -1,0 +1,189 @@
+"""The Triton backend without a GPU: interpreted on the CPU, and compiled ahead for machines that are not here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moealign.layout import EXTRAS, Problem, capacity, capacity_batched
+from moealign.testing import poisoned
+
+pytest.importorskip("triton")
+backend = importlib.import_module("moealign.backends.triton")
+
+HERE = Path(__file__).parent
+ALTERNATIVE = os.environ.get("MOEALIGN_TRITON_ALT")
+KIB = 1024
+TARGETS = [
+    ("cuda", 80, 32, 99 * KIB),
+    ("cuda", 90, 32, 227 * KIB),
+    ("cuda", 100, 32, 227 * KIB),
+    ("hip", "gfx942", 64, 64 * KIB),
+]
+_TYPES = {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
+
+
+def releases():
+    """The Triton beside this torch, and the other release that users have, if it is unpacked somewhere."""
+    yield pytest.param(None, id="installed")
+    missing = pytest.mark.skipif(
+        not (ALTERNATIVE and (Path(ALTERNATIVE) / "triton").is_dir()),
+        reason="MOEALIGN_TRITON_ALT names no folder with another Triton",
+    )
+    yield pytest.param(ALTERNATIVE, id="alternative", marks=missing)
+
+
+def environment(release):
+    paths = [str(HERE.parent / "src"), *filter(None, [release, os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.mark.parametrize("release", releases())
+def test_interpreted_it_equals_the_oracle(release):
+    """In a process of its own: TRITON_INTERPRET is read where a kernel is decorated."""
+    env = environment(release)
+    env["TRITON_INTERPRET"] = "1"
+    run = subprocess.run(
+        [sys.executable, str(HERE / "triton_interpret.py")], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+@pytest.mark.parametrize("release", releases())
+def test_compiles_ahead_within_every_targets_shared_memory(release):
+    """In a process of its own as well: only one Triton fits in one."""
+    env = environment(release)
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=1800)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+def test_says_why_it_is_not_here(monkeypatch):
+    backend.unavailable.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "TRITON_INTERPRET=1" in (backend.unavailable() or "")
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    backend.unavailable.cache_clear()
+    assert "pip install" in (backend.unavailable() or "")
+    monkeypatch.undo()
+    backend.unavailable.cache_clear()
+
+
+@pytest.mark.parametrize(("routes", "number"), [(0, 1), (1, 1), (128, 1), (129, 3), (16_384, 3), (524_288, 3)])
+def test_launches_few_kernels(routes, number):
+    assert len(plan(routes)) == number
+
+
+def test_another_number_of_routes_compiles_nothing_new():
+    """Constants and the kinds of the arguments decide what is compiled; they are the same over a range of sizes."""
+    for low, high in ((65, 128), (129, 16_384), (16_385, 65_536), (65_537, 262_144), (262_145, 524_288)):
+        middle = (low + high) // 2
+        # The last scan's tile follows the number of chunks, in powers of two.
+        kinds = {
+            repr([(one.kernel, {k: v for k, v in one.constants.items() if k != "ROWS"}) for one in plan(n)])
+            for n in (low, middle, high)
+        }
+        assert len(kinds) == 1, (low, high)
+
+
+def test_the_table_stays_small():
+    for routes in (129, 8_192, 262_144, 524_288, 1 << 22):
+        for bins in (1, 256, 65_536, 1 << 20):
+            size = backend._chunk(routes, bins)
+            chunks = -(-routes // size)
+            assert size % backend.PAIRWISE == 0
+            assert chunks <= backend.MAX_CHUNKS
+            assert chunks * bins <= max(backend.MAX_TABLE, bins)
+
+
+def plan(routes, experts=256, block_size=128, dtype=torch.int32, extras=(), mapped=False, ignore=False, rich=False):
+    """The launches of one call.  Nothing runs; with `rich`, strided ids, an error word and a valid count."""
+    top_k = 4 if rich else 1
+    ids = torch.empty(top_k, routes // top_k, dtype=dtype).T if rich else torch.empty(routes, dtype=dtype)
+    expert_map = torch.empty(experts, dtype=torch.int32) if mapped else None
+    word = torch.empty(1, dtype=torch.int32) if rich else None
+    sizes = capacity(ids.numel(), block_size=block_size, num_experts=experts)
+    out = poisoned(sizes, extras, "cpu", 0)
+    map_dtype = torch.int32 if mapped else None
+    problem = Problem(
+        "align", ids.device, dtype, ids.numel(), top_k, experts, block_size, map_dtype, ignore, rich, rich, extras
+    )
+    return backend.launches(problem, ids, expert_map, word, word, out)
+
+
+def plan_batched(batches, most, block_size, dtype=torch.int32, extras=()):
+    counts = torch.empty(batches, dtype=dtype)
+    problem = Problem("align_batched", counts.device, dtype, batches * most, most, batches, block_size, extras=extras)
+    out = poisoned(capacity_batched(most, block_size=block_size, num_batches=batches), extras, "cpu", 0)
+    return backend.launches_batched(problem, counts, torch.empty(1, dtype=torch.int32), out)
+
+
+def every_configuration():
+    """Every set of tunables that the rules choose, each with the plain and the richest arguments."""
+    planned = []
+    for routes in (8, 64, 100):
+        planned += plan(routes, block_size=16)
+        planned += plan(routes, extras=EXTRAS, mapped=True, ignore=True, rich=True, dtype=torch.int64)
+        planned += plan(routes, extras=EXTRAS[:-1], mapped=True, rich=True)
+    for routes in (1_024, 32_768, 131_072, 524_288):
+        planned += plan(routes)
+    planned += plan(16_384, experts=8)
+    planned += plan(4_096, experts=65_536, block_size=16, extras=EXTRAS, mapped=True, rich=True)
+    planned += plan(524_288, experts=2_048, block_size=7, extras=EXTRAS, mapped=True, ignore=True, dtype=torch.uint16)
+    planned += plan(4_096, block_size=1, dtype=torch.uint64, rich=True)
+    planned += plan_batched(8, 128, 16) + plan_batched(256, 1_024, 128, torch.int64, EXTRAS[:-1])
+    planned += plan_batched(5_000, 16, 1, torch.uint8)
+    seen = {}
+    for one in planned:
+        kinds = tuple(_kind(argument) for argument in one.arguments)
+        seen[one.kernel, kinds, tuple(one.constants.items()), one.num_warps] = one
+    return list(seen.values())
+
+
+def _kind(argument):
+    if argument is None:
+        return "constexpr"
+    return "*" + _TYPES[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
+
+
+def compile_all():
+    """Compile every configuration for every target; the number of those that need too much shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moealign.backends.triton import kernels
+
+    too_large = compiled = 0
+    for one in every_configuration():
+        function = getattr(kernels, one.kernel)
+        signature = {}
+        constants = dict(one.constants)
+        for name, argument in zip(function.arg_names, one.arguments, strict=False):
+            signature[name] = _kind(argument)
+            if argument is None:
+                constants[name] = None
+        signature |= dict.fromkeys(one.constants, "constexpr")
+        assert set(signature) == set(function.arg_names), one.kernel
+        for backend_name, arch, warp, limit in TARGETS:
+            source = ASTSource(function, signature, constants)
+            binary = triton.compile(
+                source, target=GPUTarget(backend_name, arch, warp), options={"num_warps": one.num_warps}
+            )
+            compiled += 1
+            if binary.metadata.shared > limit:
+                too_large += 1
+                print(f"{one.kernel} {one.constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
+    print(f"triton {triton.__version__}: {compiled} kernels")
+    return too_large
+
+
+if __name__ == "__main__":
+    sys.exit(compile_all())
