@@ -14,7 +14,7 @@ from .compile import COOPERATIVE, PLAIN, Kernel, kernel
 __all__ = ["Plan", "align", "defines_of", "path_of"]
 
 # -------------------------------------------------------------------------------------------------------------- tuning
-# Measured on an H200 by tests/gpu_smoke_align.py, graph replay.
+# Measured on an H200 by benchmarks/align.py, graph replay.
 
 _WARP_ROUTES = 32  #: what one warp ranks by itself
 _WARP_THREADS = 128
@@ -23,7 +23,7 @@ _PAIRWISE_CTAS = 4
 _PAIRWISE_WORDS = (2, 4, 8)  #: words of 32 routes that the pairwise kernel is compiled for
 #: independent: (up to this many routes, threads, words of 32 routes a CTA ranks, vectors of four ids a thread holds)
 _INDEPENDENT = ((1024, 256, 1, 1), (2048, 512, 1, 1), (4096, 1024, 2, 1), (8192, 1024, 4, 2), (12000, 1024, 4, 4))
-#: grid: (threads, routes a thread), the first that takes all routes with tables that fit shared memory and in so many CTAs
+#: grid: (threads, routes a thread, CTAs): the first that takes all routes, with tables that fit shared memory
 _GRID = ((512, 1, 64), (512, 2, 64), (1024, 1, 132), (1024, 2, 132), (1024, 4, 132), (512, 8, 132), (256, 8, 132))
 _GRID_BATCH = (4, 8, 17)  #: rows of the table that a thread loads at once
 _RADIX_THREADS = 1024
