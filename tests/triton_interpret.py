@@ -9,6 +9,7 @@ import sys
 
 import torch
 import triton
+from triton.runtime import interpreter
 
 import moealign
 from moealign.layout import EXTRAS
@@ -28,6 +29,17 @@ SIZES = [
     (9, 2, 5, 8_192),  # too many rows for one program
 ]
 BATCHED = [(0, 4, 4), (5, 8, 4), (3, 0, 16), (33, 17, 7), (300, 5, 64), (4_200, 2, 1)]
+
+
+def mend_interpreter() -> None:
+    """Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def hand_made(generator):
@@ -57,6 +69,7 @@ def hand_made(generator):
 
 
 def main(cases: int) -> int:
+    mend_interpreter()
     failures = done = 0
     for said, layout, word, expected in hand_made(torch.Generator().manual_seed(0)):
         found = difference(layout, expected)
