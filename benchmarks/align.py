@@ -72,7 +72,7 @@ HOST_SIZES = [(1, 8, 256, 16), (32, 8, 256, 16), (1024, 8, 256, 128)]
 CPU_SIZES = [(1, 8, 256, 16), (32, 8, 256, 16), (256, 8, 256, 64), (2048, 8, 256, 128), (65536, 8, 256, 128)]
 BENCHES = ("align", "batched", "align-extras", "align-skew", "align-map", "large-e", "eager-host")
 QUICK = {8, 256, 8192, 524288}  # routes
-OFTEN = {8, 64, 256, 1024, 8192, 65536, 524288}  # routes at which the slower implementations are timed too
+OFTEN = {8, 64, 256, 1024, 8192, 16384, 65536, 524288}  # routes at which the slower implementations are timed too
 SELDOM = {256, 8192, 524288}
 BASE = {"align-extras": "three", "align-skew": "uniform"}  # the kind that the others of a bench are compared to
 

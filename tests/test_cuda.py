@@ -23,7 +23,7 @@ BATCHED_EXTRAS = ("expert_counts", "expert_offsets", "group_ends", "positions", 
 ALL = dict.fromkeys(BATCHED_EXTRAS, True)
 
 #: Every path, and both sides of the sizes at which one takes over from another.
-ROUTES = (1, 8, 63, 64, 65, 127, 128, 129, 1000, 5000, 16384, 16385, 40000, 200000)
+ROUTES = (1, 8, 63, 64, 65, 127, 128, 129, 1000, 5000, 16384, 16385, 32768, 32769, 200000)
 EXPERTS = (8, 256, 512, 3000, 65536)
 BATCHED = (
     (8, 128, 16),
@@ -71,6 +71,22 @@ def test_every_path_is_the_oracles(routes, experts, mapped):
         layout = moealign.align(ids.to(DEVICE), **options, **chosen, error_word=word, backend="cuda")
         assert_same_layout(layout, expected)
         assert word.tolist() == expected["error_word"]
+
+
+@pytest.mark.parametrize("routes", [1000, 4096, 5000, 12000, 12001, 40000])
+@pytest.mark.parametrize("experts", [8, 256, 5000])
+def test_devices_without_clusters_have_paths_of_their_own(routes, experts, monkeypatch):
+    """What sm_80 and sm_89 take, run here: the same source, the same sizes, no cluster anywhere."""
+    align_ = sys.modules["moealign.backends.cuda.align"]
+    taken = []
+    path_of = align_.path_of
+    monkeypatch.setattr(align_, "_cluster_sizes", lambda major: (1,))
+    monkeypatch.setattr(align_, "_plans", {})
+    monkeypatch.setattr(align_, "path_of", lambda *facts: taken.append(path_of(*facts)) or taken[-1])
+    ids = some_ids(routes, experts)
+    layout = moealign.align(ids.to(DEVICE), block_size=16, num_experts=experts, **ALL, backend="cuda")
+    assert_same_layout(layout, oracle_align(ids, block_size=16, num_experts=experts))
+    assert [path.cluster for path in taken] == [1]
 
 
 @pytest.mark.parametrize(("batches", "slots", "block_size"), BATCHED)
@@ -156,7 +172,7 @@ thread.join()
 """
 
 
-@pytest.mark.parametrize("routes", [64, 1024, 40000])
+@pytest.mark.parametrize("routes", [64, 1024, 10000, 40000])
 @pytest.mark.parametrize("body", [CAPTURE_FIRST, THREAD_FIRST], ids=["capture", "thread"])
 @pytest.mark.parametrize("cache", ["cold", "warm"])
 def test_the_very_first_call(routes, body, cache, tmp_path, monkeypatch):
@@ -170,7 +186,7 @@ def test_the_very_first_call(routes, body, cache, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------- streams, threads and devices
 
 
-@pytest.mark.parametrize("routes", [64, 1024, 40000])
+@pytest.mark.parametrize("routes", [64, 1024, 10000, 40000])
 def test_two_streams_at_once(routes):
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     ids = [some_ids(routes, 64, seed).to(DEVICE) for seed in range(2)]
@@ -214,7 +230,7 @@ def test_threads():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
-@pytest.mark.parametrize("routes", [64, 1024, 40000])
+@pytest.mark.parametrize("routes", [64, 1024, 10000, 40000])
 def test_a_device_that_is_not_the_current_one(routes):
     ids = some_ids(routes, 64)
     counts = torch.tensor([3, 0, 8], dtype=torch.int32)
@@ -230,7 +246,7 @@ def test_a_device_that_is_not_the_current_one(routes):
 # -------------------------------------------------------------------------------------------- order, bounds and waits
 
 
-@pytest.mark.parametrize("routes", [64, 1024, 40000])
+@pytest.mark.parametrize("routes", [64, 1024, 10000, 40000])
 def test_a_thousand_runs_are_identical(routes):
     ids = some_ids(routes, 64).to(DEVICE)
     first = moealign.align(ids, block_size=16, num_experts=64, **ALL, backend="cuda")
@@ -255,7 +271,7 @@ def with_canaries(sizes: Capacity, wanted: tuple[str, ...], shift: int) -> tuple
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("call", [1, 64, 100, 1024, 8192, 40000, "few", "many"], ids=str)
+@pytest.mark.parametrize("call", [1, 64, 100, 1024, 4097, 8192, 40000, "few", "many"], ids=str)
 def test_canaries_around_the_outputs_live(call, shift):
     if isinstance(call, int):
         ids = some_ids(call, 61).to(DEVICE)
@@ -276,7 +292,7 @@ def test_canaries_around_the_outputs_live(call, shift):
         assert (whole[whole.numel() - 64 + shift :] == 0x5A5A5A5A).all()
 
 
-@pytest.mark.parametrize("routes", [64, 1024, 40000])
+@pytest.mark.parametrize("routes", [64, 1024, 10000, 40000])
 def test_no_call_waits_for_the_gpu(routes):
     ids = some_ids(routes, 64).to(DEVICE)
     valid = torch.tensor([5], dtype=torch.int32, device=DEVICE)

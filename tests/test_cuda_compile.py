@@ -35,10 +35,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 SMALL = 'extern "C" __global__ void k(long long* a) { a[threadIdx.x] = VALUE; }'
 
 
-def specialisations() -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
+def specialisations(major: int) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
     found = []
     for module in ("batched", "align"):
-        found += importlib.import_module(f"moealign.backends.cuda.{module}").specialisations()
+        found += importlib.import_module(f"moealign.backends.cuda.{module}").specialisations(major)
     return list(dict.fromkeys(found))
 
 
@@ -93,7 +93,7 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_specialisation_compiles_and_spills_nothing(arch):
     wrong = []
-    for source, name, defines in specialisations():
+    for source, name, defines in specialisations(int(arch[3:-1])):
         found = resources(compile_.build(compile_._source(source), name, defines, arch), name)
         if found.stack or not 0 < found.registers <= min(255, 65536 // threads_of(defines)):
             wrong.append((source, name, defines, found))

@@ -5,7 +5,7 @@
 //
 //   KERNEL_warp         n <= 32       every warp ranks all routes with ballots; no barrier at all
 //   KERNEL_pairwise     n <= 32*WORDS bit planes of the ids in shared memory, compared pairwise; two barriers
-//   KERNEL_independent  n <= 16,384   every CTA counts all routes and ranks its own; nothing between CTAs
+//   KERNEL_independent  n <= 131,072  every cluster counts all routes, every CTA ranks its own; nothing between clusters
 //   KERNEL_grid         n <= CTAs*THREADS*STEPS  cooperative: counts of each CTA, one grid barrier, runs written in order
 //   KERNEL_radix        any n, any E  cooperative: stable LSD radix sort of the bins by 8-bit digits
 //
@@ -14,8 +14,9 @@
 //   NVALID, ERROR  num_valid_tokens / error_word are given
 //   EXTRAS    1 counts, 2 offsets, 4 group_ends, 8 positions, 16 block_rows, 32 scatter_idx
 //   STRIDED   ids are [n / top_k, top_k] with strides (s0, s1); else contiguous.  VECTOR_IN, VECTOR_OUT: 16-byte aligned
-//   THREADS, WORDS, STEPS  chosen by align.py: threads of a CTA; words of 32 routes a CTA (grid: rows of the table that
-//             a thread reads at once); routes a thread
+//   THREADS, WORDS, STEPS, CLUSTER  chosen by align.py: threads of a CTA; words of 32 routes a CTA (grid: rows of the table
+//             that a thread reads, CTAs being segments * WORDS); routes a thread; CTAs of a cluster
+//   COMPACT   independent, for more experts than shared memory holds three words each of
 //
 // Every parameter is 8 bytes.  Costs of these paths do not depend on values beyond bank conflicts.
 
@@ -64,13 +65,23 @@ typedef Int<MAP_TYPE>::type map_t;
 static __device__ constexpr int bits_of(u32 v) { return v == 0 ? 0 : 1 + bits_of(v >> 1); }
 constexpr int BITS = bits_of(E - 1);  // of a bin
 
+#if MAP || NVALID || ERROR || EXTRAS || STRIDED
 #define PARAMETERS \
     const id_t *__restrict__ ids, const map_t *__restrict__ map, const int *__restrict__ nvalid, int *error, \
     int *__restrict__ sorted, int *__restrict__ expert_ids, int *__restrict__ total_out, \
     int *__restrict__ counts, int *__restrict__ offsets, int *__restrict__ ends, \
     int *__restrict__ positions, int *__restrict__ block_rows, int *__restrict__ scatter, \
-    i64 n64, i64 top_k64, i64 length64, i64 s0, i64 s1, i64 smap, int *scratch
-#define SIZES const u32 n = (u32)n64, L = (u32)length64, blocks_all = (L + B - 1u) / B; (void)blocks_all; (void)L
+    i64 n64, i64 top_k64, i64 length64, int *scratch, i64 s0, i64 s1, i64 smap
+#define UNUSED
+#else  // the usual call: the driver takes a while for each parameter
+#define PARAMETERS \
+    const id_t *__restrict__ ids, int *__restrict__ sorted, int *__restrict__ expert_ids, int *__restrict__ total_out, \
+    i64 n64, i64 top_k64, i64 length64, int *scratch
+#define UNUSED \
+    const map_t *const map = nullptr; const int *const nvalid = nullptr; int *const error = nullptr; \
+    const i64 s0 = 0, s1 = 0, smap = 0; (void)map, (void)nvalid, (void)error, (void)s0, (void)s1, (void)smap
+#endif
+#define SIZES UNUSED; const u32 n = (u32)n64, L = (u32)length64, blocks_all = (L + B - 1u) / B; (void)blocks_all; (void)L
 
 // ---- values as given -> bins ---------------------------------------------------------------------------------------
 
@@ -251,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS) {
     }
 #if COUNTS || OFFSETS || ENDS
 #pragma unroll 1
-    for (u32 e = me; e < E + 1u; e += all) {
+    for (u32 e = me; e < E; e += all) {
         u32 is = kept, less = 0;
 #pragma unroll
         for (int b = BITS - 1; b >= 0; b--) {
@@ -259,18 +270,19 @@ extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS) {
             less |= is & mine & ~planes[b];
             is &= ~(planes[b] ^ mine);
         }
-        if (e < E) {
 #if COUNTS
-            counts[e] = __popc(is);
+        counts[e] = __popc(is);
 #endif
 #if ENDS
-            ends[e] = __popc(is | less);
+        ends[e] = __popc(is | less);
 #endif
-        }
 #if OFFSETS
-        offsets[e] = (int)((e < E ? __popc(less & leaders) : used) * B);
+        offsets[e] = (int)(__popc(less & leaders) * B);
 #endif
     }
+#if OFFSETS
+    if (me == 0) offsets[E] = (int)(used * B);
+#endif
 #endif
     report(error, w == 0 ? bad : 0, map, smap, nvalid, n, (u32)top_k64, me, all);
 }
@@ -360,29 +372,35 @@ extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS) {
 #endif
     }
 #if COUNTS || OFFSETS || ENDS
+    // CH threads an expert, a word each.
+    const u32 word = t % CH, word_leaders = leaders[word];
 #pragma unroll 1
-    for (u32 e = me; e < E + 1u; e += all) {
-        u32 is = 0, less = 0, blocks = 0;
-#pragma unroll 1
-        for (int c = 0; c < CH; c++) {
-            u32 eq_c, lt_c;
-            compare(planes[c], e, eq_c, lt_c);
-            is += __popc(eq_c);
-            less += __popc(lt_c);
-            blocks += __popc(lt_c & leaders[c]);
+    for (u32 i = me; (i & ~31u) < E * CH; i += all) {
+        const u32 e = i / CH;
+        u32 is, less;
+        compare(planes[word], e, is, less);
+        u32 in = __popc(is), till = __popc(is | less), blocks = __popc(less & word_leaders);
+#pragma unroll
+        for (int d = 1; d < CH; d *= 2) {
+            in += __shfl_xor_sync(FULL, in, d);
+            till += __shfl_xor_sync(FULL, till, d);
+            blocks += __shfl_xor_sync(FULL, blocks, d);
         }
-        if (e < E) {
+        if (word == 0 && e < E) {
 #if COUNTS
-            counts[e] = is;
+            counts[e] = in;
 #endif
 #if ENDS
-            ends[e] = is + less;
+            ends[e] = till;
+#endif
+#if OFFSETS
+            offsets[e] = (int)(blocks * B);
 #endif
         }
-#if OFFSETS
-        offsets[e] = (int)((e < E ? blocks : used) * B);
-#endif
     }
+#if OFFSETS
+    if (me == 0) offsets[E] = (int)(used * B);
+#endif
 #endif
     report(error, blockIdx.x == 0 ? bad : 0, map, smap, nvalid, n, (u32)top_k64, me, all);
 }
@@ -416,19 +434,25 @@ DEV void scan_cta(u32 &a, u32 &b, u32 &all_a, u32 &all_b, uint2 *room, bool seco
     }
 }
 
-// Counts every lane with a bin; lanes that agree with the first are added at once, so that a single hot expert costs
-// one addition a warp, not 32.  Lanes that are `early` also count in the upper half; `alike`: all lanes are, or none.
-DEV void count_warp(u32 *table, int bin, bool early, bool alike) {
-    int first = __shfl_sync(FULL, bin, 0);
-    u32 same = __ballot_sync(FULL, bin == first), add = early ? 0x10001u : 1u;
-    bool mine = bin >= 0 && bin != first;
-    if (alike) {
-        if (lane_id() == 0) add *= __popc(same), mine = bin >= 0;
-    } else {
-        u32 same_early = __ballot_sync(FULL, bin == first && early);
-        if (lane_id() == 0) add = __popc(same) | __popc(same_early) << 16, mine = bin >= 0;
+// Counts every lane with a bin, K times; lanes that agree with the first are added at once, so that a single hot expert
+// costs one addition a warp, not 32.  Lanes that are `early` also count in the upper half; `alike`: all lanes are, or none.
+template <int K> DEV void count_warp(u32 *table, const int *bin, const bool *early, bool alike) {
+    int first[K];
+    u32 same[K], same_early[K];
+#pragma unroll
+    for (int k = 0; k < K; k++) first[k] = __shfl_sync(FULL, bin[k], 0);
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        same[k] = __ballot_sync(FULL, bin[k] == first[k]);
+        if (!alike) same_early[k] = __ballot_sync(FULL, bin[k] == first[k] && early[k]);
     }
-    if (mine) atomicAdd(&table[bin], add);
+    const bool leads = lane_id() == 0;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        u32 add = early[k] ? 0x10001u : 1u;
+        if (leads) add = alike ? add * __popc(same[k]) : __popc(same[k]) | __popc(same_early[k]) << 16;
+        if (bin[k] >= 0 && (leads || bin[k] != first[k])) atomicAdd(&table[bin[k]], add);
+    }
 }
 
 // The four ids from `i` on, as vectors where they may be; those past n are not touched and come back with ok = false.
@@ -456,66 +480,191 @@ DEV void load4(const id_t *ids, u32 i, u32 n, u32 top_k, i64 s0, i64 s1, id_t v[
 }
 #endif
 
-// ---- 3 independent: every CTA counts all routes, ranks CH * 32 of its own ---------------------------------------------
-// One word a bin: routes in all | routes before my chunk << 16.  Shared memory: E * (1 + CH) + E + 1 words.
+// ---- 3 independent: every cluster counts all routes, every CTA ranks CH * 32 of its own ---------------------------------
+// CTA q of a cluster counts slice q of the routes; chunk k of that slice is its own, k being the cluster's number.  So the
+// counts of the other slices are all that it needs from its neighbours, and with CLUSTER == 1 there are none.
+// Shared memory (words): table (routes of my slice | those before my chunk << 16), of_warp (a byte a bin and warp of mine),
+// first_row, each with room for E + 1 experts (COMPACT, for very many: the table alone, which then holds blocks before the
+// expert << 16 | routes before my chunk; the bins of my chunk; counts of the experts that I write); with neighbours also count [E], base [E] and what they sent, inbox [CLUSTER][PAIRS], two counts a word.
 
 #if PATH == 3
 #define PER ((E + T - 1) / T)
+#define PAIRS ((E + 1) / 2)
+// Where expert e stands: apart by an odd number of words for the threads that scan PER of them each.
+#define AT(e) ((e) + (PER > 2 && PER % 2 == 0 ? (e) / PER : 0))
+#define SPAN (AT(E) + 1)
+#define TABLE ((SPAN + 1) / 2 * 2)
+#define FOURS (STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1)
+#if COMPACT
+#define OF_WARP 0
+#else
+#define OF_WARP (CH == 1 ? 0 : (CH + 3) / 4 * SPAN)
+#endif
+#if CLUSTER > 1
+static_assert(PER <= 2, "pairs of the table are sent as they stand");
+#define CLUSTERED __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define CLUSTERED
+#endif
 extern __shared__ __align__(16) u32 shared[];
 
-extern "C" __global__ void __launch_bounds__(T, 1) independent(PARAMETERS) {
+// What neighbours wrote before arriving is seen after the wait.
+DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Where `mine` stands in CTA `rank` of my cluster, as an address in the cluster's shared memory.
+DEV void store_neighbour(u32 *mine, u32 rank, u32 v) {
+    u32 at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(at), "r"(v) : "memory");
+}
+
+// Routes of `bin` in the warps before mine: word w holds warps 4w to 4w + 3 of every bin (COMPACT: the bins of my chunk).
+DEV u32 in_earlier_warps(const u32 *of_warp, u32 bin, u32 warp) {
+    if (CH == 1) return 0;
+    u32 sum = 0;
+#if COMPACT
+#pragma unroll 1
+    for (u32 i = 0; i < 32 * warp; i += 4) {
+        const uint4 w = *(const uint4 *)(of_warp + i);
+        sum += (w.x == bin) + (w.y == bin) + (w.z == bin) + (w.w == bin);
+    }
+    return sum;
+#endif
+#pragma unroll
+    for (u32 w = 0; w < CH; w += 4) {
+        u32 take = warp <= w ? 0 : warp - w >= 4 ? FULL : (1u << 8 * (warp - w)) - 1;
+        sum = __dp4a(of_warp[w / 4 * SPAN + AT(bin)] & take, 0x01010101u, sum);
+    }
+    return sum;
+}
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMETERS) {
     SIZES;
     __shared__ uint2 room[WARPS];
-    u32 *table = shared, *masks = shared + E, *first_row = shared + E * (1 + CH);
+#if COMPACT
+    __shared__ __align__(16) u32 of_warp[CH * 32];
+    u32 *table = shared, *written = table + TABLE;
+#else
+    u32 *table = shared, *of_warp = table + TABLE, *first_row = of_warp + OF_WARP;
+#endif
+#if CLUSTER > 1
+    u32 *inbox = first_row + SPAN, *count = inbox + CLUSTER * PAIRS, *base = count + E;
+    cluster_arrive();  // awaited before I write to a neighbour: it must have begun
+#endif
     const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), g = blockIdx.x, G = gridDim.x;
-    const u32 me = g * T + t, all = G * T, top_k = (u32)top_k64, chunk = g * (CH * 32);
+    const u32 me = g * T + t, all = G * T, top_k = (u32)top_k64;
+    const u32 q = g % CLUSTER, slice = G / CLUSTER * (CH * 32), from = q * slice, to = min(from + slice, n);
+    const u32 chunk = from + g / CLUSTER * (CH * 32), own_i = chunk + t;
     u32 bad = 0;
 
-    id_t v[R][4], own_v = (id_t)0;
+    // My slice, STEPS routes a thread: fours of neighbours where they are read as vectors, else a warp's are neighbours.
+    id_t v[R], own_v = (id_t)0;
+#if VECTOR_IN && !STRIDED && STEPS % 4 == 0
+#define ROUTE(r) (from + 4 * (t + (r) / 4 * T) + (r) % 4)
+#define ALIKE (CH % 4 == 0)
 #pragma unroll
-    for (int r = 0; r < R; r++) load4(ids, 4 * (t + r * T), n, top_k, s0, s1, v[r]);
-    const u32 own_i = chunk + t;
+    for (int r = 0; r < R; r += 4) load4(ids, ROUTE(r), to, top_k, s0, s1, v + r);
+#else
+#define ROUTE(r) (from + t + (r) * T)
+#define ALIKE true
+#pragma unroll
+    for (int r = 0; r < R; r++) v[r] = ROUTE(r) < to ? id_at(ids, ROUTE(r), top_k, s0, s1) : (id_t)0;
+#endif
     const bool own = t < CH * 32 && own_i < n;
     if (own) own_v = id_at(ids, own_i, top_k, s0, s1);
-    const u32 limit = limit_of(nvalid, n, top_k);
-    for (u32 i = t; i < E * (1 + CH); i += T) shared[i] = 0;
+    const u32 limit = limit_of(nvalid, n, top_k), valid = min(limit, to);
+#pragma unroll 1
+    for (u32 i = 4 * t; i < OF_WARP + TABLE; i += 4 * T) *(uint4 *)(shared + i) = make_uint4(0, 0, 0, 0);
     __syncthreads();
 
-    const int own_bin = own ? bin_of(own_v, own_i < limit, map, smap, bad) : -1;
-    if (own_bin >= 0) atomicOr(&masks[own_bin * CH + warp], 1u << lane);
-    u32 unused = 0;
-#pragma unroll 1
-    for (u32 first = 0;;) {
-#pragma unroll
-        for (int r = 0; r < R; r++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 i = first + 4 * (t + r * T) + j;
-                count_warp(table, bin_of(v[r][j], i < limit, map, smap, unused), i < chunk, CH % 4 == 0);
-            }
-        first += 4 * T * R;
-        if (first >= n) break;
-#pragma unroll
-        for (int r = 0; r < R; r++) load4(ids, first + 4 * (t + r * T), n, top_k, s0, s1, v[r]);
+    int own_bin = -1;
+    u32 ahead = 0, total = 0, kept;
+    if (warp < CH) {
+        own_bin = own ? bin_of(own_v, own_i < limit, map, smap, bad) : -1;
+        const u32 peers = same_bin<BITS>((u32)own_bin, __ballot_sync(FULL, own_bin >= 0));
+        ahead = __popc(peers & below(lane));
+#if COMPACT
+        of_warp[t] = (u32)own_bin;
+#else
+        if (CH > 1 && own_bin >= 0 && ahead == 0) ((u8 *)(of_warp + warp / 4 * SPAN + AT(own_bin)))[warp % 4] = (u8)__popc(peers);
+#endif
     }
+    int bin[R];
+    bool early[R];
+    u32 unused = 0;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        bin[r] = bin_of(v[r], ROUTE(r) < valid, map, smap, unused);
+        if (PER > 2 && bin[r] >= 0) bin[r] = AT(bin[r]);
+        early[r] = ROUTE(r) < chunk;
+    }
+#pragma unroll
+    for (int r = 0; r < R; r += FOURS) count_warp<FOURS>(table, bin + r, early + r, ALIKE);
     __syncthreads();
+#if CLUSTER > 1
+    cluster_wait();
+#pragma unroll (CLUSTER * PAIRS <= 4 * T ? 4 : 1)
+    for (u32 i = t; i < CLUSTER * PAIRS; i += T) {
+        const u32 p = i % PAIRS;
+        const uint2 w = *(const uint2 *)(table + 2 * p);
+        store_neighbour(inbox + q * PAIRS + p, (i / PAIRS + q) % CLUSTER, __byte_perm(w.x, w.y, 0x5410));
+    }
+    cluster_arrive();
+    cluster_wait();
+#endif
 
     // Thread t scans experts t * PER ...
-    u32 blocks = 0, routes = 0, total, kept;
-#pragma unroll (PER <= 4 ? PER : 1)
+    u32 blocks = 0, routes = 0;
+#pragma unroll (PER <= 4 ? PER : COMPACT ? 4 : 1)
     for (int k = 0; k < PER; k++) {
-        u32 e = t * PER + k;
-        u32 c = e < E ? table[e] & 0xffff : 0;
+        const u32 e = t * PER + k;
+        u32 c = 0;
+#if CLUSTER > 1
+        if (e < E) {
+            u32 before = table[e] >> 16;
+#pragma unroll
+            for (u32 i = 0; i < CLUSTER; i++) {
+                const u32 w = ((const u16 *)(inbox + i * PAIRS))[e];
+                c += w;
+                if (i < q) before += w;
+            }
+            count[e] = c;
+            base[e] = before;
+        }
+#else
+        if (e < E) c = table[AT(e)] & 0xffff;
+#endif
         blocks += cdiv_b(c);
         routes += c;
     }
+#if CLUSTER > 1
+#define COUNT(e) count[e]
+#else
+#define COUNT(e) (table[AT(e)] & 0xffff)
+#endif
+#if COMPACT
+#define FIRST_ROW(e) ((table[AT(e)] >> 16) * B)
+#define BEFORE(e) (table[AT(e)] & 0xffff)
+#else
+#define FIRST_ROW(e) first_row[AT(e)]
+#define BEFORE(e) (table[AT(e)] >> 16)
+#endif
     scan_cta(blocks, routes, total, kept, room, ENDS != 0);
 #pragma unroll (PER <= 4 ? PER : 1)
     for (int k = 0; k < PER; k++) {
-        u32 e = t * PER + k;
+        const u32 e = t * PER + k;
         if (e >= E) break;
-        u32 c = table[e] & 0xffff;
-        first_row[e] = blocks * B;
+        const u32 c = COUNT(e);
+#if COMPACT
+        table[AT(e)] = blocks << 16 | table[AT(e)] >> 16;
+        if (e % G == g) written[e / G] = c;
+#else
+        first_row[AT(e)] = blocks * B;
+#endif
+#if CLUSTER > 1
+        base[e] += blocks * B;
+#endif
         routes += c;
         if (e % G == g) {
 #if COUNTS
@@ -532,7 +681,9 @@ extern "C" __global__ void __launch_bounds__(T, 1) independent(PARAMETERS) {
     }
     total *= B;
     if (t == 0) {
-        first_row[E] = total;
+#if !COMPACT
+        first_row[AT(E)] = total;
+#endif
         if (g == 0) {
             total_out[0] = (int)total;
 #if OFFSETS
@@ -542,27 +693,30 @@ extern "C" __global__ void __launch_bounds__(T, 1) independent(PARAMETERS) {
     }
     __syncthreads();
 
-    if (own) {
-        u32 row = 0;
-        if (own_bin >= 0) {
-            row = first_row[own_bin] + (table[own_bin] >> 16);
-#pragma unroll 1
-            for (u32 w = 0; w < warp; w++) row += __popc(masks[own_bin * CH + w]);
-            row += __popc(masks[own_bin * CH + warp] & below(lane));
-            sorted[row] = (int)own_i;
-        }
+    if (t < CH * 32) {
+        const u32 b = own_bin >= 0 ? own_bin : 0;
+#if CLUSTER > 1
+        u32 row = base[b];
+#else
+        u32 row = FIRST_ROW(b) + BEFORE(b);
+#endif
+        row += ahead + in_earlier_warps(of_warp, b, warp);
+        if (own_bin >= 0) sorted[row] = (int)own_i;
 #if POSITIONS
-        positions[own_i] = own_bin >= 0 ? (int)row : -1;
+        if (own) positions[own_i] = own_bin >= 0 ? (int)row : -1;
 #endif
 #if SCATTER
-        scatter[own_i] = own_bin >= 0 ? (int)own_i : -1;
+        if (own) scatter[own_i] = own_bin >= 0 ? (int)own_i : -1;
 #endif
     }
     // Padding and blocks of experts g, g + G, ...: one warp each, the last warp first (the first rank routes).
 #pragma unroll 1
     for (u32 e = g + (WARPS - 1 - warp) * G; e < E; e += WARPS * G) {
-        u32 start = first_row[e], stop = first_row[e + 1], end = start + (table[e] & 0xffff);
-        if (start == stop) continue;
+#if COMPACT
+        const u32 start = FIRST_ROW(e), end = start + written[e / G], stop = start + cdiv_b(end - start) * B;
+#else
+        const u32 start = FIRST_ROW(e), end = start + COUNT(e), stop = FIRST_ROW(e + 1);
+#endif
 #pragma unroll 1
         for (u32 r = end + lane; r < stop; r += 32) sorted[r] = (int)n;
         int name = name_of(map, smap, (int)e);
@@ -668,6 +822,7 @@ struct Barrier {
 #define STRIDE (PAIRS | 1)
 #define PER ((E + T - 1) / T)
 #define ROUTES (T * R)
+#define BATCH (CH < 16 ? CH : 16)
 #define EMPTY 0xffffffffu  // no pair of counts: a CTA has fewer than 65,535 routes
 #define SEGS ((T / PAIRS) >= 16 ? 16 : (T / PAIRS) >= 8 ? 8 : (T / PAIRS) >= 4 ? 4 : (T / PAIRS) >= 2 ? 2 : 1)
 // The sums need SEGS * 2 * (2 * PAIRS) words, the counts WARPS * STRIDE.
@@ -694,6 +849,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
     for (int r = 0; r < R; r++) v[r] = my_first + 32 * r < n ? id_at(ids, my_first + 32 * r, top_k, s0, s1) : (id_t)0;
     const u32 limit = limit_of(nvalid, n, top_k);
     if (warp == 0) {
+#pragma unroll 1
         for (u32 i = lane; i < PAIRS; i += 32) store_fresh(&table[g * PAIRS + i], EMPTY);
         barrier.arrive_warp();
     }
@@ -728,6 +884,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
 
     // Prefix over the warps, eight threads a pair of bins.
     constexpr int EACH = (WARPS + 7) / 8;
+#pragma unroll 1
     for (u32 at = t >> 3; at < (PAIRS + 3) / 4 * 4; at += T / 8) {
         u32 seg = t & 7, run = 0, part[EACH];
         bool ok = at < PAIRS;
@@ -785,35 +942,37 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
     barrier.wait_after(look);
 
     // All rows of the table at once: pair `p`, rows seg, seg + SEGS, ...; a word is there once it is not EMPTY.
+    // Pairs are added packed, 8 rows at a time: 8 * ROUTES fits 16 bits.
     u32 *sum_all = cnt, *sum_before = cnt + SEGS * 2 * PAIRS;
-    for (u32 at = t; at < SEGS * PAIRS; at += T) {
-        u32 p = at % PAIRS, seg = at / PAIRS, lo = 0, hi = 0, lo_before = 0, hi_before = 0;
 #pragma unroll 1
-        for (u32 row = seg; row < G; row += CH * SEGS) {
-            u32 w[CH];
-            bool missing;
-#pragma unroll
-            for (int k = 0; k < CH; k++) w[k] = row + k * SEGS < G ? EMPTY : 0;
+    for (u32 at = t; at < SEGS * PAIRS; at += T) {
+        const u32 p = at % PAIRS, seg = at / PAIRS;
+        u32 lo = 0, hi = 0, lo_before = 0, hi_before = 0;
+#pragma unroll 1
+        for (int first = 0; first < CH; first += BATCH) {
+            const u32 *rows = table + (seg + first * SEGS) * PAIRS + p;
+            u32 w[BATCH], most;
             do {
 #pragma unroll
-                for (int k = 0; k < CH; k++)
-                    if (w[k] == EMPTY) w[k] = load_fresh(&table[(row + k * SEGS) * PAIRS + p]);
-                missing = false;
+                for (int k = 0; k < BATCH; k++) w[k] = load_fresh(rows + k * SEGS * PAIRS);
+                most = 0;
 #pragma unroll
-                for (int k = 0; k < CH; k++) missing |= w[k] == EMPTY;
-            } while (missing);
+                for (int k = 0; k < BATCH; k++) most = max(most, w[k]);
+            } while (most == EMPTY);
 #pragma unroll
-            for (int k = 0; k < CH; k++) {
-                lo += w[k] & 0xffff;
-                hi += w[k] >> 16;
-                if (row + k * SEGS < g) {
-                    lo_before += w[k] & 0xffff;
-                    hi_before += w[k] >> 16;
+            for (int k = 0; k < BATCH; k += 8) {
+                u32 sum = 0, before = 0;
+#pragma unroll
+                for (int j = k; j < k + 8 && j < BATCH; j++) {
+                    sum += w[j];
+                    if (seg + (first + j) * SEGS < g) before += w[j];
                 }
+                lo += sum & 0xffff, hi += sum >> 16;
+                lo_before += before & 0xffff, hi_before += before >> 16;
             }
         }
-        sum_all[seg * 2 * PAIRS + 2 * p] = lo, sum_all[seg * 2 * PAIRS + 2 * p + 1] = hi;
-        sum_before[seg * 2 * PAIRS + 2 * p] = lo_before, sum_before[seg * 2 * PAIRS + 2 * p + 1] = hi_before;
+        *(uint2 *)(sum_all + seg * 2 * PAIRS + 2 * p) = make_uint2(lo, hi);
+        *(uint2 *)(sum_before + seg * 2 * PAIRS + 2 * p) = make_uint2(lo_before, hi_before);
     }
     __syncthreads();
     u32 blocks = 0, routes = 0, total, kept;
@@ -882,7 +1041,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
     for (u32 b = g + G * t; b < blocks_all; b += all) {
         u32 row = b * B, e = 0;
         if (row < total) {
-#pragma unroll
+#pragma unroll 1
             for (int step = BITS ? 1 << (BITS - 1) : 0; step; step /= 2)
                 if (e + step < E && first_row[e + step] <= row) e += step;
             expert_ids[b] = name_of(map, smap, (int)e);

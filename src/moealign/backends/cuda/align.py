@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...layout import EXTRAS, BlockLayout, Problem
-from .compile import COOPERATIVE, PLAIN, Kernel, kernel
+from .compile import COOPERATIVE, PLAIN, Launch, kernel
 
 __all__ = ["Plan", "align", "defines_of", "path_of"]
 
@@ -19,14 +19,36 @@ __all__ = ["Plan", "align", "defines_of", "path_of"]
 _WARP_ROUTES = 32  #: what one warp ranks by itself
 _WARP_THREADS = 128
 _WARP_CTAS = 2
-_PAIRWISE_CTAS = 4
+_PAIRWISE_CTAS = (4, 8)  #: without and with the extras that have an element for each expert
 _PAIRWISE_WORDS = (2, 4, 8)  #: words of 32 routes that the pairwise kernel is compiled for
-#: independent: (up to this many routes, threads, words of 32 routes a CTA ranks, vectors of four ids a thread holds)
-_INDEPENDENT = ((1024, 256, 1, 1), (2048, 512, 1, 1), (4096, 1024, 2, 1), (8192, 1024, 4, 2), (12000, 1024, 4, 4))
-#: grid: (threads, routes a thread, CTAs): the first that takes all routes, with tables that fit shared memory
-_GRID = ((512, 1, 64), (512, 2, 64), (1024, 1, 132), (1024, 2, 132), (1024, 4, 132), (512, 8, 132), (256, 8, 132))
-_GRID_BATCH = (4, 8, 17)  #: rows of the table that a thread loads at once
+#: independent: (up to this many routes, threads, words of 32 routes that a CTA ranks, CTAs of a cluster)
+_CLUSTERS = (
+    (512, 256, 1, 1),
+    (1024, 512, 1, 1),
+    (2048, 512, 1, 1),
+    (4096, 512, 4, 1),
+    (8192, 512, 4, 8),
+    (16384, 512, 8, 8),
+    (32768, 512, 16, 8),
+)
+_NO_CLUSTERS = ((512, 256, 1, 1), (1024, 512, 1, 1), (2048, 512, 1, 1), (4096, 512, 4, 1), (12000, 1024, 4, 1))
+_STEPS_OF_ONE = 4  #: up to this many ids a thread are read one by one: less code than vectors
+_INDEPENDENT_CTAS = 64  #: at least, where CTAs stand alone: they share the filling
+#: grid: (threads, routes a thread, CTAs at most); the first that takes all routes and whose tables fit shared memory
+_GRID = (
+    (512, 1, 64),
+    (512, 2, 64),
+    (512, 2, 128),
+    (512, 4, 128),
+    (1024, 4, 128),
+    (512, 8, 128),
+    (256, 8, 128),
+)
+#: rows of the table that a thread reads, 16 at a time; the grid is rounded up to fit
+_GRID_ROWS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 80, 96, 112, 128)
 _RADIX_THREADS = 1024
+_RADIX_EXPERTS = 4096  #: of a CTA, where routes are few
+_PER_EXPERT = {"expert_counts", "expert_offsets", "group_ends"}
 _STATIC_SHARED = 2048  #: bytes that kernels may take besides
 
 _TYPES = {
@@ -47,18 +69,22 @@ class Path(NamedTuple):
     steps: int
     shared_bytes: int
     scratch: int  # int32 elements
+    cluster: int = 1  # CTAs
+    compact: bool = False
 
 
 class Plan(NamedTuple):
     """A path, compiled."""
 
     problem: Problem  # kept alive, because its id is the key
-    kernel: Kernel
-    grid: int
-    threads: int
-    shared_bytes: int
-    scratch: int
-    mode: int
+    start: Launch
+    scratch: int  # int32 elements
+    usual: bool  # three outputs from contiguous ids and nothing else: a kernel with few parameters
+
+
+def _cluster_sizes(major: int) -> tuple[int, ...]:
+    """CTAs that a cluster may have at most, by the major compute capability; then what else to try."""
+    return (1,) if major < 9 else (8, 1) if major > 10 else (16, 8, 1)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -80,45 +106,71 @@ def _segments(experts: int, threads: int) -> int:
     return next((s for s in (16, 8, 4, 2) if threads // ((experts + 1) // 2) >= s), 1)
 
 
-def _independent(problem: Problem, shared_most: int) -> Path | None:
+def _independent(problem: Problem, shared_most: int, cluster_most: int) -> Path | None:
     n, experts = problem.routes, problem.num_experts
-    for most, threads, words, steps in _INDEPENDENT:
-        if n <= most:
-            shared = 4 * (experts * (2 + words) + 1)
-            if shared > shared_most:
-                words = 1
-                shared = 4 * (experts * 3 + 1)
-            if shared > shared_most:
-                return None
-            if experts > threads:
-                threads, steps = (512 if experts <= 512 else 1024), 1
-            ctas = max(_cdiv(n, 32 * words), 32)
-            return Path("independent", ctas, threads, words, steps, shared, 0)
-    return None
+    for most, threads, wanted, cluster in (*_CLUSTERS, *_NO_CLUSTERS) if cluster_most > 1 else _NO_CLUSTERS:
+        if experts > threads:
+            threads = 512 if experts <= 512 else 1024
+        if n > most or cluster > cluster_most or (cluster > 1 and experts > 2 * threads):
+            continue
+        for words in (wanted, 4, 2, 1):
+            shared = _independent_shared_bytes(experts, threads, words, cluster)
+            if words <= wanted and shared <= shared_most:
+                chunk = 32 * words
+                steps = _steps(_cdiv(most, cluster * chunk) * chunk, threads)
+                ctas = cluster * _cdiv(n, cluster * chunk)
+                if cluster == 1:
+                    ctas = max(ctas, _INDEPENDENT_CTAS)
+                return Path("independent", ctas, threads, words, steps, shared, 0, cluster)
+    most, threads, words, _ = _NO_CLUSTERS[-1]
+    ctas = max(_cdiv(n, 32 * words), _INDEPENDENT_CTAS)
+    shared = 4 * (_span(experts, threads) + 1 + _cdiv(experts, ctas))
+    if n > most or shared > shared_most:
+        return None
+    return Path("independent", ctas, threads, words, _steps(most, threads), _cdiv(shared, 16) * 16, 0, 1, compact=True)
+
+
+def _span(experts: int, threads: int) -> int:
+    """Words of a table of experts and one more, laid out so that threads with several each meet in no bank."""
+    each = _cdiv(experts, threads)
+    return experts + (experts // each if each > 2 and each % 2 == 0 else 0) + 1
+
+
+def _steps(routes: int, threads: int) -> int:
+    """Routes a thread: few, or fours of them, which are read as vectors."""
+    steps = _cdiv(routes, threads)
+    return steps if steps <= 2 else _cdiv(steps, 4) * 4
+
+
+def _independent_shared_bytes(experts: int, threads: int, words: int, cluster: int) -> int:
+    span = _span(experts, threads)
+    alone = _cdiv(span, 2) * 2 + (0 if words == 1 else _cdiv(words, 4) * span) + span
+    return _cdiv(alone + (0 if cluster == 1 else cluster * _cdiv(experts, 2) + 2 * experts), 4) * 16
 
 
 def _grid(problem: Problem, multiprocessors: int, shared_most: int) -> Path | None:
     n, experts = problem.routes, problem.num_experts
     for threads, steps, most in _GRID:
-        grid = _cdiv(n, threads * steps)
+        segments = _segments(experts, threads)
+        need = _cdiv(_cdiv(n, threads * steps), segments)
+        rows = next((each for each in _GRID_ROWS if each >= need), None)
         shared = 4 * _grid_shared_words(experts, threads, steps)
-        if grid <= min(most, multiprocessors) and shared <= shared_most:
-            rows = _cdiv(grid, _segments(experts, threads))
-            batch = next((b for b in _GRID_BATCH if rows <= b), _GRID_BATCH[-1])
-            return Path("grid", grid, threads, batch, steps, shared, grid * ((experts + 1) // 2))
+        if rows and rows * segments <= min(most, multiprocessors) and shared <= shared_most:
+            grid = rows * segments
+            return Path("grid", grid, threads, rows, steps, shared, grid * ((experts + 1) // 2))
     return None
 
 
 def _radix(problem: Problem, multiprocessors: int) -> Path:
     n, experts = problem.routes, problem.num_experts
-    grid = max(1, min(_cdiv(n, _RADIX_THREADS), multiprocessors))
+    grid = max(1, min(max(_cdiv(n, _RADIX_THREADS), _cdiv(experts, _RADIX_EXPERTS)), multiprocessors))
     passes = _cdiv(experts.bit_length(), 8)
     scratch = passes * grid * 256 + (4 if passes > 1 else 2) * n + 3 * experts + 2 * grid
     return Path("radix", grid, _RADIX_THREADS, 1, 1, 0, scratch)
 
 
-def path_of(problem: Problem, multiprocessors: int, shared_most: int) -> Path:
-    """The path that takes `problem` on a device with so many multiprocessors and bytes of shared memory a CTA."""
+def path_of(problem: Problem, multiprocessors: int, shared_most: int, cluster_most: int) -> Path:
+    """The path of `problem` on a device with so many multiprocessors, bytes of shared memory and CTAs a cluster."""
     n, length = problem.routes, _length(problem)
     shared_most -= _STATIC_SHARED
     if n <= _WARP_ROUTES:
@@ -127,10 +179,11 @@ def path_of(problem: Problem, multiprocessors: int, shared_most: int) -> Path:
     for words in _PAIRWISE_WORDS:
         if n <= 32 * words:
             threads = max(32 * words, 64)
-            ctas = max(_PAIRWISE_CTAS, min(_cdiv(length, 16 * threads), multiprocessors))
+            most = _PAIRWISE_CTAS[not _PER_EXPERT.isdisjoint(problem.extras)]
+            ctas = max(most, min(_cdiv(length, 16 * threads), multiprocessors))
             return Path("pairwise", ctas, threads, words, 1, 0, 0)
     return (
-        _independent(problem, shared_most)
+        _independent(problem, shared_most, cluster_most)
         or _grid(problem, multiprocessors, shared_most)
         or _radix(problem, multiprocessors)
     )
@@ -155,6 +208,8 @@ def defines_of(
         ("THREADS", path.threads),
         ("WORDS", path.words),
         ("STEPS", path.steps),
+        ("CLUSTER", path.cluster),
+        ("COMPACT", int(path.compact)),
     )
 
 
@@ -167,13 +222,18 @@ _plans: dict[tuple[int, bool, bool, bool], Plan] = {}
 def _plan(key: tuple[int, bool, bool, bool], problem: Problem, index: int) -> Plan:
     _, strided, vector_in, vector_out = key
     facts = torch.cuda.get_device_properties(index)
-    path = path_of(problem, facts.multi_processor_count, facts.shared_memory_per_block_optin)  # type: ignore[attr-defined]
-    # Only `independent` reads vectors, and where routes are few nobody gains by vector stores of its own kernel.
-    vector_in = vector_in and path.name == "independent"
-    defines = defines_of(problem, path, strided=strided, vector_in=vector_in, vector_out=vector_out)
-    compiled = kernel("align.cu", path.name, defines, index)
+    shared_most: int = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    for cluster_most in _cluster_sizes(facts.major):
+        path = path_of(problem, facts.multi_processor_count, shared_most, cluster_most)
+        vectors = vector_in and path.name == "independent" and path.steps > _STEPS_OF_ONE
+        defines = defines_of(problem, path, strided=strided, vector_in=vectors, vector_out=vector_out)
+        compiled = kernel("align.cu", path.name, defines, index)
+        if path.cluster == 1 or compiled.max_clusters(path.cluster, path.threads, path.shared_bytes):
+            break  # part of a device may have no room for the largest clusters
     mode = COOPERATIVE if path.name in ("grid", "radix") else PLAIN
-    plan = Plan(problem, compiled, path.grid, path.threads, path.shared_bytes, path.scratch, mode)
+    given = (problem.map_dtype, problem.has_num_valid_tokens, problem.has_error_word, problem.extras, strided)
+    start = compiled.prepare(path.grid, path.threads, path.shared_bytes, mode)
+    plan = Plan(problem, start, path.scratch, usual=not any(given))
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     _plans[key] = plan
@@ -206,61 +266,56 @@ def align(
     plan = _plans.get(key)
     if plan is None:
         plan = _plan(key, problem, topk_ids.device.index)
-    extras: Any = (0, 0, 0, 0, 0, 0)
-    if problem.extras:
-        extras = [
-            0 if each is None else each.data_ptr()
-            for each in (
-                out.expert_counts,
-                out.expert_offsets,
-                out.group_ends,
-                out.positions,
-                out.block_rows,
-                out.scatter_idx,
-            )
-        ]
-    map_at, map_stride = (0, 0) if expert_map is None else (expert_map.data_ptr(), expert_map.stride(0))
-    scratch = None
+    scratch_at, scratch = 0, None
     if plan.scratch:
         # Freed when this returns: the allocator hands it on to later work of the same stream only.
         scratch = torch.empty(plan.scratch, dtype=torch.int32, device=topk_ids.device)
-    plan.kernel.launch(
-        plan.grid,
-        plan.threads,
-        plan.shared_bytes,
-        # inputs
+        scratch_at = scratch.data_ptr()
+    blocks_at, total_at = out.expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr()
+    sizes = (problem.routes, problem.top_k, rows.numel(), scratch_at)
+    if plan.usual:
+        plan.start(ids, rows_at, blocks_at, total_at, *sizes)
+        return
+    plan.start(
         ids,
-        map_at,
-        0 if num_valid_tokens is None else num_valid_tokens.data_ptr(),
-        0 if error_word is None else error_word.data_ptr(),
-        # outputs
+        _pointer(expert_map),
+        _pointer(num_valid_tokens),
+        _pointer(error_word),
         rows_at,
-        out.expert_ids.data_ptr(),
-        out.num_tokens_post_padded.data_ptr(),
-        *extras,
-        # sizes and strides
-        problem.routes,
-        problem.top_k,
-        rows.numel(),
+        blocks_at,
+        total_at,
+        _pointer(out.expert_counts),
+        _pointer(out.expert_offsets),
+        _pointer(out.group_ends),
+        _pointer(out.positions),
+        _pointer(out.block_rows),
+        _pointer(out.scatter_idx),
+        *sizes,
         s0,
         s1,
-        map_stride,
-        0 if scratch is None else scratch.data_ptr(),
-        mode=plan.mode,
+        0 if expert_map is None else expert_map.stride(0),
     )
 
 
-def specialisations() -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:
-    """(source, name, macros) of every path as models use it, and of every option, to be compiled without a GPU."""
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:
+    """(source, name, macros) of every path as models use it, and of every option, to be compiled without a GPU.
+
+    `major` is that of the compute capability: devices from 9.0 on have clusters.
+    """
+    clusters = _cluster_sizes(major)[0]
 
     def one(routes: int, experts: int, block_size: int, **facts: Any) -> tuple[str, str, tuple[tuple[str, int], ...]]:
         layout = {name: facts.pop(name) for name in ("strided", "vector_in", "vector_out") if name in facts}
         device, dtype = torch.device("cuda"), facts.pop("dtype", torch.int32)
         problem = Problem("align", device, dtype, routes, 8, experts, block_size)._replace(**facts)
-        path = path_of(problem, 108, 99 * 1024)  # the least of what sm_80 to sm_120 have
+        path = path_of(problem, 108, 99 * 1024, clusters)  # the least of what sm_80 to sm_120 have
         return "align.cu", path.name, defines_of(problem, path, **layout)
 
-    sizes = (8, 64, 128, 256, 1024, 8192, 16384, 65536, 131072, 524288, 2**21)
+    sizes = (8, 64, 128, 256, 1024, 4096, 8192, 16384, 32768, 65536, 131072, 524288, 2**21)
     for routes in sizes:
         yield one(routes, 256, 16 if routes <= 1024 else 128)
         yield one(routes, 256, 128, extras=EXTRAS, has_num_valid_tokens=True, has_error_word=True)

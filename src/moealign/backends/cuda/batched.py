@@ -40,7 +40,7 @@ def specialise(dtype: torch.dtype, batches: int, slots: int, block_size: int, al
     return "batched_many", (*defines, ("PER_THREAD", next(one_tile, PER_THREAD[-1])))
 
 
-def specialisations() -> Iterator[tuple[str, str, Defines]]:
+def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
     """(source, name, macros) of what models use and of every other path, to be compiled without a GPU."""
     shapes = ((8, 128, 16), (32, 512, 64), (64, 512, 64), (256, 256, 64), (256, 1024, 128), (32, 8192, 128))
     for batches, slots, block_size in shapes:

@@ -5,6 +5,8 @@
     k = kernel("align.cu", "pairwise", (("E", 256), ("B", 16)), device_index)  # compiled once, then a dict look-up
     k.launch(grid, block, shared_bytes, *args)                    # on the device's current stream, no synchronisation
     k.launch(grid, block, shared_bytes, *args, mode=COOPERATIVE)  # or OVERLAP: programmatic stream serialization
+    start = k.prepare(grid, block, shared_bytes, mode)            # once ...
+    start(*args)                                                  # ... and for every launch alike
     k.max_blocks(block, shared_bytes)   # CTAs the whole device holds at once: the limit of a cooperative grid
     k.multiprocessors
 
@@ -158,15 +160,18 @@ def cubin(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
 # CUlaunchConfig: grid and block in three dimensions each, shared bytes, stream, attributes, number of attributes.
 _CONFIG = "7IQQI4x"
 _CONFIG_BYTES = struct.calcsize(_CONFIG)
+_STREAM, _STREAM_AT = "QQI4x", struct.calcsize("7I4x")  # its part from the stream on
 
 # One CUlaunchAttribute each: id, padding, a union of 64 bytes that holds an int.
 _COOPERATIVE = ctypes.create_string_buffer(struct.pack("i4xi60x", 2, 1), 72)
 _OVERLAP = ctypes.create_string_buffer(struct.pack("i4xi60x", 6, 1), 72)
+_CLUSTER = ctypes.create_string_buffer(struct.pack("i4x64x", 4), 72)
 _ATTRIBUTES = ((0, 0), (ctypes.addressof(_COOPERATIVE), 1), (ctypes.addressof(_OVERLAP), 1))
 
 _INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 _STATIC_SHARED_BYTES = 1
+_LARGE_CLUSTERS_ALLOWED = 14
 _OPT_IN_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_*
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
@@ -215,11 +220,7 @@ class Kernel:
                 self._load(code)
             finally:
                 _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-        self._pack = struct.Struct(f"{_CONFIG}{self._parameters}q").pack_into
-        self._thread = threading.local()
-        self._launch = _driver().cuLaunchKernelEx
-        self._current_device = torch._C._cuda_getDevice
-        self._current_stream = torch._C._cuda_getCurrentRawStream
+        self._launches: dict[tuple[int, int, int, int], Launch] = {}
 
     def _load(self, code: bytes) -> None:
         library, handle, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
@@ -243,41 +244,18 @@ class Kernel:
         _call("cuDeviceGetAttribute", ctypes.byref(most), _OPT_IN_SHARED_BYTES, self.device_index)
         self.max_shared_bytes: int = most.value - static.value
         _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, self.max_shared_bytes)
+        _driver().cuFuncSetAttribute(function, _LARGE_CLUSTERS_ALLOWED, 1)  # refused where there are no clusters
 
-    def _buffer(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
-        """This thread's launch configuration, parameters and pointers to them: written anew at every launch."""
-        values = ctypes.create_string_buffer(_CONFIG_BYTES + 8 * self._parameters)
-        start = ctypes.addressof(values)
-        pointers = (ctypes.c_void_p * self._parameters)(
-            *(start + _CONFIG_BYTES + 8 * i for i in range(self._parameters))
-        )
-        found = (values, ctypes.c_void_p(start), ctypes.c_void_p(ctypes.addressof(pointers)), pointers)
-        self._thread.buffer = found
+    def prepare(self, grid: int, block: int, shared_bytes: int, mode: int = PLAIN) -> Launch:
+        """A launch of `grid` CTAs of `block` threads, to be started with arguments as often as wanted."""
+        found = self._launches.get((grid, block, shared_bytes, mode))
+        if found is None:
+            found = self._launches[grid, block, shared_bytes, mode] = Launch(self, grid, block, shared_bytes, mode)
         return found
 
     def launch(self, grid: int, block: int, shared_bytes: int, *args: int, mode: int = PLAIN) -> None:
         """Start `grid` CTAs of `block` threads on the current stream of the kernel's device.  Raises RuntimeError."""
-        index = self.device_index
-        if self._current_device() != index:
-            with torch.cuda.device(index):
-                return self.launch(grid, block, shared_bytes, *args, mode=mode)
-        try:
-            values, config, parameters, _ = self._thread.buffer
-        except AttributeError:
-            values, config, parameters, _ = self._buffer()
-        self._pack(
-            values, 0, grid, 1, 1, block, 1, 1, shared_bytes, self._current_stream(index), *_ATTRIBUTES[mode], *args
-        )
-        code = self._launch(config, self._function, parameters, None)
-        if code == _INVALID_CONTEXT:
-            _enter_context(index)
-            code = self._launch(config, self._function, parameters, None)
-        if code:
-            raise RuntimeError(
-                f"{self.name} on cuda:{index} with {grid} CTAs of {block} threads and {shared_bytes} bytes of shared "
-                f"memory: expected CUDA_SUCCESS, got {_error(code)} (perhaps of work started earlier)"
-            )
-        return None
+        self.prepare(grid, block, shared_bytes, mode)(*args)
 
     @functools.cache  # noqa: B019  (kernels live as long as the process)
     def max_blocks(self, block: int, shared_bytes: int) -> int:
@@ -293,6 +271,66 @@ class Kernel:
                 ctypes.c_size_t(shared_bytes),
             )
         return each.value * self.multiprocessors
+
+    @functools.cache  # noqa: B019
+    def max_clusters(self, cluster: int, block: int, shared_bytes: int) -> int:
+        """Clusters of so many CTAs that the device holds at once."""
+        found = ctypes.c_int()
+        config = struct.pack(_CONFIG, cluster, 1, 1, block, 1, 1, shared_bytes, 0, ctypes.addressof(_CLUSTER), 1)
+        struct.pack_into("III", _CLUSTER, 8, cluster, 1, 1)
+        with torch.cuda.device(self.device_index):
+            _enter_context(self.device_index)
+            code = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), self._function, config)
+        return 0 if code else found.value
+
+
+class Launch:
+    """A kernel with its grid, ready to be started from any thread: called with the kernel's parameters."""
+
+    def __init__(self, kernel: Kernel, grid: int, block: int, shared_bytes: int, mode: int) -> None:
+        self._kernel, self._index, self._function = kernel, kernel.device_index, kernel._function
+        self._shape = (grid, 1, 1, block, 1, 1, shared_bytes)
+        self._attributes = _ATTRIBUTES[mode]
+        self._pack = struct.Struct(f"{_STREAM}{kernel._parameters}q").pack_into
+        self._thread = threading.local()
+        self._launch = _driver().cuLaunchKernelEx
+        # With one device in sight it is the current one.
+        self._current_device = torch._C._cuda_getDevice if torch.cuda.device_count() > 1 else lambda: 0
+        self._current_stream = torch._C._cuda_getCurrentRawStream
+
+    def _buffer(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
+        """This thread's configuration, parameters and pointers to them; from the stream on written at every launch."""
+        count = self._kernel._parameters
+        values = ctypes.create_string_buffer(_CONFIG_BYTES + 8 * count)
+        struct.pack_into(_CONFIG, values, 0, *self._shape, 0, *self._attributes)
+        start = ctypes.addressof(values)
+        pointers = (ctypes.c_void_p * count)(*(start + _CONFIG_BYTES + 8 * i for i in range(count)))
+        found = (values, ctypes.c_void_p(start), ctypes.c_void_p(ctypes.addressof(pointers)), pointers)
+        self._thread.buffer = found
+        return found
+
+    def __call__(self, *args: int) -> None:
+        """Start it on the current stream of the kernel's device.  Raises RuntimeError."""
+        index = self._index
+        if self._current_device() != index:
+            with torch.cuda.device(index):
+                return self(*args)
+        try:
+            values, config, parameters, _ = self._thread.buffer
+        except AttributeError:
+            values, config, parameters, _ = self._buffer()
+        self._pack(values, _STREAM_AT, self._current_stream(index), *self._attributes, *args)
+        code = self._launch(config, self._function, parameters, None)
+        if code == _INVALID_CONTEXT:
+            _enter_context(index)
+            code = self._launch(config, self._function, parameters, None)
+        if code:
+            grid, block, shared_bytes = self._shape[0], self._shape[3], self._shape[6]
+            raise RuntimeError(
+                f"{self._kernel.name} on cuda:{index} with {grid} CTAs of {block} threads and {shared_bytes} bytes of "
+                f"shared memory: expected CUDA_SUCCESS, got {_error(code)} (perhaps of work started earlier)"
+            )
+        return None
 
 
 @functools.cache
