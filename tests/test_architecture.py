@@ -18,6 +18,7 @@ LEVELS = {
     "backends": 2,
     "dispatch": 3,
     "align": 4,
+    "routing": 5,
     "testing": 7,
     "trace": 7,
     "report": 8,
@@ -26,7 +27,11 @@ LEVELS = {
     "__init__": 11,
 }
 NEVER_AT_IMPORT = {"numba", "triton", "cuda", "matplotlib", "safetensors"}
-HEAVY_ALLOWED = {"backends/cpu/kernels.py": {"numba"}, "backends/triton/kernels.py": {"triton"}}
+HEAVY_ALLOWED = {
+    "backends/cpu/kernels.py": {"numba"},
+    "backends/cpu/routing_kernels.py": {"numba"},
+    "backends/triton/kernels.py": {"triton"},
+}
 
 
 def part_of(path: Path) -> str:

@@ -12,6 +12,7 @@ from .align import (
 from .dispatch import Explanation, backends
 from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, TraceError
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
+from .routing import route
 
 __version__ = "0.1.0"
 
@@ -35,4 +36,5 @@ __all__ = [
     "moe_align_block_size",
     "new_error_word",
     "raise_for_errors",
+    "route",
 ]

@@ -10,9 +10,20 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput, InvalidType
-from .layout import EXTRAS, INT32_MAX, OUTPUTS, REQUIRED, BlockLayout, Capacity, Problem, capacity, capacity_batched
+from .layout import (
+    EXTRAS,
+    INT32_MAX,
+    OUTPUTS,
+    REQUIRED,
+    BlockLayout,
+    Capacity,
+    Problem,
+    Routing,
+    capacity,
+    capacity_batched,
+)
 
-__all__ = ["check_align", "check_align_batched", "check_out"]
+__all__ = ["check_align", "check_align_batched", "check_out", "check_route"]
 
 _INTEGERS = frozenset(
     (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -150,6 +161,83 @@ def check_align_batched(
         extras=extras,
     )
     return problem, sizes
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCORINGS = ("softmax", "sigmoid")
+MOST_TOP_K = 32
+
+
+def _float_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise InvalidType(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in _FLOATS:
+        raise InvalidType(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}; convert it first")
+
+
+def check_route(
+    router_logits: Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    correction_bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    scale: float,
+    num_valid_tokens: Tensor | None,
+) -> Routing:
+    """The facts of one :func:`moealign.route` call, or a refusal."""
+    _float_tensor("router_logits", router_logits)
+    if router_logits.dim() != 2 or router_logits.shape[1] < 1:
+        raise InvalidInput(
+            f"router_logits: expected shape [tokens, num_experts], got {list(router_logits.shape)}; flatten the batch"
+        )
+    tokens, experts = router_logits.shape
+    device = router_logits.device
+    top_k = _integer("top_k", top_k, 1)
+    if top_k > min(experts, MOST_TOP_K):
+        raise InvalidInput(
+            f"top_k: expected at most {min(experts, MOST_TOP_K)} (num_experts, and at most {MOST_TOP_K}), got {top_k}"
+        )
+    if scoring not in SCORINGS:
+        raise InvalidInput(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
+    if correction_bias is not None:
+        _float_tensor("correction_bias", correction_bias)
+        if scoring != "sigmoid":
+            raise InvalidInput(f"correction_bias: expected scoring='sigmoid' together with it, got {scoring!r}")
+        if list(correction_bias.shape) != [experts]:
+            raise InvalidInput(
+                f"correction_bias: expected shape [num_experts] = [{experts}], got {list(correction_bias.shape)}"
+            )
+        if correction_bias.device != device:
+            raise InvalidInput(
+                f"correction_bias: expected a tensor on {device} like router_logits, got {correction_bias.device}"
+            )
+    num_groups, topk_groups = _integer("num_groups", num_groups, 1), _integer("topk_groups", topk_groups, 1)
+    if experts % num_groups:
+        raise InvalidInput(f"num_groups: expected a divisor of num_experts = {experts}, got {num_groups}")
+    if topk_groups > num_groups or topk_groups * (experts // num_groups) < top_k:
+        raise InvalidInput(
+            f"topk_groups: expected at most {num_groups} groups that hold {top_k} experts together, got {topk_groups} "
+            f"of {experts // num_groups} experts each"
+        )
+    if num_valid_tokens is not None:
+        _word("num_valid_tokens", num_valid_tokens, device, "it is read on the device")
+    _within_int32("router_logits", tokens * top_k, "route fewer tokens at a time")
+    return Routing(
+        device,
+        router_logits.dtype,
+        tokens,
+        experts,
+        top_k,
+        scoring,
+        bool(renormalize),
+        float(scale),
+        num_groups,
+        topk_groups,
+        correction_bias is not None,
+        num_valid_tokens is not None,
+    )
 
 
 def check_out(

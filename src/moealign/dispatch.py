@@ -9,11 +9,13 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
 from .backends import TABLE, load
 from .errors import BackendUnavailable
-from .layout import Problem
+from .layout import Problem, Routing
 
-__all__ = ["Explanation", "backends", "choose", "explain_problem"]
+__all__ = ["Explanation", "backends", "choose", "choose_route", "explain_problem"]
 
 #: The backend for calls that name none.  Read once, at import: looking at the environment costs a call a microsecond.
 FROM_ENVIRONMENT = os.environ.get("MOEALIGN_BACKEND") or None
@@ -71,6 +73,19 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     if reason is not None:
         raise BackendUnavailable(f"backend: expected one that can take this call, got {name!r}: {reason}")
     return module
+
+
+def choose_route(routing: Routing, backend: str | None = None) -> ModuleType:
+    """The module that scores and chooses for `routing`: as :func:`choose`, among those that have a router."""
+    name = _requested(backend)
+    routes = routing.tokens * routing.top_k
+    problem = Problem("align", routing.device, torch.int32, routes, routing.top_k, routing.num_experts, 1)
+    for each in TABLE if name is None else (name,):
+        module = load(each)
+        reason = _reason(module, problem) or (None if hasattr(module, "route") else "it has no router")
+        if reason is None:
+            return module
+    raise BackendUnavailable(f"backend: expected one that can take this call, got {name!r}: {reason}")
 
 
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:

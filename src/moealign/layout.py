@@ -14,7 +14,17 @@ from typing import NamedTuple
 import torch
 from torch.utils import _pytree
 
-__all__ = ["EXTRAS", "INT32_MAX", "OUTPUTS", "BlockLayout", "Capacity", "Problem", "capacity", "capacity_batched"]
+__all__ = [
+    "EXTRAS",
+    "INT32_MAX",
+    "OUTPUTS",
+    "BlockLayout",
+    "Capacity",
+    "Problem",
+    "Routing",
+    "capacity",
+    "capacity_batched",
+]
 
 INT32_MAX = 2**31 - 1
 
@@ -94,6 +104,23 @@ class Problem(NamedTuple):
     has_num_valid_tokens: bool = False
     has_error_word: bool = False
     extras: tuple[str, ...] = ()  # of EXTRAS, in that order
+
+
+class Routing(NamedTuple):
+    """The facts of one call of :func:`moealign.route` before the layout: how experts are scored and chosen."""
+
+    device: torch.device
+    dtype: torch.dtype  # of router_logits
+    tokens: int
+    num_experts: int
+    top_k: int
+    scoring: str  # "softmax" or "sigmoid"
+    renormalize: bool
+    scale: float  # of the weights
+    num_groups: int  # 1: every expert may be chosen
+    topk_groups: int
+    has_bias: bool = False
+    has_num_valid_tokens: bool = False
 
 
 class Capacity(NamedTuple):

@@ -11,6 +11,8 @@ A backend is a module with these functions; it fills the tensors of `out` and ne
 ``align(problem, topk_ids, expert_map, num_valid_tokens, error_word, out) -> None``
 ``align_batched(problem, expert_num_tokens, error_word, out) -> None``
     Fill every tensor of `out` (a BlockLayout) that is not None, to the last element.
+``route(routing, router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability) -> None``
+    Only those that have a router: fill the last three (the last may be None).
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..layout import BlockLayout, Problem
+from .reference_routing import route
 
-__all__ = ["align", "align_batched", "note", "refuses", "unavailable"]
+__all__ = ["align", "align_batched", "note", "refuses", "route", "unavailable"]
 
 BAD_ID, BAD_MAP, BAD_VALID, BAD_COUNT = 1, 2, 4, 8  # bits of the error word
 

@@ -25,7 +25,9 @@ import torch
 from moealign.errors import InvalidInput
 from moealign.layout import BlockLayout, Problem
 
-__all__ = ["align", "align_batched", "note", "num_threads", "refuses", "unavailable"]
+from .routing import route
+
+__all__ = ["align", "align_batched", "note", "num_threads", "refuses", "route", "unavailable"]
 
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
