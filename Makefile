@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench-cpu fuzz clean
+.PHONY: setup demo test test-engines lint bench-cpu fuzz clean
 
 setup: $(READY)
 
@@ -19,6 +19,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q
+
+# The plug-ins inside the real vLLM and SGLang: fetches their wheels (400 MB).
+test-engines: $(READY)
+	$(BIN)/python tests/real_engines.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ LEVELS = {
     "routing": 5,
     "testing": 7,
     "trace": 7,
+    "integrations": 7,
     "report": 8,
     "cli": 9,
     "__main__": 10,

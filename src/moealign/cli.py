@@ -20,6 +20,7 @@ from . import __version__, report
 from .align import align, explain
 from .dispatch import backends
 from .errors import MoealignError
+from .integrations import describe
 from .layout import EXTRAS
 from .testing import argsort_align, check_backend, difference, oracle_align
 from .trace import Trace, example_trace, load_trace
@@ -273,6 +274,16 @@ def info() -> None:
         table.add_row(name, Text(f"ready; {note}" if note else "ready"))
     console.print(table)
     variables = Table("variable", "value", title="Environment", title_justify="left")
-    for name in ("MOEALIGN_BACKEND", "MOEALIGN_NUM_THREADS", "MOEALIGN_CACHE_DIR"):
+    for name in (
+        "MOEALIGN_BACKEND",
+        "MOEALIGN_NUM_THREADS",
+        "MOEALIGN_CACHE_DIR",
+        "MOEALIGN_VLLM",
+        "MOEALIGN_SGLANG",
+    ):
         variables.add_row(name, Text(os.environ.get(name) or "not set"))
     console.print(variables)
+    engines = Table("engine", "plug-in", title="Engines", title_justify="left")
+    for name, said in describe().items():
+        engines.add_row(name, Text(said))
+    console.print(engines)
