@@ -10,9 +10,11 @@ strides are copied.  Nothing here imports numba before the first call.
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import importlib.util
 import os
+import struct
 import sys
 import threading
 from collections.abc import Callable
@@ -32,7 +34,7 @@ __all__ = ["align", "align_batched", "note", "num_threads", "refuses", "route", 
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
 MIN_ROUTES_AN_EXPERT = 2  # a chunk's counters must not cost more than its routes
-CHUNKS_A_THREAD = 4
+CHUNKS_A_THREAD = 8
 MAX_THREADS = 64
 
 # Width in bytes, negative if unsigned.
@@ -164,12 +166,23 @@ def _walk(ids: torch.Tensor, routes: int) -> tuple[torch.Tensor, int, int, int]:
     return ids.contiguous(), routes, 0, 1
 
 
-class _Scratch(threading.local):
-    """Five rows for each thread, kept from call to call: a call of a few routes is shorter than a malloc."""
+class _Arguments:
+    """Room for the arguments of one call: `pack(buffer, 0, ...)` writes them, `address` is what the kernel gets."""
 
-    row_ints = 0
-    address = 0
-    rows: torch.Tensor | None = None
+    def __init__(self, count: int) -> None:
+        self.buffer = ctypes.create_string_buffer(8 * count)
+        self.address = ctypes.addressof(self.buffer)
+        self.pack = struct.Struct(f"{count}q").pack_into
+
+
+class _Scratch(threading.local):
+    """Kept for each thread from call to call, since a call of a few routes is shorter than a malloc: five rows of
+    counters, and room for arguments (a list, so that a call inside a call takes another)."""
+
+    def __init__(self) -> None:
+        self.row_ints = self.address = 0
+        self.rows: torch.Tensor | None = None
+        self.free: list[_Arguments] = []
 
     def grow(self, row_ints: int) -> None:
         self.rows = torch.empty(5 * row_ints, dtype=torch.int32)
@@ -226,13 +239,17 @@ def align(
         own = _own
         if own.row_ints < row_ints:
             own.grow(row_ints)
-        kernels.serial[width](
+        arguments = own.free.pop() if own.free else _Arguments(kernels.SERIAL_ARGUMENTS)
+        arguments.pack(
+            arguments.buffer, 0,
             ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
             map_address, map_code, map_stride, ignore, num_valid, error,
             routes, problem.top_k, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
             sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
             counts, offsets, ends, positions, block_rows, scatter_idx, own.address, row_ints,
         )  # fmt: skip
+        kernels.serial[width](arguments.address)
+        own.free.append(arguments)
         return
 
     # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
@@ -245,7 +262,7 @@ def align(
     valid = kernels.prepare(
         map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, scratch
     )
-    arguments = (
+    shared = (
         control, chunks, valid, scratch, row_ints,
         ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
         map_address, map_code, map_stride, ignore, error,
@@ -254,8 +271,8 @@ def align(
         counts, offsets, ends, positions, block_rows, scatter_idx,
     )  # fmt: skip
     task = kernels.shared[width]
-    _helpers.ask(threads - 1, task, (0, *arguments), memory)
-    task(1, *arguments)
+    _helpers.ask(threads - 1, task, (0, *shared), memory)
+    task(1, *shared)
 
 
 def align_batched(

@@ -23,7 +23,16 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["CONTROL_BYTES", "LANES_MAX_EXPERTS", "batched_fill", "batched_scan", "prepare", "serial", "shared"]
+__all__ = [
+    "CONTROL_BYTES",
+    "LANES_MAX_EXPERTS",
+    "SERIAL_ARGUMENTS",
+    "batched_fill",
+    "batched_scan",
+    "prepare",
+    "serial",
+    "shared",
+]
 
 # Up to here the count uses four counter tables side by side: a run of equal ids does not wait for its own stores.
 LANES_MAX_EXPERTS = 2048
@@ -32,6 +41,10 @@ AHEAD = 24
 # ...if all rows do not fit into a second-level cache, and the bins being filled not into the first.
 AHEAD_MIN_ROWS = 262_144
 AHEAD_MIN_EXPERTS = 96
+# Up to so many routes a bin all rows are filled at once, before the scatter.
+FILL_FIRST = 32
+# int64 that `serial` reads.
+SERIAL_ARGUMENTS = 29
 # What threads of a call tell each other: six int64, each in a cache line of its own.
 CONTROL_BYTES = 384
 
@@ -337,18 +350,21 @@ def _fill_bin(  # type: ignore[no-untyped-def]
     e, count, first, blocks, block_size, routes, map_address, map_code, map_stride, experts,
     sorted_ids, expert_ids, block_rows,
 ):  # fmt: skip
-    """The padding and the blocks of one bin that has `count` > 0 routes from row `first` of block `first / B` on."""
+    """The padding (unless sorted_ids is 0) and the blocks of a bin that has `count` > 0 routes from row `first` on."""
     block = first // block_size
     name = e
     if map_address != 0:
         name = _load(map_address, e * map_stride, map_code)
         if name < 0 or name >= experts:
             name = np.int64(-1)
-    _fill(expert_ids, block, block + blocks, name)
+    _i32(expert_ids)[block] = np.int32(name)
+    if blocks > 1:
+        _fill(expert_ids, block + 1, block + blocks, name)
     if block_rows != 0:
         _fill(block_rows, block, block + blocks - 1, block_size)
         _i32(block_rows)[block + blocks - 1] = np.int32(count - (blocks - 1) * block_size)
-    _fill(sorted_ids, first + count, first + blocks * block_size, routes)
+    if sorted_ids != 0:
+        _fill(sorted_ids, first + count, first + blocks * block_size, routes)
 
 
 @njit(**_PART)
@@ -376,13 +392,22 @@ def _unwanted(positions, scatter_idx, valid, routes):  # type: ignore[no-untyped
 
 def _make_serial(width):  # type: ignore[no-untyped-def]
     @njit(**_JIT)
-    def serial(  # type: ignore[no-untyped-def]
-        ids_address, cols, row_stride, col_stride, bound_, signed,
-        map_address, map_code, map_stride, ignore, num_valid, error,
-        routes, top_k, experts, block_size, length, num_blocks,
-        sorted_ids, expert_ids, total_out, counts_out, offsets_out, ends_out, positions, block_rows, scatter_idx,
-        scratch, row_ints,
-    ):  # fmt: skip
+    def serial(arguments):  # type: ignore[no-untyped-def]
+        """All of it on this thread.  `arguments`: address of SERIAL_ARGUMENTS int64, as numba takes 75 ns for each."""
+        given = _i64(arguments)
+        ids_address, cols, row_stride, col_stride, bound_, signed = (
+            given[0], given[1], given[2], given[3], given[4], given[5],
+        )  # fmt: skip
+        map_address, map_code, map_stride, ignore, num_valid, error = (
+            given[6], given[7], given[8], given[9], given[10], given[11],
+        )  # fmt: skip
+        routes, top_k, experts, block_size, length, num_blocks = (
+            given[12], given[13], given[14], given[15], given[16], given[17],
+        )  # fmt: skip
+        sorted_ids, expert_ids, total_out = given[18], given[19], given[20]
+        counts_out, offsets_out, ends_out = given[21], given[22], given[23]
+        positions, block_rows, scatter_idx = given[24], given[25], given[26]
+        scratch, row_ints = given[27], given[28]
         ids = _ids_pointer(ids_address, width)
         bound, missing = np.uint64(bound_), _missing(signed, width)
         valid = _valid_routes(num_valid, error, routes, top_k)
@@ -400,6 +425,10 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
         names = np.int64(0) if mapped else map_address
         first = np.int64(0)
         end = np.int64(0)
+        # Few routes a bin: one long fill of everything is cheaper than a short one behind each bin.
+        filled = valid <= FILL_FIRST * min(experts, valid)
+        if filled:
+            _fill(sorted_ids, 0, length, routes)
         for e in range(experts):
             count = np.int64(counters[e])
             if counts_out != 0:
@@ -414,14 +443,15 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
                 blocks = _blocks(count, block_size)
                 _fill_bin(
                     np.int64(e), count, first, blocks, block_size, routes, names, map_code, map_stride, experts,
-                    sorted_ids, expert_ids, block_rows,
+                    np.int64(0) if filled else sorted_ids, expert_ids, block_rows,
                 )  # fmt: skip
                 first += blocks * block_size
         counters[experts] = np.int32(first)
         if offsets_out != 0:
             _i32(offsets_out)[experts] = np.int32(first)
         _i32(total_out)[0] = np.int32(first)
-        _fill(sorted_ids, first, length, routes)
+        if not filled:
+            _fill(sorted_ids, first, length, routes)
         used = first // block_size
         _fill(expert_ids, used, num_blocks, -1)
         if block_rows != 0:
