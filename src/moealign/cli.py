@@ -1,4 +1,4 @@
-"""The command line: demo, inspect, check, info."""
+"""The command line: demo, inspect, report, bench, check, info."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, report
+from . import __version__, bench, report
 from .align import align, explain
 from .dispatch import backends
 from .errors import MoealignError
@@ -242,6 +242,56 @@ def check(
     console.print(table)
     if bad:
         raise typer.Exit(1)
+
+
+@app.command("bench")
+def run_bench(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The CSV to write  [default: moealign_bench_DEVICE.csv]")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="The picture to draw, .png or .svg  [default: moealign_bench_DEVICE.png]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few sizes, fewer replays.")] = False,
+    part: Annotated[list[str] | None, typer.Option("--bench", help="Only this part; may be repeated.")] = None,
+    backend: Annotated[str, typer.Option(help="Of ours, joined by commas  [default: all that run here]")] = "",
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder of the peers' libraries  [default: what is installed]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu  [default: cuda if there is one]")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which only the fast ones are timed.")] = 200.0,
+) -> None:
+    """Time moealign on this machine against what is installed beside it: a table, a CSV and a picture to keep."""
+    if device not in (None, "cuda", "cpu"):
+        _fail(f"--device: expected cuda or cpu, got {device!r}")
+    if unknown := set(part or ()) - set(bench.BENCHES):
+        _fail(f"--bench: expected one of {', '.join(bench.BENCHES)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(filter(None, backend.split(","))) - set(backends()):
+        _fail(f"--backend: expected one of {', '.join(backends())}, got {', '.join(sorted(unknown))}")
+    if peers is not None and not peers.is_dir():
+        _fail(f"--peers: expected a folder, got {peers}")
+    if figure is not None and figure.suffix not in (".png", ".svg"):
+        _fail(f"--figure: expected a path that ends in .png or .svg, got {figure}")
+    for name, path in (("--output", output), ("--figure", figure)):
+        if path is not None and not path.parent.is_dir():
+            _fail(f"{name}: expected a path in a folder that exists, got {path}")
+    try:
+        session = bench.measure(
+            device=device,
+            benches=part or (),
+            quick=quick,
+            names=[name for name in backend.split(",") if name],
+            peers=peers,
+            budget=budget,
+        )
+    except MoealignError as error:
+        _fail(f"--device: {error}")
+    stem = f"moealign_bench_{session.gpu}"
+    status = bench.publish(session, output or Path(f"{stem}.csv"), figure or Path(f"{stem}.png"))
+    if session.ended:
+        raise session.ended
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()
