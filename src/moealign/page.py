@@ -255,7 +255,8 @@ def draw_recommendations(axis: Any, study: Study, theme: Theme) -> None:
     from matplotlib.patches import Rectangle
 
     values = np.array([row.costs for row in study.by_tokens])
-    ratio = values / values.min(axis=1, keepdims=True)
+    least = values.min(axis=1, keepdims=True)
+    ratio = np.divide(values, least, out=np.ones_like(values), where=least > 0)
     image = axis.imshow(ratio.T, aspect="auto", cmap="cividis_r", vmin=1, vmax=2, origin="lower")
     for i, row in enumerate(study.by_tokens):
         for j in range(len(study.sizes)):
@@ -414,8 +415,8 @@ def _themed(svg: str, name: str) -> str:
     svg = re.sub(
         r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|PathCollection)_\d+"', "", svg
     )
-    svg = svg.replace("font-family: sans-serif", "font-family: inherit")
-    svg = re.sub(r"font: ([^;\"]*?)'?(?:DejaVu Sans|sans-serif)'?[^;\"]*", r"font: \1system-ui, sans-serif", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{name}" ', 1)
 
 
@@ -436,6 +437,7 @@ def _picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
         rows.insert(2, [block_map])
         heights = [row[0].size[1] for row in rows]
         figure = pyplot.figure(figsize=(11.4, sum(heights) + 0.9), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
         if not adaptive:
             figure.set_facecolor(theme.paper)
         parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -453,8 +455,9 @@ def _picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
         if adaptive:
             sink = io.StringIO()
             figure.savefig(sink, format="svg", metadata={"Date": None})
-            svg = _themed(sink.getvalue(), "report").replace("font-family: inherit", "font-family: sans-serif")
-            style = f"<style>{_variables_css('svg')} svg {{ background: var(--paper) }}</style>"
+            svg = _themed(sink.getvalue(), "report")
+            ground = "svg { background: var(--paper); font-family: system-ui, sans-serif }"
+            style = f"<style>{_variables_css('svg')} {ground}</style>"
             path.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace("<defs>", f"{style}<defs>", 1))
         else:
             figure.savefig(path, dpi=130, facecolor=theme.paper, metadata={"Software": None})
