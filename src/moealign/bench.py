@@ -1304,8 +1304,11 @@ def publish(session: Session, out: Path | None, figure: Path | None = None) -> i
     if out is not None:
         write_csv(session.rows, out)
     if figure is not None and session.rows:
-        draw(session.rows, figure)
-        say(f"{figure}: drawn")
+        try:
+            draw(session.rows, figure)
+            say(f"{figure}: drawn")
+        except ImportError as error:
+            say(f"{figure}: not drawn, {error.name} is not installed; pip install 'moealign[report]' brings it")
     if os.environ.get("OUT"):
         write_csv(session.rows, Path(os.environ["OUT"]) / f"align_{session.gpu}.csv")
     if session.wrong:

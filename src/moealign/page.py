@@ -23,7 +23,7 @@ from . import costs
 from .errors import InvalidInput
 from .trace import Trace
 
-__all__ = ["DARK", "FORMATS", "LIGHT", "Study", "study", "write"]
+__all__ = ["ADAPTIVE", "DARK", "FORMATS", "LIGHT", "Study", "Theme", "save_adaptive", "study", "style", "write"]
 
 FORMATS = (".html", ".png", ".svg")
 RANKS = (2, 4, 8, 16, 32, 64)
@@ -51,13 +51,13 @@ DARK = Theme(
     "#e6e9ee", "#a3adb8", "#3a424c", "#14181d",
     ("#6ea8e8", "#f0955c", "#63c08d", "#bd94ea", "#ee8077", "#4fc3d0", "#d9b945", "#ee86bf", "#a9bd5f", "#9db0d3"),
 )  # fmt: skip
-# Colours that nothing else has, each to be replaced by a variable of the page.
-_PLACES = Theme(
+#: Colours that nothing else has, each to be replaced by a variable: what is drawn in them suits light and dark.
+ADAPTIVE = Theme(
     "#010203", "#010204", "#010205", "#010206", tuple(f"#0103{i:02x}" for i in range(COLOURS))
 )  # fmt: skip
 _VARIABLES = {
-    _PLACES.ink: "--ink", _PLACES.muted: "--muted", _PLACES.rule: "--rule", _PLACES.paper: "--paper",
-    **{colour: f"--c{i}" for i, colour in enumerate(_PLACES.series)},
+    ADAPTIVE.ink: "--ink", ADAPTIVE.muted: "--muted", ADAPTIVE.rule: "--rule", ADAPTIVE.paper: "--paper",
+    **{colour: f"--c{i}" for i, colour in enumerate(ADAPTIVE.series)},
 }  # fmt: skip
 
 
@@ -373,7 +373,8 @@ def panels(study: Study) -> list[Panel]:
     ]
 
 
-def _style(theme: Theme, salt: str) -> dict[str, Any]:
+def style(theme: Theme, salt: str) -> dict[str, Any]:
+    """matplotlib's settings for figures in `theme`; `salt` keeps the ids of two pictures on one page apart."""
     return {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
         "grid.color": theme.rule, "grid.linewidth": 0.6, "axes.axisbelow": True,
@@ -396,17 +397,18 @@ def _pyplot() -> Any:
 def _svg(study: Study, name: str, size: tuple[float, float], draw: Callable[[Any, Theme], None]) -> tuple[str, Any]:
     """An <svg> in the page's variables, and where its axes lie: left, top, right, bottom as parts of the picture."""
     pyplot = _pyplot()
-    with pyplot.rc_context(_style(_PLACES, name)):
+    with pyplot.rc_context(style(ADAPTIVE, name)):
         figure, axis = pyplot.subplots(figsize=size, layout="constrained")
-        draw(axis, _PLACES)
+        draw(axis, ADAPTIVE)
         sink = io.StringIO()
         figure.savefig(sink, format="svg", metadata={"Date": None})
         place = axis.get_position()
         pyplot.close(figure)
-    return _themed(sink.getvalue(), name), [place.x0, 1 - place.y1, place.x1, 1 - place.y0]
+    svg = _themed(sink.getvalue()).replace("<svg ", f'<svg role="img" aria-labelledby="title-{name}" ', 1)
+    return svg, [place.x0, 1 - place.y1, place.x1, 1 - place.y0]
 
 
-def _themed(svg: str, name: str) -> str:
+def _themed(svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -416,16 +418,25 @@ def _themed(svg: str, name: str) -> str:
         r' id="(?:figure|axes|patch|text|line2d|matplotlib\.axis|xtick|ytick|legend|PathCollection)_\d+"', "", svg
     )
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{name}" ', 1)
+    return re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 system-ui, sans-serif", svg)
+
+
+def save_adaptive(figure: Any, path: Path, title: str) -> None:
+    """Write a figure drawn in :data:`ADAPTIVE` as an SVG that is light or dark as its reader prefers."""
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None})
+    ground = "svg { background: var(--paper); font-family: system-ui, sans-serif }"
+    head = f"<title>{html.escape(title)}</title><style>{_variables_css('svg')} {ground}</style><defs>"
+    svg = _themed(sink.getvalue()).replace("<defs>", head, 1).replace("<svg ", '<svg role="img" ', 1)
+    path.write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg}', encoding="utf-8")
 
 
 def _picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
     """All figures one below the other, in one PNG or SVG."""
     pyplot = _pyplot()
     adaptive = path.suffix == ".svg"
-    colours = _PLACES if adaptive else theme
-    with pyplot.rc_context(_style(colours, "report")):
+    colours = ADAPTIVE if adaptive else theme
+    with pyplot.rc_context(style(colours, "report")):
         shown = panels(study)
         rows: list[list[Panel]] = []
         for panel in shown:
@@ -453,12 +464,7 @@ def _picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
             color=colours.muted,
         )
         if adaptive:
-            sink = io.StringIO()
-            figure.savefig(sink, format="svg", metadata={"Date": None})
-            svg = _themed(sink.getvalue(), "report")
-            ground = "svg { background: var(--paper); font-family: system-ui, sans-serif }"
-            style = f"<style>{_variables_css('svg')} {ground}</style>"
-            path.write_text('<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace("<defs>", f"{style}<defs>", 1))
+            save_adaptive(figure, path, f"moealign report: {trace.model}")
         else:
             figure.savefig(path, dpi=130, facecolor=theme.paper, metadata={"Software": None})
         pyplot.close(figure)
