@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The drawings of docs/layout.md, from layouts that the library computes: nothing in them is placed by hand.
-And the figures on the first page, from the tracked measurements.
+And the figures on the pages, from the tracked measurements.
 
-    python docs/draw.py            # write docs/images/layout-*.svg and trace-*.svg, and the figures of docs/index.md
+    python docs/draw.py            # write docs/images/layout-*.svg and trace-*.svg, and the figures of docs/*.md
     python docs/draw.py --check    # write nothing, fail if one of them is not what this would write
 
 The SVGs follow the reader's light or dark scheme.  Their text is what the tensors hold.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import torch  # noqa: E402
 
 from moealign import BlockLayout, align, align_batched  # noqa: E402
-from moealign.bench import cases_of, in_order, is_peer, line_of  # noqa: E402
+from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds  # noqa: E402
 from moealign.page import ADAPTIVE, map_lines, save_adaptive, study, style  # noqa: E402
 from moealign.page import draw_map as draw_block_map  # noqa: E402
 from moealign.trace import example_trace, load_trace  # noqa: E402
@@ -238,6 +239,40 @@ def first_page() -> str:
     return f"{before}{begin}{gain()}{end}{rest.split(end)[1]}"
 
 
+#: A figure on a page: a link to the tables, whose title is the CSV, the case (and its routes, where one case has many)
+#: and the implementation.
+FIGURE = re.compile(r'\[([\d.,]+)\]\(results\.md "(\w+): ([^",]+), ([^",]+)"\)')
+
+
+def with_figures(text: str) -> str:
+    """A page's `text` with every such figure as its row has it today.
+
+    Raises:
+        LookupError: a figure whose row there is not.
+    """
+
+    def fresh(found: re.Match[str]) -> str:
+        _, name, case, impl = found.groups()
+        with (ROOT / "benchmarks" / "results" / f"{name}.csv").open(newline="") as source:
+            rows = [
+                row
+                for row in csv.DictReader(source)
+                if row["impl"] == impl and case in (row["case"], f"{row['case']} {row['routes']}")
+            ]
+        if len({row["median_us"] for row in rows}) != 1:
+            raise LookupError(f"{name}.csv: expected one row of {case}, {impl}, got {len(rows)}")
+        return found[0].replace(f"[{found[1]}]", f"[{microseconds(float(rows[0]['median_us']))}]", 1)
+
+    return FIGURE.sub(fresh, text)
+
+
+def fresh_pages() -> dict[Path, str]:
+    """Every page of docs/ with the figures of today's tables."""
+    pages = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    pages[ROOT / "docs" / "index.md"] = first_page()
+    return {path: with_figures(text) for path, text in pages.items()}
+
+
 def write(folder: Path) -> None:
     import matplotlib
 
@@ -257,24 +292,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not args.check:
         write(IMAGES)
-        (ROOT / "docs" / "index.md").write_text(first_page())
-        print(f"{IMAGES}: {len(DRAWINGS)} drawings written, and the figures of docs/index.md")
+        for path, text in fresh_pages().items():
+            path.write_text(text)
+        print(f"{IMAGES}: {len(DRAWINGS)} drawings written, and the figures of docs/*.md")
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch))
         stale = [n for n in DRAWINGS if _text(IMAGES / f"{n}.svg") != _text(Path(scratch) / f"{n}.svg")]
     for name in stale:
         print(f"{IMAGES / name}.svg: not what docs/draw.py draws; run it")
-    fresh = first_page() == (ROOT / "docs" / "index.md").read_text()
-    if not fresh:
-        print("docs/index.md: its figures are not those of benchmarks/results; run docs/draw.py")
-    return int(bool(stale) or not fresh)
+    old = [path for path, text in fresh_pages().items() if text != path.read_text()]
+    for path in old:
+        print(f"docs/{path.name}: its figures are not those of benchmarks/results; run docs/draw.py")
+    return int(bool(stale or old))
 
 
 def _text(path: Path) -> list[str]:
     """What a drawing says, which does not depend on matplotlib's release."""
-    import re
-
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()) if path.exists() else []
 
 

@@ -129,7 +129,7 @@ def test_a_wrong_command_would_be_seen(line):
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_links_between_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
 
@@ -210,7 +210,9 @@ def test_the_api_has_every_public_name_with_its_docstring(site):
 
     page = Links((site / "api.html").read_text())
     for name in moealign.__all__:
-        assert name[0] == "_" or {f"moealign.{name}", f"moealign.errors.{name}"} & page.ids, name
+        home = getattr(moealign, name).__module__ if name[0] != "_" else ""
+        assert not home or {f"moealign.{name}", f"{home}.{name}"} & page.ids, name
+    assert "moealign.align.moe_align_block_size" not in page.ids, "the function align, not the module of that name"
     for name in (
         "errors.InvalidInput",
         "placement.balanced",
@@ -252,6 +254,18 @@ def test_a_stale_drawing_would_be_seen(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "layout-routes.svg: not what docs/draw.py draws" in said
     assert "docs/index.md: its figures are not those of benchmarks/results" in said
+
+
+def test_a_figure_is_its_row_of_the_table():
+    draw = load(ROOT / "docs" / "draw.py")
+    text = 'takes [9.99](results.md "align_h200: 1x8-E256-B16, moealign-cuda") here'
+    with (ROOT / "benchmarks" / "results" / "align_h200.csv").open(newline="") as source:
+        (row,) = [r for r in csv.DictReader(source) if (r["case"], r["impl"]) == ("1x8-E256-B16", "moealign-cuda")]
+    fresh = draw.with_figures(text)
+    assert fresh == text.replace("9.99", f"{float(row['median_us']):.2f}")
+    with pytest.raises(LookupError, match="expected one row of 1x8-E256-B16, nobody, got 0"):
+        draw.with_figures(text.replace("moealign-cuda", "nobody"))
+    assert len(draw.FIGURE.findall((ROOT / "docs" / "backends.md").read_text())) >= 10
 
 
 def test_the_first_page_answers_in_ten_lines():
