@@ -371,7 +371,8 @@ def vllm(work: Work, drop_in: bool = False, impl: str = VLLM) -> Entry:
     outs = [buffers_of(work.capacity.sorted_token_ids, work.capacity.expert_ids, work.device) for _ in inputs]
     names = [out[1] for out in outs]
     ops = torch.ops._moe_C
-    room = 0 if work.batched else arguments_of(ops.moe_align_block_size) - 6  # for the map and scatter_idx
+    room = 0 if work.batched else arguments_of(ops.moe_align_block_size) - 6
+    nothing, mapped = (None, None)[:room], (expert_map, None)[:room]  # the map and scatter_idx, as far as it takes them
     if work.batched:
 
         def call(slot: int) -> None:
@@ -379,12 +380,12 @@ def vllm(work: Work, drop_in: bool = False, impl: str = VLLM) -> Entry:
     elif expert_map is not None and not work.ignore:
 
         def call(slot: int) -> None:
-            ops.moe_align_block_size(inputs[slot], experts, block_size, *outs[slot], *(None, None)[:room])
+            ops.moe_align_block_size(inputs[slot], experts, block_size, *outs[slot], *nothing)
             names[slot] = expert_map[outs[slot][1]]
     else:
 
         def call(slot: int) -> None:
-            ops.moe_align_block_size(inputs[slot], experts, block_size, *outs[slot], *(expert_map, None)[:room])
+            ops.moe_align_block_size(inputs[slot], experts, block_size, *outs[slot], *mapped)
 
     def check(slot: int) -> str | None:
         return bins_difference(outs[slot][0], names[slot], outs[slot][2], work.expected(slot), block_size)
@@ -434,9 +435,9 @@ def _vllm_custom_op(
     expert_map: torch.Tensor | None = None,
     scatter_idx: torch.Tensor | None = None,
 ) -> None:
-    op = torch.ops._moe_C.moe_align_block_size
-    rest = (expert_map, scatter_idx)[: arguments_of(op) - 6]
-    op(topk_ids, num_experts, block_size, sorted_ids, expert_ids, total, *rest)
+    torch.ops._moe_C.moe_align_block_size(
+        topk_ids, num_experts, block_size, sorted_ids, expert_ids, total, expert_map, scatter_idx
+    )
 
 
 @functools.cache
@@ -965,7 +966,8 @@ def bench_host(session: Session) -> None:
         inputs = session.inputs("uniform", size)
         work = Work("eager-host", name_of(size, "drop-in"), size, inputs)
         entries = [ours(backend, work, drop_in=True) for backend in session.backends if backend != "reference"]
-        if name := peer_among(session.peers, "vllm"):
+        name = peer_among(session.peers, "vllm")
+        if name and arguments_of(torch.ops._moe_C.moe_align_block_size) == 8:  # what our copy of its wrapper calls
             entries.append(vllm(work, drop_in=True, impl=name))
         session.run(work, [*entries, torch_argsort(work)], time_host)
         work = Work("eager-host", name_of(size, "out"), size, inputs)
