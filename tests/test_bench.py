@@ -195,3 +195,16 @@ def test_the_repository_s_script_is_the_package_s_benchmark():
     helped = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     for option in ("--bench", "--quick", "--backends", "--peers", "--out", "--device", "--budget"):
         assert option in helped.stdout, option
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_every_part_is_right(tmp_path):
+    parts = [option for name in bench.BENCHES for option in ("--bench", name)]
+    assert bench.main(["--quick", "--out", str(tmp_path / "a.csv"), *parts]) == 0
+    with (tmp_path / "a.csv").open(newline="") as source:
+        rows = list(csv.DictReader(source))
+    assert {row["bench"] for row in rows} == set(bench.BENCHES)
+    assert "moealign-cuda" in {row["impl"] for row in rows}
+    pytest.importorskip("matplotlib")
+    bench.draw(rows, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000

@@ -149,3 +149,13 @@ def test_the_rates_of_this_gpu():
     print(machine)
     assert machine.cache > machine.memory > 1e11
     assert machine.matrix > 1e12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_layer_is_measured_on_this_gpu():
+    try:
+        costs.grouped_gemm_here()
+    except BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    found = costs.measure(TRACE.topk_ids[:, :256], 64, [16, 64], Experts(256, 128))
+    assert all(0 < spent < 1e5 for spent in found)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moealign.errors import InvalidInput
-from moealign.placement import balanced, imbalance, linear, rank_loads, round_robin
+from moealign.placement import _make_room, balanced, imbalance, linear, rank_loads, round_robin
 
 
 def zipf(experts: int) -> np.ndarray:
@@ -97,6 +97,16 @@ def test_even_loads_need_nothing():
 def test_replicas_may_fill_every_rank():
     placement = balanced([5, 1, 1], 3, replicas=6)
     assert [sorted(row) for row in placement.tolist()] == [[0, 1, 2]] * 3
+
+
+def test_room_is_made_where_every_rank_without_the_expert_is_full():
+    # Two slots a rank; expert 3 is on rank 1, which has one free, and has to go to rank 0, which is full.
+    there = np.array([[1, 1, 0, 0], [0, 0, 0, 1]], dtype=bool)
+    filled, share = np.array([2, 1]), np.array([5.0, 1.0, 3.0, 2.0])
+    total = np.array([6.0, 2.0])
+    _make_room(there, filled, total, share, 3, 2)
+    assert there.tolist() == [[True, False, False, False], [False, True, False, True]], "the lightest one went"
+    assert (filled.tolist(), total.tolist()) == ([1, 2], [5.0, 3.0])
 
 
 @pytest.mark.parametrize(

@@ -267,8 +267,9 @@ def write_report(
     if layer >= trace.layers:
         _fail(f"--layer: expected a layer below {trace.layers}, got {layer}")
     console = _console()
-    study = page.study(trace, sizes, costs.Experts(hidden, intermediate), on_gpu=gpu, map_size=map_block_size)
-    page.write(study, output, layer=layer, theme=page.DARK if dark else page.LIGHT)
+    with console.status("computing and drawing", spinner="dots"):
+        study = page.study(trace, sizes, costs.Experts(hidden, intermediate), on_gpu=gpu, map_size=map_block_size)
+        page.write(study, output, layer=layer, theme=page.DARK if dark else page.LIGHT)
     table = Table(title="Block size to choose, by the cost model", title_justify="left")
     for name in ("tokens", "block size", "padding", "us a layer"):
         table.add_column(name, justify="right")

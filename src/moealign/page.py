@@ -172,7 +172,8 @@ def draw_loads(axis: Any, study: Study, theme: Theme) -> None:
     """Heat map: load of each expert in each layer, over the layer's mean."""
     mean = np.maximum(study.loads.mean(axis=1, keepdims=True), 1e-300)
     ratio = study.loads / mean
-    image = axis.imshow(ratio, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)
+    # "none" leaves an SVG a pixel an expert, however many there are; the page scales it up without blurring.
+    image = axis.imshow(ratio, aspect="auto", interpolation="none", cmap="viridis", vmin=0)
     axis.set(xlabel="expert", ylabel="layer")
     axis.grid(False)
     axis.yaxis.get_major_locator().set_params(integer=True)
@@ -425,7 +426,7 @@ def save_adaptive(figure: Any, path: Path, title: str) -> None:
     """Write a figure drawn in :data:`ADAPTIVE` as an SVG that is light or dark as its reader prefers."""
     sink = io.StringIO()
     figure.savefig(sink, format="svg", metadata={"Date": None})
-    ground = "svg { background: var(--paper); font-family: system-ui, sans-serif }"
+    ground = "svg { background: var(--paper); font-family: system-ui, sans-serif } image { image-rendering: pixelated }"
     head = f"<title>{html.escape(title)}</title><style>{_variables_css('svg')} {ground}</style><defs>"
     svg = _themed(sink.getvalue()).replace("<defs>", head, 1).replace("<svg ", '<svg role="img" ', 1)
     path.write_text(f'<?xml version="1.0" encoding="utf-8"?>\n{svg}', encoding="utf-8")
@@ -497,7 +498,7 @@ body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: v
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5em; margin: 0 0 .2em } h2 { font-size: 1.12em; margin: 2.2em 0 .3em }
 p { margin: .3em 0 .7em; max-width: 78ch } .muted { color: var(--muted) }
-svg { width: 100%; height: auto; display: block }
+svg { width: 100%; height: auto; display: block } svg image { image-rendering: pixelated }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 28px }
 .answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 8px }
 .answers div { border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px }

@@ -68,22 +68,25 @@ def balanced(loads: npt.ArrayLike, ranks: int, replicas: int = 0) -> Ints:
     copies = _copies(weights, ranks, replicas)
     share = weights / copies
     slots = -(-(experts + replicas) // ranks)
-    holds: list[set[int]] = [set() for _ in range(ranks)]
-    total = np.zeros(ranks)
+    there = np.zeros((ranks, experts), dtype=bool)
+    filled, total = np.zeros(ranks, dtype=np.int64), np.zeros(ranks)
     # Widely copied experts first among equals: they have the fewest ranks left to go to.
-    for expert in sorted(range(experts), key=lambda e: (-share[e], -copies[e], e)):
+    for expert in np.lexsort((np.arange(experts), -copies, -share)).tolist():
         for _ in range(copies[expert]):
-            free = [r for r in range(ranks) if len(holds[r]) < slots and expert not in holds[r]]
-            if not free:
-                _make_room(holds, total, share, expert, slots)
-                continue
-            rank = min(free, key=lambda r: (total[r], len(holds[r]), r))
-            holds[rank].add(expert)
+            if not ((filled < slots) & ~there[:, expert]).any():
+                _make_room(there, filled, total, share, expert, slots)
+            free = (filled < slots) & ~there[:, expert]
+            least = np.where(free, total, np.inf)
+            ties = np.flatnonzero(least == least.min())
+            rank = ties[np.argmin(filled[ties])]
+            there[rank, expert] = True
+            filled[rank] += 1
             total[rank] += share[expert]
-    _swap(holds, share)
+    _swap(there, share, slots)
     placement = np.full((ranks, slots), -1, dtype=np.int64)
-    for rank, held in enumerate(holds):
-        placement[rank, : len(held)] = sorted(held)
+    for rank in range(ranks):
+        held = np.flatnonzero(there[rank])
+        placement[rank, : len(held)] = held
     if replicas:
         return placement
     others = (linear(experts, ranks), round_robin(experts, ranks))
@@ -151,32 +154,32 @@ def _copies(weights: Floats, ranks: int, replicas: int) -> Ints:
     return copies
 
 
-def _make_room(holds: list[set[int]], total: Floats, share: Floats, expert: int, slots: int) -> None:
-    """Put `expert` where it is not held yet, though each such rank is full: one of theirs moves to a rank with room."""
-    for rank in sorted((r for r in range(len(holds)) if expert not in holds[r]), key=lambda r: (total[r], r)):
-        for room in (r for r in range(len(holds)) if len(holds[r]) < slots):
-            movable = sorted(holds[rank] - holds[room], key=lambda e: (share[e], e))
-            if movable:
-                moved = movable[0]
-                holds[rank].remove(moved)
-                holds[room].add(moved)
-                holds[rank].add(expert)
+def _make_room(there: Any, filled: Ints, total: Floats, share: Floats, expert: int, slots: int) -> None:
+    """Where all ranks without `expert` are full, one of them sends its lightest expert to a rank that has room."""
+    without = [r for r in np.argsort(total, kind="stable") if not there[r, expert]]
+    for rank in without:
+        for room in np.flatnonzero(filled < slots):
+            movable = np.flatnonzero(there[rank] & ~there[room])
+            if len(movable):
+                moved = movable[np.argmin(share[movable])]
+                there[rank, moved], there[room, moved] = False, True
+                filled[rank] -= 1
+                filled[room] += 1
+                total[rank] -= share[moved]
                 total[room] += share[moved]
-                total[rank] += share[expert] - share[moved]
                 return
     raise AssertionError("more copies than slots")  # cdiv(copies, ranks) slots hold them all
 
 
-def _swap(holds: list[set[int]], share: Floats) -> None:
+def _swap(there: Any, share: Floats, slots: int) -> None:
     """While it makes the busiest rank lighter, swap one of its experts for another's, or move one to a free slot."""
-    ranks, slots = len(holds), max(map(len, holds))
+    ranks = len(there)
     rows = np.full((ranks, slots), -1, dtype=np.int64)
-    for rank, held in enumerate(holds):
-        rows[rank, : len(held)] = sorted(held)
-    weight = np.append(share, 0.0)  # a free slot, -1, weighs nothing
-    there = np.zeros((ranks, len(share) + 1), dtype=bool)
     for rank in range(ranks):
-        there[rank, rows[rank]] = rows[rank] >= 0
+        held = np.flatnonzero(there[rank])
+        rows[rank, : len(held)] = held
+    weight = np.append(share, 0.0)  # a free slot, -1, weighs nothing
+    held_or_free = np.concatenate((there, np.zeros((ranks, 1), dtype=bool)), axis=1)
     total = weight[rows].sum(axis=1)
     for _ in range(4 * len(share)):
         busy = int(np.argmax(total))
@@ -185,8 +188,8 @@ def _swap(holds: list[set[int]], share: Floats) -> None:
         gap = (total[busy] - total)[None, :, None]
         # Half the gap would make the two equal; anything in (0, gap) lowers the higher of them.
         helps = (moved > 1e-12 * total[busy]) & (moved < gap * (1 - 1e-12))
-        helps &= ~there[:, mine].T[:, :, None]  # it is not there yet,
-        helps &= ~there[busy][rows][None]  # nor what comes back here
+        helps &= ~held_or_free[:, mine].T[:, :, None]  # it is not there yet,
+        helps &= ~held_or_free[busy][rows][None]  # nor what comes back here
         if not helps.any():
             break
         choice = np.where(helps, np.abs(gap / 2 - moved), np.inf)
@@ -194,10 +197,9 @@ def _swap(holds: list[set[int]], share: Floats) -> None:
         gone, came = int(rows[busy, own]), int(rows[rank, slot])
         change = float(moved[own, rank, slot])
         rows[busy, own], rows[rank, slot] = came, gone
-        there[busy, gone], there[rank, gone] = False, True
+        held_or_free[busy, gone], held_or_free[rank, gone] = False, True
         if came >= 0:
-            there[rank, came], there[busy, came] = False, True
+            held_or_free[rank, came], held_or_free[busy, came] = False, True
         total[busy] -= change
         total[rank] += change
-    for rank in range(ranks):
-        holds[rank] = set(rows[rank][rows[rank] >= 0].tolist())
+    there[:] = held_or_free[:, :-1]
