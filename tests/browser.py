@@ -60,10 +60,10 @@ def browser(profile: Path) -> Iterator[Any]:
         driver.quit()
 
 
-def look(driver: Any, path: Path, scheme: str, width: int = 1280) -> None:
-    """Open a file as a reader who prefers `scheme` sees it."""
+def look(driver: Any, page: Path | str, scheme: str, width: int = 1280) -> None:
+    """Open a file or an address as a reader who prefers `scheme` sees it."""
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    driver.get(path.resolve().as_uri())
+    driver.get(page if isinstance(page, str) else page.resolve().as_uri())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +16,7 @@ from moealign.errors import BackendUnavailable, InvalidInput
 from moealign.trace import example_trace, load_trace
 
 TRACE = load_trace(example_trace())
+EXPERTS = Path(__file__).parent.parent / "benchmarks" / "results" / "experts_h200.csv"
 IDS = torch.tensor([[[0, 1], [0, 2], [0, -1]], [[3, 3], [3, 3], [1, 2]]])  # [2 layers, 3 tokens, 2]
 
 
@@ -73,6 +78,28 @@ def test_more_tokens_want_larger_blocks():
         assert row.wasted == sorted(row.wasted)
     loads = costs.loads_of(TRACE.topk_ids, TRACE.num_experts)
     assert found[-1].costs == [costs.cost(loads, size, Experts(), H200).total for size in sizes]
+
+
+@pytest.mark.skipif(not EXPERTS.exists(), reason="no experts_h200.csv is tracked")
+def test_the_model_chooses_as_measurements_did():
+    """The block sizes that were found fastest on the H200, at all the sizes that benchmarks/experts.py times."""
+    with EXPERTS.open(newline="") as source:
+        rows = [r for r in csv.DictReader(source) if r["impl"] == "moealign" and int(r["block_size"])]
+    right, wrong = 0, []
+    for row in rows:
+        found = re.fullmatch(r"T(\d+)-k(\d+)-E(\d+)-H(\d+)-I(\d+)", row["case"])
+        if not found:
+            continue
+        tokens, top_k, count, hidden, inner = map(int, found.groups())
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.rand(1, tokens, count, generator=draw).topk(top_k, -1).indices
+        sizes = [16, 32, 64, 128]
+        chosen = costs.recommend_by_tokens(ids, count, sizes, Experts(hidden, inner), H200)[-1].block_size
+        right += chosen == int(row["block_size"])
+        if not 0.5 <= chosen / int(row["block_size"]) <= 2:
+            wrong.append((row["case"], chosen))
+    assert right >= 10
+    assert wrong == []
 
 
 def test_a_trace_of_an_odd_length_ends_with_all_its_tokens():

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import csv
 import doctest
+import functools
 import html.parser
+import http.server
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
 import click
 import pytest
 import typer
+from browser import browser, look
 
 from moealign.cli import app
 
@@ -137,6 +141,11 @@ def test_links_between_files_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Requests are not news."""
+
+
 class Links(html.parser.HTMLParser):
     """What a page of the site points at, and what can be pointed at in it."""
 
@@ -195,6 +204,31 @@ def test_the_site_loads_nothing_from_elsewhere(site):
     for path in site.rglob("*.html"):
         for tag in re.findall(r"<(?:script|link|img)\b[^>]*>", path.read_text()):
             assert not re.search(r'(?:src|href)="https?://', tag), f"{path.name}: {tag}"
+
+
+def test_the_site_is_legible_and_silent_in_a_browser(site, tmp_path):
+    wait = pytest.importorskip("selenium.webdriver.support.wait")
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, browser(tmp_path) as driver:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            for name in ("index", "layout", "backends", "tutorial", "api"):
+                for scheme, light in (("light", True), ("dark", False)):
+                    look(driver, f"http://127.0.0.1:{server.server_port}/{name}.html", scheme)
+                    shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
+                    ground = f"return {shade}.reduce((a, b) => a + b) > 600"
+                    wait.WebDriverWait(driver, 10).until(
+                        lambda d, light=light, ground=ground: d.execute_script(ground) == light, f"{name} in {scheme}"
+                    )
+                    driver.execute_script("localStorage.clear()")  # the theme remembers what a reader chose
+                broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+                assert driver.execute_script(broken) == []
+                wide = "return [document.documentElement.scrollWidth, innerWidth]"
+                assert len(set(driver.execute_script(wide))) == 1, f"{name} is wider than its window"
+                said = [line["message"] for line in driver.get_log("browser") if "favicon" not in line["message"]]
+                assert said == [], name
+        finally:
+            server.shutdown()
 
 
 def test_every_tracked_measurement_is_on_the_site(site):
