@@ -220,11 +220,10 @@ def test_the_site_is_legible_and_silent_in_a_browser(site, tmp_path):
                     wait.WebDriverWait(driver, 10).until(
                         lambda d, light=light, ground=ground: d.execute_script(ground) == light, f"{name} in {scheme}"
                     )
-                    driver.execute_script("localStorage.clear()")  # the theme remembers what a reader chose
                 broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
                 assert driver.execute_script(broken) == []
-                wide = "return [document.documentElement.scrollWidth, innerWidth]"
-                assert len(set(driver.execute_script(wide))) == 1, f"{name} is wider than its window"
+                fits = "return document.documentElement.scrollWidth <= innerWidth"
+                assert driver.execute_script(fits), f"{name} is wider than its window"
                 said = [line["message"] for line in driver.get_log("browser") if "favicon" not in line["message"]]
                 assert said == [], name
         finally:
