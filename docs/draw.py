@@ -2,7 +2,7 @@
 """The drawings of docs/layout.md, from layouts that the library computes: nothing in them is placed by hand.
 And the figures on the pages, from the tracked measurements.
 
-    python docs/draw.py            # write docs/images/layout-*.svg and trace-*.svg, and the figures of docs/*.md
+    python docs/draw.py            # write docs/images/{layout,trace,report}*.svg, and the figures of docs/*.md
     python docs/draw.py --check    # write nothing, fail if one of them is not what this would write
 
 The SVGs follow the reader's light or dark scheme.  Their text is what the tensors hold.
@@ -28,6 +28,7 @@ from moealign import BlockLayout, align, align_batched  # noqa: E402
 from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds  # noqa: E402
 from moealign.page import ADAPTIVE, map_lines, save_adaptive, study, style  # noqa: E402
 from moealign.page import draw_map as draw_block_map  # noqa: E402
+from moealign.page import write as write_report  # noqa: E402
 from moealign.trace import example_trace, load_trace  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -36,6 +37,7 @@ ALL: dict[str, bool] = dict.fromkeys(
     ("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows"), True
 )  # fmt: skip
 BLOCK = 4
+REPORT_SIZES = (16, 32, 64, 128, 256)
 
 
 def canvas(width: float, height: float, title: str) -> tuple[Any, Any]:
@@ -277,6 +279,7 @@ def write(folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    write_report(study(load_trace(example_trace()), REPORT_SIZES, on_gpu=False), folder / "report.svg", layer=1)
     from matplotlib import pyplot
 
     for name, (draw, title) in DRAWINGS.items():
@@ -298,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch))
-        stale = [n for n in DRAWINGS if _text(IMAGES / f"{n}.svg") != _text(Path(scratch) / f"{n}.svg")]
+        stale = [n for n in (*DRAWINGS, "report") if _text(IMAGES / f"{n}.svg") != _text(Path(scratch) / f"{n}.svg")]
     for name in stale:
         print(f"{IMAGES / name}.svg: not what docs/draw.py draws; run it")
     old = [path for path, text in fresh_pages().items() if text != path.read_text()]

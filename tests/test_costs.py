@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from moealign import align, costs
+from moealign import align, capacity, costs
 from moealign.costs import H200, Experts, Machine
 from moealign.errors import BackendUnavailable, InvalidInput
 from moealign.trace import example_trace, load_trace
@@ -33,6 +33,15 @@ def test_loads_and_blocks_are_those_of_the_layout(size):
         layout = align(ids, block_size=size, num_experts=TRACE.num_experts, expert_counts=True)
         assert layout.expert_counts.tolist() == loads[layer].tolist()
         assert layout.num_tokens_post_padded.item() == size * blocks[layer]
+
+
+def test_the_memory_s_rate_is_the_tracked_one():
+    with EXPERTS.with_name("align_h200.csv").open(newline="") as source:
+        rows = [r for r in csv.DictReader(source) if (r["case"], r["impl"]) == ("65536x8-E256-B128", "floor-bytes")]
+    routes = 524_288
+    sizes = capacity(routes, block_size=128, num_experts=256)
+    moved = 4 * (routes + sizes.sorted_token_ids + sizes.expert_ids + 1)
+    assert H200.memory == pytest.approx(moved / (float(rows[0]["median_us"]) * 1e-6), rel=0.03)
 
 
 def test_the_model_by_hand():

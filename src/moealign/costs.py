@@ -55,7 +55,7 @@ class Machine:
 
 #: Used where there is no GPU to measure.  Memory: a large copy in benchmarks/results/align_h200.csv (floor-bytes).  The
 #: cache's rate and the products' are assumptions, near what is published for the chip.
-H200 = Machine("H200, memory as measured, cache and products assumed", memory=4.15e12, cache=5.5e12, matrix=790e12)
+H200 = Machine("H200, memory as measured, cache and products assumed", memory=4.18e12, cache=5.5e12, matrix=790e12)
 
 
 @dataclass(frozen=True)
