@@ -284,7 +284,11 @@ def test_what_was_measured_is_shown(tmp_path, monkeypatch):
     assert "<td>111.1</td>" in text
     assert "<td>222.2</td>" in text
     monkeypatch.setattr(costs, "measure", lambda *a: 1 / 0)
-    assert page.study(TRACE, (16,), on_gpu=True).not_measured == "ZeroDivisionError: division by zero"
+    without = page.study(TRACE, (16,), on_gpu=True)
+    assert without.not_measured == "ZeroDivisionError: division by zero"
+    assert without.machine.name == "a GPU"
+    monkeypatch.setattr(costs, "measured_machine", lambda: 1 / 0)
+    assert page.study(TRACE, (16,), on_gpu=True).machine == costs.H200
 
 
 def test_text_of_a_trace_is_never_markup(tmp_path):

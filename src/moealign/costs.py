@@ -236,6 +236,7 @@ def grouped_gemm_here() -> GroupedGemm:
 def median_graph_us(call: Callable[[], object], replays: int = 15, calls: int = 5) -> float:
     """Median device time of a call in microseconds, `calls` of them in a CUDA graph; two calls to warm up."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # what the call reads was made there
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()

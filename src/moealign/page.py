@@ -123,8 +123,8 @@ def study(
     ids, count = trace.topk_ids, trace.num_experts
     machine, measured, reason = costs.H200, None, "no GPU that torch can use"
     if torch.cuda.is_available() if on_gpu is None else on_gpu:
-        machine = costs.measured_machine()
         try:
+            machine = costs.measured_machine()
             measured, reason = costs.measure(ids, count, wanted, experts), ""
         except Exception as error:  # the report is worth having without it, and says why it is not there
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
