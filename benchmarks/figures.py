@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+from moealign.bench import cases_of, draw, microseconds  # noqa: E402
+
 PEERS = {"vllm-0.33.0": "vLLM 0.33.0", "sglang-kernel-0.4.4": "sglang-kernel 0.4.4"}
 TITLES = {
     "moealign-cuda": "**moealign**",
@@ -31,15 +35,7 @@ TITLES = {
     "floor-chain": "load, barrier, store",
     "floor-bytes": "bytes / bandwidth",
 }
-LINES = {  # of the figure: label, colour, dashes
-    "torch-argsort": ("torch argsort", "#9a9a9a", "-"),
-    "sglang-kernel-0.4.4": ("sglang-kernel 0.4.4", "#d98c2b", "-"),
-    "vllm-0.33.0": ("vLLM 0.33.0", "#b5453c", "-"),
-    "moealign-triton": ("moealign, Triton", "#7aa6d6", "-"),
-    "moealign-cuda": ("moealign", "#1f5fa8", "-"),
-    "floor-chain": ("load, barrier, store: one CTA", "#555555", "--"),
-    "floor-bytes": ("bytes moved / bandwidth", "#555555", ":"),
-}
+DRAWN = ("torch-argsort", *PEERS, "moealign-triton", "moealign-cuda", "floor-chain", "floor-bytes")
 
 Row = dict[str, str]
 Case = dict[str, float]  # median microseconds by implementation
@@ -55,22 +51,6 @@ def gpu_results(folder: Path, gpu: str | None = None) -> Path | None:
     found = sorted(path for path in folder.glob("align_*.csv") if path.stem != "align_cpu")
     wanted = [path for path in found if path.stem == f"align_{gpu or 'h200'}"]
     return next(iter(wanted or ([] if gpu else found)), None)
-
-
-def cases_of(rows: Sequence[Row], bench: str) -> list[tuple[Row, Case]]:
-    """For each case of a bench its first row, for the sizes, and the median of each implementation."""
-    cases: dict[tuple[str, ...], tuple[Row, Case]] = {}
-    for row in rows:
-        if row["bench"] == bench:
-            key = tuple(row[name] for name in ("case", "routes", "num_experts", "top_k", "block_size"))
-            cases.setdefault(key, (row, {}))[1][row["impl"]] = float(row["median_us"])
-    return list(cases.values())
-
-
-def microseconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def best_peer(times: Case) -> float | None:
@@ -172,76 +152,6 @@ def readme_with_tables(text: str, results: Path, gpu: str | None = None) -> str:
     return text
 
 
-def draw(rows: Sequence[Row], target: Path) -> None:
-    """Time over routes at 256 experts, top-8, and the six batched cases."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cases = [
-        (row, times) for row, times in cases_of(rows, "align") if (row["num_experts"], row["top_k"]) == ("256", "8")
-    ]
-    cases.sort(key=lambda case: int(case[0]["routes"]))
-    batched = cases_of(rows, "batched")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), width_ratios=(3, 2), layout="constrained")
-    left, right = axes
-    for impl, (label, colour, dashes) in LINES.items():
-        points = [(int(row["routes"]), times[impl]) for row, times in cases if impl in times]
-        if points:
-            mine = impl == "moealign-cuda"
-            floor = impl.startswith("floor")
-            left.plot(
-                *zip(*points, strict=True),
-                dashes,
-                color=colour,
-                label=label,
-                linewidth=2.2 if mine else 1.2,
-                marker=None if floor else "o",
-                markersize=3.5,
-            )
-    left.set(yscale="log", xlabel="routes (tokens x 8), 256 experts", ylabel="microseconds a call")
-    left.set_xscale("log", base=4)
-    left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    left.set_ylim(bottom=0.5)
-    left.grid(alpha=0.25)
-    figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    left.set_title("moe_align_block_size", loc="left")
-
-    places = range(len(batched))
-    for shift, impl in ((-0.2, "vllm-0.33.0"), (0.2, "moealign-cuda")):
-        label, colour, _ = LINES[impl]
-        bars = right.barh(
-            [place + shift for place in places],
-            [times.get(impl, 0) for _, times in batched],
-            0.38,
-            color=colour,
-            label=label,
-        )
-        right.bar_label(bars, [microseconds(times.get(impl)) for _, times in batched], padding=2, fontsize=8)
-    right.set_yticks(
-        list(places), [f"{row['num_experts']} x {row['top_k']}, {row['block_size']}" for row, _ in batched]
-    )
-    right.set_xscale("log")
-    right.set_xlim(left=1)
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    right.xaxis.set_minor_formatter("")
-    right.set(xlabel="microseconds a call", ylabel="batches x rows, block")
-    right.invert_yaxis()
-    right.set_title("batched_moe_align_block_size", loc="left")
-    first = rows[0]
-    figure.suptitle(
-        f"CUDA graph replay, {first['gpu'].upper()}, torch {first['torch']}, {first['date']}",
-        fontsize=9,
-        color="#555555",
-    )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=160, metadata={"Software": None})
-    plt.close(figure)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the CSV files")
@@ -270,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args.readme.write_text(fresh)
     print(f"{args.readme}: tables written")
     if found is not None:
-        draw(read(found), args.image)
+        draw(read(found), args.image, DRAWN)
         print(f"{args.image}: drawn from {found.name}")
     return 0
 

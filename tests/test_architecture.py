@@ -13,6 +13,7 @@ ROOT = Path(moealign.__file__).parent
 
 LEVELS = {
     "errors": 0,
+    "placement": 1,
     "layout": 0,
     "checks": 1,
     "backends": 2,
@@ -22,7 +23,10 @@ LEVELS = {
     "testing": 7,
     "trace": 7,
     "integrations": 7,
-    "report": 8,
+    "costs": 7,
+    "report": 7,
+    "bench": 8,
+    "page": 8,
     "cli": 9,
     "__main__": 10,
     "__init__": 11,

@@ -1,16 +1,41 @@
-"""Every Python block of the README and of docs/ runs, and prints what it says."""
+"""Every code block of the README and of docs/ runs or is parsed by what it calls; the site builds, strictly."""
 
 from __future__ import annotations
 
+import csv
 import doctest
+import functools
+import html.parser
+import http.server
+import importlib.util
+import os
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 
+import click
 import pytest
+import typer
+from browser import browser, look
+
+from moealign.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -29,10 +54,262 @@ def test_a_wrong_example_would_be_seen(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_blocks_are_of_languages_that_are_checked(page):
+    languages = {language for language, _ in BLOCK.findall(page.read_text())}
+    assert languages <= {"python", "sh", "text"}, "sessions run, commands are parsed, text is what is no code"
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+ELSEWHERE = {"apt-get", "cd", "export", "git", "mkdocs", "pre-commit", "sglang", "vllm"}  # commands that others bring
+
+
+def wrong_with(line: str) -> str | None:
+    """Why a shell line of a page cannot work here, or None."""
+    words = line.split("#")[0].split()
+    while words and re.fullmatch(r"[A-Z_]+=\S+", words[0]):
+        words = words[1:]
+    if not words:
+        return None
+    command, *rest = words
+    if command == "moealign":
+        return parse(rest)
+    if command == "pip":
+        extras = re.findall(
+            r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies")[1], re.M
+        )
+        named = [extra for word in rest for part in re.findall(r"\[([\w,]+)\]", word) for extra in part.split(",")]
+        return next((f"no extra {extra}" for extra in named if extra not in extras), None)
+    if command == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        return next((f"no target {name} in the Makefile" for name in rest if name not in targets), None)
+    if command in ("python", "python3", "bash"):
+        if rest[0] == "-m":
+            known = rest[1].split(".")[0] in ELSEWHERE or importlib.util.find_spec(rest[1])
+            return None if known else f"no module {rest[1]}"
+        return None if (ROOT / rest[0]).is_file() else f"no file {rest[0]}"
+    return None if command in ELSEWHERE or (ROOT / command).is_file() else f"nothing here says what {command} is"
+
+
+def parse(words: list[str]) -> str | None:
+    """Parse a moealign command as the command line would, without running it."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    name, *arguments = words
+    if name not in group.commands:
+        return f"moealign has no command {name}"
+    try:
+        group.commands[name].make_context(name, list(arguments))
+    except Exception as error:
+        return f"moealign {' '.join(words)}: {error.format_message() if hasattr(error, 'format_message') else error}"
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_commands_exist_with_their_options(page):
+    lines = [
+        line for language, block in BLOCK.findall(page.read_text()) if language == "sh" for line in block.splitlines()
+    ]
+    assert [(line, found) for line in lines if (found := wrong_with(line))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "moealign nothing",
+        "moealign report TRACE --no-such-option",
+        "moealign report",
+        "moealign bench --budget soon",
+        "pip install '.[none]'",
+        "make nothing",
+        "python docs/none.py",
+        "launch it",
+    ],
+)
+def test_a_wrong_command_would_be_seen(line):
+    assert wrong_with(line) is not None
+
+
+# ---- links and the site ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_links_between_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        """Requests are not news."""
+
+
+class Links(html.parser.HTMLParser):
+    """What a page of the site points at, and what can be pointed at in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.targets: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.targets += [value for name in ("href", "src") if (value := found.get(name))]
+        self.ids.update(value for name in ("id", "name") if (value := found.get(name)))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    found = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=found)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_builds_and_every_page_is_in_its_menu(site):
+    menu = (site / "index.html").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert (site / f"{page.stem}.html").exists()
+        assert f'href="{page.stem}.html"' in menu, f"{page.name} is not in the menu: add it to nav in mkdocs.yml"
+
+
+def test_every_link_of_the_site_leads_somewhere_in_it(site):
+    pages = {path: Links(path.read_text()) for path in site.rglob("*.html")}
+    wrong = []
+    for path, page in pages.items():
+        for target in page.targets:
+            where, _, anchor = target.partition("#")
+            if re.match(r"(https?:|data:|mailto:)", target):
+                if not target.startswith(("https://squidfunk.github.io/", "data:")):
+                    wrong.append(f"{path.name}: {target}: leads out of the site")
+                continue
+            goal = (path.parent / where).resolve() if where and not where.startswith("/") else path
+            if goal.is_dir():
+                goal /= "index.html"
+            if not goal.exists():
+                wrong.append(f"{path.name}: {target}: no such file")
+            elif anchor and goal in pages and anchor not in pages[goal].ids and not anchor.startswith("__"):
+                wrong.append(f"{path.name}: {target}: no such place")
+    assert len(pages) > 8
+    assert wrong == []
+
+
+def test_the_site_loads_nothing_from_elsewhere(site):
+    for path in site.rglob("*.html"):
+        for tag in re.findall(r"<(?:script|link|img)\b[^>]*>", path.read_text()):
+            assert not re.search(r'(?:src|href)="https?://', tag), f"{path.name}: {tag}"
+
+
+def test_the_site_is_legible_and_silent_in_a_browser(site, tmp_path):
+    wait = pytest.importorskip("selenium.webdriver.support.wait")
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, browser(tmp_path) as driver:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            for name in ("index", "layout", "backends", "tutorial", "api"):
+                for scheme, light in (("light", True), ("dark", False)):
+                    look(driver, f"http://127.0.0.1:{server.server_port}/{name}.html", scheme)
+                    shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
+                    ground = f"return {shade}.reduce((a, b) => a + b) > 600"
+                    wait.WebDriverWait(driver, 10).until(
+                        lambda d, light=light, ground=ground: d.execute_script(ground) == light, f"{name} in {scheme}"
+                    )
+                broken = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+                assert driver.execute_script(broken) == []
+                fits = "return document.documentElement.scrollWidth <= innerWidth"
+                assert driver.execute_script(fits), f"{name} is wider than its window"
+                said = [line["message"] for line in driver.get_log("browser") if "favicon" not in line["message"]]
+                assert said == [], name
+        finally:
+            server.shutdown()
+
+
+def test_every_tracked_measurement_is_on_the_site(site):
+    text = (site / "results.html").read_text()
+    for path in (ROOT / "benchmarks" / "results").glob("*.csv"):
+        with path.open(newline="") as source:
+            rows = list(csv.DictReader(source))
+        assert (site / "repository" / "benchmarks" / "results" / path.name).read_bytes() == path.read_bytes()
+        for row in rows[:: max(1, len(rows) // 40)]:
+            cells = [row[name] for name in ("impl", "median_us", "min_us", "max_us")]
+            assert "\n".join(f'<td style="text-align: right;">{cell}</td>' for cell in cells[1:]) in text, row
+
+
+def test_the_api_has_every_public_name_with_its_docstring(site):
+    import moealign
+
+    page = Links((site / "api.html").read_text())
+    for name in moealign.__all__:
+        home = getattr(moealign, name).__module__ if name[0] != "_" else ""
+        assert not home or {f"moealign.{name}", f"{home}.{name}"} & page.ids, name
+    assert "moealign.align.moe_align_block_size" not in page.ids, "the function align, not the module of that name"
+    for name in (
+        "errors.InvalidInput",
+        "placement.balanced",
+        "costs.cost",
+        "page.write",
+        "bench.measure",
+        "trace.load_trace",
+    ):
+        assert f"moealign.{name}" in page.ids, name
+    text = re.sub(r"<pre>.*?</pre>", "", (site / "api.html").read_text(), flags=re.S)
+    for mark in (":func:", ":class:", ":data:", "====="):
+        assert mark not in text, mark
+
+
+def test_roles_of_docstrings_become_markdown():
+    pytest.importorskip("griffe")
+    roles = load(ROOT / "docs" / "roles.py")
+    assert (
+        roles.to_markdown("see :func:`align` and :class:`~a.B`::\n\n    code") == "see `align` and `a.B`:\n\n    code"
+    )
+    ruled = "before\n\n==  ===\nab  cde\n==  ===\n\nafter :data:`x`"
+    assert roles.to_markdown(ruled) == "before\n\n```text\n==  ===\nab  cde\n==  ===\n```\n\nafter `x`"
+
+
+# ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def test_drawings_and_the_figures_of_the_first_page_are_those_of_today(capsys):
+    pytest.importorskip("matplotlib")
+    assert load(ROOT / "docs" / "draw.py").main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_drawing_would_be_seen(monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    draw = load(ROOT / "docs" / "draw.py")
+    monkeypatch.setattr(draw, "DRAWINGS", {"layout-routes": draw.DRAWINGS["layout-maps"]})
+    monkeypatch.setattr(draw, "gain", lambda: "100x")
+    assert draw.main(["--check"]) == 1
+    said = capsys.readouterr().out
+    assert "layout-routes.svg: not what docs/draw.py draws" in said
+    assert "docs/index.md: its figures are not those of benchmarks/results" in said
+
+
+def test_a_figure_is_its_row_of_the_table():
+    draw = load(ROOT / "docs" / "draw.py")
+    text = 'takes [9.99](results.md "align_h200: 1x8-E256-B16, moealign-cuda") here'
+    with (ROOT / "benchmarks" / "results" / "align_h200.csv").open(newline="") as source:
+        (row,) = [r for r in csv.DictReader(source) if (r["case"], r["impl"]) == ("1x8-E256-B16", "moealign-cuda")]
+    fresh = draw.with_figures(text)
+    assert fresh == text.replace("9.99", f"{float(row['median_us']):.2f}")
+    with pytest.raises(LookupError, match="expected one row of 1x8-E256-B16, nobody, got 0"):
+        draw.with_figures(text.replace("moealign-cuda", "nobody"))
+    assert len(draw.FIGURE.findall((ROOT / "docs" / "backends.md").read_text())) >= 10
+
+
+def test_the_first_page_answers_in_ten_lines():
+    text = (ROOT / "docs" / "index.md").read_text().split("![")[0]
+    for question in ("Does it help me?", "How much?", "How do I switch it on?"):
+        assert question in text
+    prose = [line for line in re.sub(r"```.*?```", "", text, flags=re.S).splitlines()[1:] if line.strip()]
+    assert len(prose) <= 10
 
 
 def test_the_readme_is_short():

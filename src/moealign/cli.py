@@ -1,4 +1,4 @@
-"""The command line: demo, inspect, check, info."""
+"""The command line: demo, inspect, report, bench, check, info."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import Progress, track
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, report
+from . import __version__, bench, costs, page, report
 from .align import align, explain
 from .dispatch import backends
 from .errors import MoealignError
@@ -143,12 +143,7 @@ def inspect(
 ) -> None:
     """Load per expert, imbalance, blocks and padding of a trace, per layer and in all; and which block size to try."""
     console = _console()
-    try:
-        sizes = sorted({int(part) for part in block_size.split(",")})
-        if sizes[0] < 1:
-            raise ValueError
-    except ValueError:
-        _fail(f"--block-size: expected ints of at least 1 joined by commas, got {block_size!r}")
+    sizes = _sizes(block_size)
     trace = _load(trace_path)
     console.print(f"[bold]{trace_path}[/]: {trace.model}; {trace.source}; revision {trace.revision}")
     console.print(
@@ -243,6 +238,109 @@ def check(
     console.print(table)
     if bad:
         raise typer.Exit(1)
+
+
+@app.command("report")
+def write_report(
+    trace_path: Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to: .html, .svg (both for light and dark) or .png.")
+    ] = Path("report.html"),
+    block_size: Annotated[str, typer.Option(help="Block sizes to compare, joined by commas.")] = "16,32,64,128,256",
+    layer: Annotated[int, typer.Option(min=0, help="The layer whose blocks are drawn, or shown first.")] = 0,
+    map_block_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a block where blocks are drawn (default: the recommended)")
+    ] = None,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")] = 2048,
+    intermediate: Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")] = 768,
+    gpu: Annotated[bool | None, typer.Option(help="Measure on a GPU too (default: if there is one)")] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="A .png on dark ground.")] = False,
+) -> None:
+    """One page about a trace: loads, imbalance, padding, blocks, costs, and what a better placement would gain."""
+    sizes = _sizes(block_size)
+    if output.suffix not in page.FORMATS:
+        _fail(f"--output: expected a path that ends in {', '.join(page.FORMATS)}, got {output}")
+    if not output.parent.is_dir():
+        _fail(f"--output: expected a path in a folder that exists, got {output}")
+    if gpu and not torch.cuda.is_available():
+        _fail("--gpu: expected a GPU that torch can use, found none")
+    trace = _load(trace_path)
+    if layer >= trace.layers:
+        _fail(f"--layer: expected a layer below {trace.layers}, got {layer}")
+    console = _console()
+    with console.status("computing and drawing", spinner="dots"):
+        study = page.study(trace, sizes, costs.Experts(hidden, intermediate), on_gpu=gpu, map_size=map_block_size)
+        page.write(study, output, layer=layer, theme=page.DARK if dark else page.LIGHT)
+    table = Table(title="Block size to choose, by the cost model", title_justify="left")
+    for name in ("tokens", "block size", "padding", "us a layer"):
+        table.add_column(name, justify="right")
+    for row in study.by_tokens:
+        at = sizes.index(row.block_size)
+        table.add_row(f"{row.tokens:,}", str(row.block_size), f"{row.wasted[at]:.1%}", f"{row.costs[at]:,.1f}")
+    console.print(table)
+    if study.measured is None:
+        console.print(f"Not measured: {study.not_measured}.", markup=False)
+    console.print(f"[bold]Written[/]: {output}, {output.stat().st_size / 1024:,.0f} KiB")
+
+
+def _sizes(block_size: str) -> list[int]:
+    try:
+        sizes = sorted({int(part) for part in block_size.split(",")})
+        if sizes[0] < 1:
+            raise ValueError
+    except ValueError:
+        _fail(f"--block-size: expected ints of at least 1 joined by commas, got {block_size!r}")
+    return sizes
+
+
+@app.command("bench")
+def run_bench(
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The CSV to write (default: moealign_bench_DEVICE.csv)")
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="The picture to draw, .png or .svg (default: moealign_bench_DEVICE.png)")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few sizes, fewer replays.")] = False,
+    part: Annotated[list[str] | None, typer.Option("--bench", help="Only this part; may be repeated.")] = None,
+    backend: Annotated[str, typer.Option(help="Of ours, joined by commas (default: all that run here)")] = "",
+    peers: Annotated[
+        Path | None, typer.Option(help="Folder of the peers' libraries (default: what is installed)")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu (default: cuda if there is one)")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which only the fast ones are timed.")] = 200.0,
+) -> None:
+    """Time moealign on this machine against what is installed beside it: a table, a CSV and a picture to keep."""
+    if device not in (None, "cuda", "cpu"):
+        _fail(f"--device: expected cuda or cpu, got {device!r}")
+    if unknown := set(part or ()) - set(bench.BENCHES):
+        _fail(f"--bench: expected one of {', '.join(bench.BENCHES)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(filter(None, backend.split(","))) - set(backends()):
+        _fail(f"--backend: expected one of {', '.join(backends())}, got {', '.join(sorted(unknown))}")
+    if peers is not None and not peers.is_dir():
+        _fail(f"--peers: expected a folder, got {peers}")
+    if figure is not None and figure.suffix not in (".png", ".svg"):
+        _fail(f"--figure: expected a path that ends in .png or .svg, got {figure}")
+    for name, path in (("--output", output), ("--figure", figure)):
+        if path is not None and not path.parent.is_dir():
+            _fail(f"{name}: expected a path in a folder that exists, got {path}")
+    try:
+        session = bench.measure(
+            device=device,
+            benches=part or (),
+            quick=quick,
+            names=[name for name in backend.split(",") if name],
+            peers=peers,
+            budget=budget,
+        )
+    except MoealignError as error:
+        _fail(f"--device: {error}")
+    stem = f"moealign_bench_{session.gpu}"
+    status = bench.publish(session, output or Path(f"{stem}.csv"), figure or Path(f"{stem}.png"))
+    if session.ended:
+        raise session.ended
+    if status:
+        raise typer.Exit(status)
 
 
 @app.command()

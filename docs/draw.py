@@ -1,0 +1,319 @@
+#!/usr/bin/env python3
+"""The drawings of docs/layout.md, from layouts that the library computes: nothing in them is placed by hand.
+And the figures on the pages, from the tracked measurements.
+
+    python docs/draw.py            # write docs/images/{layout,trace,report}*.svg, and the figures of docs/*.md
+    python docs/draw.py --check    # write nothing, fail if one of them is not what this would write
+
+The SVGs follow the reader's light or dark scheme.  Their text is what the tensors hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "src"))
+
+import torch  # noqa: E402
+
+from moealign import BlockLayout, align, align_batched  # noqa: E402
+from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds  # noqa: E402
+from moealign.page import ADAPTIVE, map_lines, save_adaptive, study, style  # noqa: E402
+from moealign.page import draw_map as draw_block_map  # noqa: E402
+from moealign.page import write as write_report  # noqa: E402
+from moealign.trace import example_trace, load_trace  # noqa: E402
+
+IMAGES = ROOT / "docs" / "images"
+TOPK_IDS = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]])  # the example of docs/contract.md
+ALL: dict[str, bool] = dict.fromkeys(
+    ("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows"), True
+)  # fmt: skip
+BLOCK = 4
+REPORT_SIZES = (16, 32, 64, 128, 256)
+
+
+def canvas(width: float, height: float, title: str) -> tuple[Any, Any]:
+    """An empty drawing of `width` by `height` cells, y downwards."""
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(0.36 * width, 0.36 * height))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    axis.axis("off")
+    text(axis, 0.5, 0.8, title, weight="bold", ha="left", size=10)
+    return figure, axis
+
+
+def text(axis: Any, x: float, y: float, said: object, **options: Any) -> None:
+    settings = {"ha": "center", "va": "center", "size": 9, "color": ADAPTIVE.ink, **options}
+    axis.text(x, y, str(said), **settings)
+
+
+def cell(axis: Any, x: float, y: float, said: object, colour: str | None, *, hatched: bool = False) -> None:
+    """One element: in its expert's colour, or hatched where it is padding, or empty where it is past the end."""
+    from matplotlib.patches import Rectangle
+
+    look: dict[str, Any] = {"linewidth": 0.8, "edgecolor": ADAPTIVE.muted}
+    if hatched:
+        look["hatch"] = "////"
+    axis.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=colour or "none", **look))
+    text(axis, x + 0.5, y + 0.53, said, size=8, color=ADAPTIVE.paper if colour and not hatched else ADAPTIVE.ink)
+
+
+def colour_of(expert: int) -> str | None:
+    return ADAPTIVE.series[expert] if expert >= 0 else None
+
+
+def rows(
+    axis: Any, y: float, layout: BlockLayout, bins: Sequence[int], first: float = 4.5, per_line: int | None = None
+) -> float:
+    """sorted_token_ids block by block with expert_ids above; returns the y below it."""
+    size, sentinel = layout.block_size, layout.num_routes
+    used = layout.num_tokens_post_padded.item() // size
+    ids = layout.sorted_token_ids.tolist()
+    blocks = -(-len(ids) // size)
+    per_line = per_line or blocks
+    for start in range(0, blocks, per_line):
+        text(axis, first - 0.4, y + 0.45, "expert_ids", ha="right", size=8)
+        text(axis, first - 0.4, y + 1.5, "sorted_token_ids", ha="right", size=8)
+        x = first
+        for block in range(start, min(start + per_line, blocks)):
+            part = ids[block * size : (block + 1) * size]
+            name = layout.expert_ids[block].item()
+            text(axis, x + len(part) / 2, y + 0.45, name, size=9, weight="bold" if block < used else "normal")
+            for i, route in enumerate(part):
+                empty = route == sentinel
+                colour = None if empty else colour_of(bins[block])
+                cell(axis, x + i, y + 1, route, colour, hatched=empty and block < used)
+            x += size + 0.35
+        y += 2.7
+    return y
+
+
+def draw_routes(figure_of: Callable[..., tuple[Any, Any]] = canvas) -> Any:
+    """topk_ids beside the layout it becomes."""
+    layout = align(TOPK_IDS, block_size=BLOCK, num_experts=5)
+    figure, axis = figure_of(36.5, 13.6, "Four tokens, three experts each, become blocks of four rows")
+    text(axis, 4.5, 1.9, "topk_ids: the expert of each route", size=9, ha="left", color=ADAPTIVE.muted)
+    text(axis, 13.5, 1.9, "the number of each route, token * 3 + k", size=9, ha="left", color=ADAPTIVE.muted)
+    for token, experts in enumerate(TOPK_IDS.tolist()):
+        text(axis, 4.1, 2.9 + token, f"token {token}", ha="right", size=8)
+        for k, expert in enumerate(experts):
+            cell(axis, 4.5 + k, 2.4 + token, expert, colour_of(expert))
+            cell(axis, 13.5 + k, 2.4 + token, 3 * token + k, colour_of(expert))
+    text(axis, 4.5, 7.5, "sorted by expert, in order, and padded to whole blocks", ha="left", color=ADAPTIVE.muted)
+    bins = layout.expert_ids.tolist()
+    y = rows(axis, 8.1, layout, bins)
+    total = layout.num_tokens_post_padded.item()
+    said = f"num_tokens_post_padded = {total}; hatched: padding, holding {layout.num_routes}; empty: never read"
+    text(axis, 4.5, y + 0.3, said, ha="left", color=ADAPTIVE.muted)
+    text(axis, 4.5, y + 1.3, "expert 0 has no route and takes no block", ha="left", color=ADAPTIVE.muted)
+    return figure
+
+
+def draw_extras() -> Any:
+    """What else comes of the same pass, over the layout it belongs to."""
+    layout = align(TOPK_IDS, block_size=BLOCK, num_experts=5, **ALL)  # type: ignore[arg-type]
+    figure, axis = canvas(36.5, 14.4, "More of the same pass")
+    rows(axis, 1.6, layout, layout.expert_ids.tolist())
+    lines: list[tuple[str, list[int], Callable[[int], str | None]]] = [
+        ("block_rows", layout.block_rows.tolist(), lambda i: colour_of(layout.expert_ids[i].item())),
+        ("expert_counts", layout.expert_counts.tolist(), colour_of),
+        ("expert_offsets", layout.expert_offsets.tolist(), lambda i: colour_of(i) if i < 5 else None),
+        ("group_ends", layout.group_ends.tolist(), colour_of),
+        ("positions", layout.positions.tolist(), lambda i: colour_of(TOPK_IDS.flatten()[i].item())),
+    ]
+    notes = (
+        "kept rows of each block",
+        "routes of each expert",
+        "row where each expert begins; the last is the total",
+        "where each expert would end without padding: offs of grouped_mm",
+        "the row of each route",
+    )
+    for i, ((name, values, colour), note) in enumerate(zip(lines, notes, strict=True)):
+        y = 4.7 + 1.85 * i
+        text(axis, 4.1, y + 0.5, name, ha="right", size=8)
+        for j, value in enumerate(values):
+            cell(axis, 4.5 + j, y, value, colour(j))
+        text(axis, 4.5 + len(values) + 0.6, y + 0.5, note, ha="left", size=8.5, color=ADAPTIVE.muted)
+    return figure
+
+
+def draw_maps() -> Any:
+    """Expert parallelism: both ways to use an expert_map."""
+    expert_map = torch.tensor([-1, -1, 0, -1, 1])
+    figure, axis = canvas(36.5, 10.4, "Experts 2 and 4 live here, as local 0 and 1: expert_map = [-1, -1, 0, -1, 1]")
+    stays = align(TOPK_IDS, block_size=BLOCK, num_experts=5, expert_map=expert_map)
+    everyone = align(TOPK_IDS, block_size=BLOCK, num_experts=5).expert_ids.tolist()
+    text(axis, 4.5, 2.1, "by default blocks of other ranks stay in place, named -1", ha="left", color=ADAPTIVE.muted)
+    rows(axis, 2.7, stays, everyone)
+    goes = align(TOPK_IDS, block_size=BLOCK, num_experts=5, expert_map=expert_map, ignore_invalid_experts=True)
+    text(axis, 4.5, 6.3, "ignore_invalid_experts=True: their routes are dropped", ha="left", color=ADAPTIVE.muted)
+    local = {0: 2, 1: 4, -1: -1}
+    rows(axis, 6.9, goes, [local[e] for e in goes.expert_ids.tolist()])
+    return figure
+
+
+def draw_batched() -> Any:
+    """The batched layout, packed."""
+    counts = torch.tensor([2, 3, 0, 6, 8])
+    layout = align_batched(counts, max_tokens_per_batch=8, block_size=BLOCK)
+    figure, axis = canvas(27.5, 17.2, "Five batches of up to eight rows, holding 2, 3, 0, 6 and 8")
+    for batch, count in enumerate(counts.tolist()):
+        text(axis, 4.1, 2.5 + batch, f"batch {batch}", ha="right", size=8)
+        for j in range(8):
+            filled = j < count
+            cell(axis, 4.5 + j, 2 + batch, 8 * batch + j if filled else "", colour_of(batch) if filled else None)
+    y = rows(axis, 7.8, layout, layout.expert_ids.tolist(), per_line=5)
+    total = layout.num_tokens_post_padded.item()
+    text(axis, 4.5, y + 0.3, f"num_tokens_post_padded = {total}; the sentinel is 40", ha="left", color=ADAPTIVE.muted)
+    return figure
+
+
+def draw_trace() -> Any:
+    """The blocks of a layer of the trace that ships."""
+    from matplotlib import pyplot
+
+    shown = study(load_trace(example_trace()), (64,), on_gpu=False, map_size=64)
+    figure, axis = pyplot.subplots(figsize=(11, 1.3 + 0.34 * map_lines(shown)), layout="constrained")
+    draw_block_map(axis, shown, ADAPTIVE, 1)
+    axis.set_title(
+        f"Layer 1 of the trace that ships: {shown.map_tokens:,} tokens x 8 of 64 experts, 64 rows a block", loc="left"
+    )
+    return figure
+
+
+DRAWINGS: dict[str, tuple[Callable[[], Any], str]] = {
+    "layout-routes": (draw_routes, "topk_ids and the block-aligned layout of the worked example"),
+    "layout-extras": (draw_extras, "block_rows, expert_counts, expert_offsets, group_ends and positions"),
+    "layout-maps": (draw_maps, "The layout under an expert map, with and without foreign routes"),
+    "layout-batched": (draw_batched, "The batched layout"),
+    "trace-blocks": (draw_trace, "Blocks of one layer of the trace that ships"),
+}
+
+
+# ---- the first page ----------------------------------------------------------------------------------------------
+
+GPU_ROUTES, CPU_ROUTES = (8, 1024, 65_536, 524_288), (8, 524_288)
+
+
+def gain() -> str:
+    """What stands between the markers of docs/index.md: times and ratios at 256 experts, top-8."""
+    gpu, cpu = (_times(ROOT / "benchmarks" / "results" / f"align_{name}.csv") for name in ("h200", "cpu"))
+
+    def against_peers(routes: int) -> str:
+        times = gpu[routes]
+        mine, best = times["moealign-cuda"], min(spent for impl, spent in times.items() if is_peer(impl))
+        return f"{best / mine:.1f}x at {routes:,}{' routes' if routes == 8 else ''} ({mine:.1f} us)"
+
+    def against_argsort(routes: int) -> str:
+        times = cpu[routes]
+        return f"{times['torch-argsort'] / times['moealign-cpu']:.1f}x at {routes:,}{' routes' if routes == 8 else ''}"
+
+    impls = in_order(impl for times in gpu.values() for impl in times if is_peer(impl))
+    names = " and ".join((line_of(impl) or (impl,))[0] for impl in impls)
+    return (
+        f"On an H200, against the faster of {names} in the same run: "
+        f"{', '.join(against_peers(n) for n in GPU_ROUTES)}. On one CPU thread, against a stable argsort in torch: "
+        f"{', '.join(against_argsort(n) for n in CPU_ROUTES)}. [All figures](results.md)."
+    )
+
+
+def _times(path: Path) -> dict[int, dict[str, float]]:
+    with path.open(newline="") as source:
+        rows = [r for r in csv.DictReader(source) if (r["num_experts"], r["top_k"]) == ("256", "8")]
+    wanted = [(row, times) for row, times in cases_of(rows, "align") if row["case"] not in ("experts", "one-expert")]
+    return {int(row["routes"]): times for row, times in wanted}
+
+
+def first_page() -> str:
+    """docs/index.md with the figures of today's tables."""
+    begin, end = "<!-- gain:begin -->", "<!-- gain:end -->"
+    before, rest = (ROOT / "docs" / "index.md").read_text().split(begin)
+    return f"{before}{begin}{gain()}{end}{rest.split(end)[1]}"
+
+
+#: A figure on a page: a link to the tables, whose title is the CSV, the case (and its routes, where one case has many)
+#: and the implementation.
+FIGURE = re.compile(r'\[([\d.,]+)\]\(results\.md "(\w+): ([^",]+), ([^",]+)"\)')
+
+
+def with_figures(text: str) -> str:
+    """A page's `text` with every such figure as its row has it today.
+
+    Raises:
+        LookupError: a figure whose row there is not.
+    """
+
+    def fresh(found: re.Match[str]) -> str:
+        _, name, case, impl = found.groups()
+        with (ROOT / "benchmarks" / "results" / f"{name}.csv").open(newline="") as source:
+            rows = [
+                row
+                for row in csv.DictReader(source)
+                if row["impl"] == impl and case in (row["case"], f"{row['case']} {row['routes']}")
+            ]
+        if len({row["median_us"] for row in rows}) != 1:
+            raise LookupError(f"{name}.csv: expected one row of {case}, {impl}, got {len(rows)}")
+        return found[0].replace(f"[{found[1]}]", f"[{microseconds(float(rows[0]['median_us']))}]", 1)
+
+    return FIGURE.sub(fresh, text)
+
+
+def fresh_pages() -> dict[Path, str]:
+    """Every page of docs/ with the figures of today's tables."""
+    pages = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    pages[ROOT / "docs" / "index.md"] = first_page()
+    return {path: with_figures(text) for path, text in pages.items()}
+
+
+def write(folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    write_report(study(load_trace(example_trace()), REPORT_SIZES, on_gpu=False), folder / "report.svg", layer=1)
+    from matplotlib import pyplot
+
+    for name, (draw, title) in DRAWINGS.items():
+        with pyplot.rc_context({**style(ADAPTIVE, name), "axes.grid": False}):
+            figure = draw()
+            save_adaptive(figure, folder / f"{name}.svg", title)
+            pyplot.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a drawing is stale")
+    args = parser.parse_args(arguments)
+    if not args.check:
+        write(IMAGES)
+        for path, text in fresh_pages().items():
+            path.write_text(text)
+        print(f"{IMAGES}: {len(DRAWINGS)} drawings written, and the figures of docs/*.md")
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch))
+        stale = [n for n in (*DRAWINGS, "report") if _text(IMAGES / f"{n}.svg") != _text(Path(scratch) / f"{n}.svg")]
+    for name in stale:
+        print(f"{IMAGES / name}.svg: not what docs/draw.py draws; run it")
+    old = [path for path, text in fresh_pages().items() if text != path.read_text()]
+    for path in old:
+        print(f"docs/{path.name}: its figures are not those of benchmarks/results; run docs/draw.py")
+    return int(bool(stale or old))
+
+
+def _text(path: Path) -> list[str]:
+    """What a drawing says, which does not depend on matplotlib's release."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()) if path.exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

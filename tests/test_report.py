@@ -1,0 +1,381 @@
+"""`moealign report`: the page in a real browser, in light and in dark, and the pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from browser import browser, look
+from typer.testing import CliRunner
+
+from moealign import align, costs, page
+from moealign.cli import app
+from moealign.errors import InvalidInput
+from moealign.trace import Trace, example_trace, load_trace, save_trace
+
+TRACE = load_trace(example_trace())
+SIZES = (16, 64, 256)
+TITLES = [
+    "Load per expert and layer",
+    "Imbalance over tokens, in runs of 256",
+    "Blocks of a layer: the first 4,096 tokens, 64 rows a block",
+    "Padding per block size",
+    "Blocks per block size",
+    "What each block size costs",
+    "What a better placement gains",
+    "Cost of each block size over the cheapest one's, by tokens",
+]
+AXES = [
+    "expert",
+    "layer",
+    "routes over the layer's mean",
+    "token at which the run begins",
+    "busiest expert / mean expert",
+    "padding (% of all rows)",
+    "block size (rows)",
+    "blocks of a layer",
+    "microseconds a layer",
+    "ranks",
+    "busiest rank / mean rank",
+    "tokens in a batch",
+    "block, 64 a line",
+    "first block of the line",
+]
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["report", *arguments])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    study = page.study(TRACE, SIZES, on_gpu=False, map_size=64)
+    page.write(study, path, layer=2)
+    return study, path
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
+
+
+# ---- in a browser ------------------------------------------------------------------------------------------------
+
+CONTRAST = """
+const shade = colour => {
+  const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const paper = shade(getComputedStyle(document.body).backgroundColor);
+const ratio = colour => { const s = shade(colour); return (Math.max(s, paper) + 0.05) / (Math.min(s, paper) + 0.05); };
+const found = [];
+for (const element of document.querySelectorAll("h1, h2, p, b, span, summary, td, th, label, output, svg text")) {
+  if (!element.textContent.trim() || !element.getClientRects().length) continue;
+  const style = getComputedStyle(element), drawn = element.closest("svg");
+  const colour = drawn ? style.fill : style.color;
+  // Numbers in the grid lie on its cells, not on the paper.
+  if (drawn && /^\\d\\.\\d\\d$/.test(element.textContent.trim()) && element.closest("#tokens")) continue;
+  found.push([ratio(colour), colour, element.textContent.trim().slice(0, 40)]);
+}
+return found.sort((a, b) => a[0] - b[0]);
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_is_legible(report, chromium, scheme):
+    look(chromium, report[1], scheme)
+    ground = chromium.execute_script("return getComputedStyle(document.body).backgroundColor")
+    paper = {"light": page.LIGHT, "dark": page.DARK}[scheme].paper
+    assert ground == f"rgb({int(paper[1:3], 16)}, {int(paper[3:5], 16)}, {int(paper[5:7], 16)})"
+    found = chromium.execute_script(CONTRAST)
+    assert len(found) > 150
+    assert found[0][0] >= 4.5, found[0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_lines_and_bars_stand_out_from_the_paper(report, chromium, scheme):
+    look(chromium, report[1], scheme)
+    script = CONTRAST.split("const found")[0] + (
+        "return [...Array(10).keys()].map(i => { const e = document.createElement('i'); e.style.color = `var(--c${i})`;"
+        "document.body.append(e); const c = getComputedStyle(e).color; e.remove(); return ratio(c); })"
+    )
+    assert min(chromium.execute_script(script)) >= 3
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_whole_and_silent_and_asks_no_network(report, chromium, scheme):
+    chromium.get_log("performance")
+    look(chromium, report[1], scheme)
+    asked = [json.loads(line["message"])["message"] for line in chromium.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith("data:")] == [report[1].resolve().as_uri()]
+    assert chromium.get_log("browser") == []
+    assert [h.text for h in chromium.find_elements("css selector", "h2")] == TITLES
+    seen = chromium.execute_script("return [...document.querySelectorAll('svg text')].map(t => t.textContent.trim())")
+    assert not [label for label in AXES if label not in seen]
+    pictures = chromium.execute_script(
+        "return [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect()).map(r => [r.width, r.height])"
+    )
+    drawn = [(width, height) for width, height in pictures if width]
+    assert len(drawn) == len(TITLES), "every figure, and the map of one layer"
+    assert all(width > 300 and height > 100 for width, height in drawn)
+
+
+def test_no_address_but_names_of_xml(report):
+    text = report[1].read_text()
+    addresses = set(re.findall(r"https?://[^\s\"'<>)]+", text))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, addresses
+    assert len(text) < 2**20
+
+
+@pytest.mark.parametrize("width", [360, 800, 1600])
+def test_nothing_sticks_out_at_any_width(report, chromium, width):
+    look(chromium, report[1], "light", width)
+    widths = chromium.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+    assert widths[0] <= widths[1]
+
+
+def test_no_label_is_cut_off_or_lies_on_another(report, chromium):
+    look(chromium, report[1], "light")
+    wrong = chromium.execute_script("""
+      const wrong = [];
+      for (const svg of document.querySelectorAll("svg")) {
+        const box = svg.getBoundingClientRect();
+        if (!box.width) continue;
+        const texts = [...svg.querySelectorAll("text")].map(t => [t.textContent.trim(), t.getBoundingClientRect()]);
+        for (const [i, [text, r]] of texts.entries()) {
+          if (r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1 || r.bottom > box.bottom + 1)
+            wrong.push(`${text} is cut off`);
+          for (const [other, o] of texts.slice(i + 1)) {
+            const across = Math.min(r.right, o.right) - Math.max(r.left, o.left);
+            const down = Math.min(r.bottom, o.bottom) - Math.max(r.top, o.top);
+            if (across > 2 && down > 4) wrong.push(`${text} lies on ${other}`);
+          }
+        }
+      }
+      return wrong;""")
+    assert wrong == []
+
+
+def test_a_layer_is_chosen_and_a_block_read(report, chromium):
+    study, path = report
+    look(chromium, path, "light")
+
+    def shown():
+        return [
+            m.get_attribute("data-layer")
+            for m in chromium.find_elements("css selector", "[data-layer]")
+            if m.is_displayed()
+        ]
+
+    assert shown() == ["2"], "the layer that was asked for"
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.select import Select
+
+    Select(chromium.find_element("id", "layer")).select_by_value("1")
+    assert shown() == ["1"]
+    layout = align(TRACE.topk_ids[1, : study.map_tokens], block_size=64, num_experts=64, block_rows=True)
+    used = layout.num_tokens_post_padded.item() // 64
+    readout = chromium.find_element("id", "readout")
+    assert readout.text == f"{used} blocks"
+
+    svg = chromium.find_element("css selector", "[data-layer='1'] svg")
+    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", svg)
+    data = json.loads(chromium.find_element("id", "data").get_attribute("textContent"))
+    left, top, right, bottom = data["axes"]
+    width, height = svg.size["width"], svg.size["height"]
+    for block in (0, 63, 64 + 17, used - 1):
+        x = left + (right - left) * (block % 64 + 0.5) / 64
+        y = top + (bottom - top) * (block // 64 + 0.5) / data["lines"]
+        move = ActionChains(chromium).move_to_element_with_offset(svg, int((x - 0.5) * width), int((y - 0.5) * height))
+        move.perform()
+        expert, rows = layout.expert_ids[block].item(), layout.block_rows[block].item()
+        assert readout.text == f"block {block}: expert {expert}, {rows} of 64 rows"
+
+
+def colours_in(driver, element) -> np.ndarray:
+    import io
+
+    from matplotlib import image
+
+    return (image.imread(io.BytesIO(element.screenshot_as_png))[..., :3] * 255).round().astype(int)
+
+
+@pytest.mark.parametrize(("scheme", "theme"), [("light", page.LIGHT), ("dark", page.DARK)])
+def test_the_block_map_is_painted_as_the_layout_says(report, chromium, scheme, theme):
+    study, path = report
+    look(chromium, path, scheme)
+    svg = chromium.find_element("css selector", "[data-layer='2'] svg")
+    pixels = colours_in(chromium, svg)
+    data = json.loads(chromium.find_element("id", "data").get_attribute("textContent"))
+    left, top, right, bottom = data["axes"]
+    layout = align(TRACE.topk_ids[2, : study.map_tokens], block_size=64, num_experts=64, block_rows=True)
+    used = layout.num_tokens_post_padded.item() // 64
+    full = [b for b in range(used) if layout.block_rows[b] == 64]
+    for block in full[:: max(1, len(full) // 60)]:
+        x = left + (right - left) * (block % 64 + 0.5) / 64
+        y = top + (bottom - top) * (block // 64 + 0.5) / data["lines"]
+        got = pixels[int(y * pixels.shape[0]), int(x * pixels.shape[1])]
+        colour = theme.series[layout.expert_ids[block].item() % 10]
+        assert abs(got - [int(colour[i : i + 2], 16) for i in (1, 3, 5)]).max() <= 3, block
+
+
+def test_the_picture_for_both_schemes_is_painted_in_each(report, chromium, tmp_path):
+    path = tmp_path / "report.svg"
+    page.write(report[0], path, layer=1)
+    grounds = {}
+    for scheme in ("light", "dark"):
+        look(chromium, path, scheme)
+        grounds[scheme] = colours_in(chromium, chromium.find_element("css selector", "svg"))
+    for scheme, theme in (("light", page.LIGHT), ("dark", page.DARK)):
+        paper = [int(theme.paper[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(grounds[scheme] - paper).max(axis=2) <= 2).mean() > 0.3
+    assert chromium.get_log("browser") == []
+
+
+# ---- without one -------------------------------------------------------------------------------------------------
+
+
+def test_the_figures_are_those_of_the_layout(report):
+    study = report[0]
+    for i, size in enumerate(SIZES):
+        for layer in range(TRACE.layers):
+            layout = align(TRACE.topk_ids[layer], block_size=size, num_experts=64)
+            rows = layout.num_tokens_post_padded.item()
+            assert study.blocks[layer, i] * size == rows
+            assert study.wasted[layer, i] == pytest.approx(1 - TRACE.topk_ids[layer].numel() / rows)
+    for layer in range(TRACE.layers):
+        part = TRACE.topk_ids[layer, : study.map_tokens]
+        layout = align(part, block_size=64, num_experts=64, block_rows=True)
+        used = layout.num_tokens_post_padded.item() // 64
+        cells = zip(layout.expert_ids[:used].tolist(), layout.block_rows[:used].tolist(), strict=True)
+        assert page.map_cells(study, layer) == list(cells)
+        assert used <= page.MOST_CELLS
+
+
+def test_tables_carry_the_numbers(report):
+    study, path = report
+    text = path.read_text()
+    for row in study.by_tokens:
+        assert f"<td>{row.tokens:,}</td><td>{row.block_size}</td><td>{min(row.costs):,.1f}</td>" in text
+    for gain in study.gains:
+        assert f"<td>{gain.ranks}</td><td>{gain.linear:.3f}</td>" in text
+    assert [gain.ranks for gain in study.gains] == [2, 4, 8, 16, 32, 64]
+    assert "4.18 TB/s memory, 5.50 TB/s cache, 790 TFLOP/s" in text
+    assert "Not measured: no GPU that torch can use." in text
+
+
+def test_what_was_measured_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "measured_machine", lambda: costs.Machine("a GPU", 1e12, 2e12, 3e14))
+    monkeypatch.setattr(
+        costs, "measure", lambda ids, count, sizes, experts: [111.1 * (i + 1) for i in range(len(sizes))]
+    )
+    study = page.study(TRACE, (16, 64), on_gpu=True)
+    page.write(study, tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "measured on this GPU" in text
+    assert "a GPU: 1.00 TB/s memory, 2.00 TB/s cache, 300 TFLOP/s" in text
+    assert "<td>111.1</td>" in text
+    assert "<td>222.2</td>" in text
+    monkeypatch.setattr(costs, "measure", lambda *a: 1 / 0)
+    without = page.study(TRACE, (16,), on_gpu=True)
+    assert without.not_measured == "ZeroDivisionError: division by zero"
+    assert without.machine.name == "a GPU"
+    monkeypatch.setattr(costs, "measured_machine", lambda: 1 / 0)
+    assert page.study(TRACE, (16,), on_gpu=True).machine == costs.H200
+
+
+def test_text_of_a_trace_is_never_markup(tmp_path):
+    evil = "<script>alert(1)</script>&"
+    study = page.study(Trace(TRACE.topk_ids[:, :9], 64, evil, evil, evil), (16,), on_gpu=False)
+    page.write(study, tmp_path / "a.html")
+    text = (tmp_path / "a.html").read_text()
+    assert "<script>alert" not in text
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 4
+    page.write(study, tmp_path / "a.svg")
+    assert "<script>alert" not in (tmp_path / "a.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("ids", "experts"),
+    [
+        (torch.zeros(1, 1, 1, dtype=torch.uint8), 1),
+        (torch.full((2, 5, 2), -1, dtype=torch.int8), 4),
+        (torch.zeros(1, 300, 8, dtype=torch.int16), 896),
+        (torch.arange(12 * 40 * 2).reshape(12, 40, 2) % 130, 130),
+    ],
+    ids=["one route", "no route", "one expert of 896", "twelve layers"],
+)
+def test_odd_traces_have_a_report_too(ids, experts, tmp_path, recwarn):
+    study = page.study(Trace(ids, experts, "m", "s", "r"), (1, 7, 64), on_gpu=False)
+    for suffix in (".html", ".svg"):
+        path = tmp_path / f"a{suffix}"
+        page.write(study, path)
+        assert path.stat().st_size > 5000
+        assert not re.findall(r">-?(?:nan|inf)\b", path.read_text(), re.I)
+    assert not [str(w.message) for w in recwarn if "divide" in str(w.message) or "invalid value" in str(w.message)]
+
+
+def test_the_command(tmp_path):
+    path = tmp_path / "report.html"
+    result = run(str(example_trace()), "-o", str(path), "--layer", "3", "--no-gpu", "--hidden", "1024")
+    assert result.exit_code == 0, result.output
+    assert "Block size to choose, by the cost model" in result.output
+    assert "Not measured: no GPU that torch can use." in result.output
+    text = path.read_text()
+    assert '<option value="3" selected>' in text
+    assert "Experts of 1,024 x 768 with a gate" in text
+
+
+def test_a_dark_and_a_light_png(tmp_path):
+    from matplotlib import image
+
+    save_trace(tmp_path / "t.safetensors", Trace(TRACE.topk_ids[:2, :300], 64, "m", "s", "r"))
+    for name, options, theme in (("a.png", (), page.LIGHT), ("b.png", ("--dark",), page.DARK)):
+        result = run(str(tmp_path / "t.safetensors"), "-o", str(tmp_path / name), "--no-gpu", *options)
+        assert result.exit_code == 0, result.output
+        pixels = (image.imread(tmp_path / name)[..., :3] * 255).round().astype(int)
+        assert pixels.shape[1] > 1200
+        paper = [int(theme.paper[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels[2, 2] == paper).all()
+        ink = [int(theme.ink[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels - ink).max(axis=2) <= 8).sum() > 1000, "text is there, in the theme's ink"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "a.pdf"), "--output: expected a path that ends in .html, .png, .svg, got a.pdf"),
+        (("-o", "/no/such/a.html"), "--output: expected a path in a folder that exists, got /no/such/a.html"),
+        (("--layer", "9"), "--layer: expected a layer below 4, got 9"),
+        (("--block-size", "16,x"), "--block-size: expected ints of at least 1 joined by commas, got '16,x'"),
+        *([] if torch.cuda.is_available() else [(("--gpu",), "--gpu: expected a GPU that torch can use, found none")]),
+    ],
+)
+def test_refusals_of_the_command(arguments, message):
+    result = run(str(example_trace()), *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_refusals(report, tmp_path):
+    with pytest.raises(InvalidInput, match=r"expected a path that ends in \.html, \.png, \.svg, got \.gif"):
+        page.write(report[0], tmp_path / "a.gif")
+    with pytest.raises(InvalidInput, match="layer: expected one below 4, got 4"):
+        page.write(report[0], tmp_path / "a.html", layer=4)
+    for sizes in ((), (0, 16)):
+        with pytest.raises(InvalidInput, match="sizes: expected block sizes of at least 1"):
+            page.study(TRACE, sizes, on_gpu=False)
+
+
+def test_the_same_study_gives_the_same_bytes(report, tmp_path):
+    first, second = report[1], tmp_path / "b.html"
+    page.write(report[0], second, layer=2)
+    assert first.read_bytes() == second.read_bytes()
