@@ -40,7 +40,7 @@ __all__ = [
 BLOCK_SIZES = (16, 32, 64, 128)
 FEW_ROUTES = 64  #: up to so many, tiles find their rows from the ids and nothing is aligned
 FUSED_SUM_TOKENS = 2  #: up to so many tokens, the second product also sums
-AHEAD = 64  #: columns of 128 bytes of each weight row that a waiting kernel asks for, at most
+AHEAD = 8  #: lines of 128 bytes of each weight row that a waiting kernel asks for, at most
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,6 +57,7 @@ class Tile(NamedTuple):
     tma: int = 0  # 1: weights by the tensor memory accelerator; 2: rows too, where they lie in layout order
     ctas: int = 0  # programs an SM of a persistent launch; 0: a program a tile
     swap: int = 0  # 1: weights as the left operand
+    short: int = 0  # rows of the tile of a block that has no more of them; 0: all blocks alike
 
 
 class Plan(NamedTuple):
@@ -280,6 +281,7 @@ def _gemm(
     weights: Tensor | None,
     a_layout: bool,
     out_layout: bool,
+    early: int = 0,
 ) -> GemmLaunch:
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
@@ -288,12 +290,15 @@ def _gemm(
     b_tma = bool(tile.tma and target.hopper and not transposed and b.is_contiguous() and _describable(b))
     a_tma = bool(b_tma and tile.tma > 1 and a_layout and _describable(a))
     tiles = blocks * _cdiv(width, tile.n)
-    grid = min(tiles, tile.ctas * target.multiprocessors) if tile.ctas else tiles
+    short = 0 if from_ids else tile.short
+    persistent = bool(tile.ctas) and not from_ids
+    grid = min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles
     return GemmLaunch(
         "gemm",
         (grid,),
         (
             _descriptor(a, tile.m, tile.k) if a_tma else a,
+            (_descriptor(a, short, tile.k) if a_tma else a) if short else None,
             _descriptor(b.view(-1, depth), tile.n, tile.k) if b_tma else b,
             bias, weights, *rows, out,
             routes, width, depth, experts, outputs, top_k,
@@ -302,9 +307,10 @@ def _gemm(
         {
             "ACT": _ACTIVATIONS[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
-            "ROUTES": max(_power(routes), 16) if from_ids else 0, "PDL": target.hopper,
+            "ROUTES": max(_power(routes), 16) if from_ids else 0, "SHORT": short,
+            "EARLY": early if from_ids and target.hopper else 0, "PDL": target.hopper,
             "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
-            "PERSISTENT": bool(tile.ctas), "FLATTEN": bool(tile.ctas),
+            "PERSISTENT": persistent, "FLATTEN": persistent and not short,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
         tile.warps,
@@ -351,7 +357,6 @@ def launches(
     if how.fused_sum and not in_layout:
         tile = how.second
         strides = (down_proj.stride(0), down_proj.stride(2), down_proj.stride(1)) if transposed else down_proj.stride()
-        ahead = min(AHEAD, max(_power(inner * x.element_size() // 128 + 1) // 2, 1))
         last = GemmLaunch(
             "down_sum",
             (tokens, _cdiv(hidden, tile.n)),
@@ -361,9 +366,9 @@ def launches(
                 between.stride(0), *strides, 0 if down_bias is None else down_bias.stride(0), out.stride(0),
             ),
             {
-                "TOP_K": top_k, "EVEN_K": inner % tile.k == 0, "PDL": target.hopper,
+                "TOP_K": top_k, "CHOICES": _power(top_k), "PDL": target.hopper,
                 "PRECISION": "ieee" if x.dtype is torch.float32 else "tf32",
-                "AHEAD": ahead if target.hopper and not transposed and x.element_size() == 2 else 0,
+                "AHEAD": _ahead(inner, x, transposed) if target.hopper else 0,
                 "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
             },
             tile.warps,
@@ -375,7 +380,7 @@ def launches(
     second = _gemm(
         target, how.second, between, down_proj, of_routes,
         top_k=1, activation=None, gated=False, bias=down_bias, weights=weights,
-        a_layout=in_layout, out_layout=False, **common,
+        a_layout=in_layout, out_layout=False, early=_ahead(inner, x, transposed), **common,
     )  # fmt: skip
     block = min(1024, _power(hidden))
     last = GemmLaunch(
@@ -388,6 +393,13 @@ def launches(
         target.hopper,
     )
     return [first, second, last], out
+
+
+def _ahead(inner: int, rows: Tensor, transposed: bool) -> int:
+    """Lines of 128 bytes of each weight row to ask for before waiting, a power of two."""
+    if transposed or rows.element_size() != 2:
+        return 0
+    return min(AHEAD, 1 << max(inner // 64, 1).bit_length() - 1)
 
 
 def _kept(

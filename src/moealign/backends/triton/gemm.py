@@ -140,103 +140,161 @@ def _product(
 
 
 @triton.jit
+def _rows(
+    a, b, bias, weights, routes, out,
+    expert, block_start, column, num_routes, N, K, num_local, inner_rows, top_k,
+    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+    ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows `routes` of one block, and ``BLOCK_N`` columns from `column` on."""
+    slot = tl.arange(0, BLOCK_M)
+    kept = (routes >= 0) & (routes < num_routes)
+    routes = routes.to(tl.int64)
+    columns = column + tl.arange(0, BLOCK_N)
+    if OUT_LAYOUT:
+        out_rows = (block_start + slot).to(tl.int64)
+    else:
+        out_rows = routes
+    out_at = out + out_rows[:, None] * out_stride + columns[None, :]
+    stored = kept[:, None] & (columns < N)[None, :]
+    if (expert >= 0) & (expert < num_local):
+        if A_LAYOUT:
+            a_rows = (block_start + slot).to(tl.int64)
+        else:
+            a_rows = routes // top_k
+        x, up = _product(
+            a, b, a_rows, block_start, kept, expert, column, N, K, inner_rows,
+            a_stride, b_stride_e, b_stride_n, b_stride_k,
+            GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        if bias is not None:
+            at = bias + expert * bias_stride + columns
+            x += tl.load(at, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(at + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        x = _activate(x, ACT)
+        if GATED:
+            x = x * up
+        if weights is not None:
+            x = x * tl.load(weights + routes, mask=kept, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
+    else:
+        if not OUT_LAYOUT:
+            tl.store(out_at, tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
 def _tile(
-    a, b, bias, weights, sorted_ids, expert_ids, out,
+    a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
     tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, ROUTES: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Tile number `tile`: neighbours share the columns of GROUP_M blocks, so that L2 serves their weights."""
     width = GROUP_M * num_n
     group = tile // width
     first_m = group * GROUP_M
     height = tl.minimum(num_m - first_m, GROUP_M)
     block = first_m + (tile % width) % height
     column = (tile % width) // height * BLOCK_N
-    slot = tl.arange(0, BLOCK_M)
-    if ROUTES > 0:
-        expert, routes, mine = _rows_from_ids(sorted_ids, block, num_routes, ROUTES, BLOCK_M)
-    else:
-        expert = tl.load(expert_ids + block).to(tl.int64)
-        routes = tl.load(sorted_ids + block * BLOCK_M + slot)
-        mine = True
-    kept = (routes >= 0) & (routes < num_routes)
-    routes = routes.to(tl.int64)
-    columns = column + tl.arange(0, BLOCK_N)
-    if OUT_LAYOUT:
-        out_rows = (block * BLOCK_M + slot).to(tl.int64)
-    else:
-        out_rows = routes
-    out_at = out + out_rows[:, None] * out_stride + columns[None, :]
-    stored = kept[:, None] & (columns < N)[None, :]
-    if mine:
-        if (expert >= 0) & (expert < num_local):
-            if A_LAYOUT:
-                a_rows = (block * BLOCK_M + slot).to(tl.int64)
-            else:
-                a_rows = routes // top_k
-            x, up = _product(
-                a, b, a_rows, block * BLOCK_M, kept, expert, column, N, K, inner_rows,
-                a_stride, b_stride_e, b_stride_n, b_stride_k,
-                GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    start = block * BLOCK_M
+    expert = tl.load(expert_ids + block).to(tl.int64)
+    if SHORT > 0:
+        # Kept rows come first, so this one says whether a tile of half the rows is enough.
+        whole = tl.load(sorted_ids + start + SHORT) < num_routes
+        if whole:
+            _rows(
+                a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), out,
+                expert, start, column, num_routes, N, K, num_local, inner_rows, top_k,
+                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
-            if bias is not None:
-                at = bias + expert * bias_stride + columns
-                x += tl.load(at, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-                if GATED:
-                    up += tl.load(at + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-            x = _activate(x, ACT)
-            if GATED:
-                x = x * up
-            if weights is not None:
-                x = x * tl.load(weights + routes, mask=kept, other=0.0).to(tl.float32)[:, None]
-            tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
         else:
-            if not OUT_LAYOUT:
-                zeros = tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype.element_ty)
-                tl.store(out_at, zeros, mask=stored)
+            _rows(
+                a_short, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, SHORT)), out,
+                expert, start, column, num_routes, N, K, num_local, inner_rows, top_k,
+                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, SHORT, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    else:
+        _rows(
+            a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), out,
+            expert, start, column, num_routes, N, K, num_local, inner_rows, top_k,
+            a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+            ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_routes", "num_local"])
 def gemm(
-    a, b, bias, weights, sorted_ids, expert_ids, total, out,
+    a, a_short, b, bias, weights, sorted_ids, expert_ids, total, out,
     num_routes, N, K, num_local, inner_rows, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, ROUTES: tl.constexpr,
-    PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
+    SHORT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """`N` output columns; with GATED the weights have 2 N rows an expert, the gate's first."""
+    """`N` output columns; with GATED the weights have 2 N rows an expert, the gate's first.
+
+    With ROUTES tiles find their rows from the ids, which stand in the place of `sorted_ids`.  EARLY says that the
+    kernel before this one is another that waited before it let this one start, so that ids may be read at once.
+    """
     num_n = tl.cdiv(N, BLOCK_N)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     if ROUTES > 0:
-        num_m = num_routes
+        if PDL and not EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
+        block = tl.program_id(0) // num_n
+        column = tl.program_id(0) % num_n * BLOCK_N
+        expert, routes, mine = _rows_from_ids(sorted_ids, block, num_routes, ROUTES, BLOCK_M)
+        if EARLY:
+            if mine & (expert >= 0) & (expert < num_local):
+                lines = tl.arange(0, EARLY) * 64
+                at = column + tl.arange(0, BLOCK_N)
+                at = tl.where(at < N, at, 0).to(tl.int64)
+                if not B_TMA:
+                    _prefetch(b + expert * b_stride_e + at[:, None] * b_stride_n + lines[None, :])
+        if PDL and EARLY:
+            gdc_wait()
+            gdc_launch_dependents()
+        if mine:
+            _rows(
+                a, b, bias, weights, routes, out,
+                expert, 0, column, num_routes, N, K, num_local, inner_rows, top_k,
+                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
     else:
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
         num_m = tl.load(total) // BLOCK_M
-    if PERSISTENT:
-        for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
-            _tile(
-                a, b, bias, weights, sorted_ids, expert_ids, out,
-                tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
-                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, ROUTES, PDL, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            )  # fmt: skip
-    else:
-        tile = tl.program_id(0)
-        if tile < num_m * num_n:
-            _tile(
-                a, b, bias, weights, sorted_ids, expert_ids, out,
-                tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
-                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, ROUTES, PDL, PRECISION,
-                BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
-            )  # fmt: skip
+        if PERSISTENT:
+            for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
+                _tile(
+                    a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
+                    tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
+                    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, SHORT, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                )  # fmt: skip
+        else:
+            tile = tl.program_id(0)
+            if tile < num_m * num_n:
+                _tile(
+                    a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
+                    tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
+                    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, SHORT, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["limit"])
@@ -264,7 +322,7 @@ def down_sum(
     a, b, bias, weights, ids, out,
     N, K, num_local,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    TOP_K: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
+    TOP_K: tl.constexpr, CHOICES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Second product and sum: `a` holds a row a route.  One loop over experts and K, so that loads never drain."""
@@ -273,10 +331,13 @@ def down_sum(
     depth = tl.arange(0, BLOCK_K)
     held = tl.where(columns < N, columns, 0).to(tl.int64)
     ids += token * TOP_K
+    # All ids of the token at once: a loop whose addresses wait for a load of its own would not be pipelined as deep.
+    choice = tl.arange(0, CHOICES)
+    choices = tl.load(ids + choice, mask=choice < TOP_K, other=-1).to(tl.int64)
     if AHEAD > 0:
         # The first weights, while the product before this one is still at work: nobody writes weights, and who wrote
         # the ids had ended before that product began.
-        expert = tl.load(ids).to(tl.int64)
+        expert = tl.sum(tl.where(choice == 0, choices, 0), 0)
         if (expert >= 0) & (expert < num_local):
             lines = tl.arange(0, AHEAD) * 64
             _prefetch(b + expert * b_stride_e + held[:, None] * b_stride_n + lines[None, :])
@@ -290,7 +351,7 @@ def down_sum(
     for step in range(0, TOP_K * steps):
         j = step // steps
         start = step % steps * BLOCK_K
-        expert = tl.load(ids + j).to(tl.int64)
+        expert = tl.sum(tl.where(choice == j, choices, 0), 0)
         there = (expert >= 0) & (expert < num_local)
         route = token * TOP_K + j
         mask = (depth < K - start)[None, :] & there
