@@ -73,18 +73,26 @@ def candidates(routes: int, experts: int, gated: bool) -> list[Tile]:
 def plans(shape: tuple[int, ...], tokens: int) -> list[Plan]:
     """Whole layers worth a try for a few tokens."""
     routes = tokens * shape[1]
-    swapped = [Tile(16, n, k, 1, 4, stages, 1, 0, 1) for n, k, stages in ((64, 128, 3), (64, 128, 4), (128, 128, 3))]
-    plain = [Tile(16, 32, 128, 1, 4, 4), Tile(16, 64, 128, 1, 4, 4), Tile(16, 32, 64, 1, 4, 6)]
     found = []
-    if routes <= rules.FEW_ROUTES:
-        last = [Tile(16, 64, 128, 1, 4, 3), Tile(16, 128, 128, 1, 4, 4), Tile(16, 64, 128, 1, 4, 6, 1, 0, 1)]
-        found += [Plan(0, one, last[0]) for one in (*swapped[:2], *plain)]
-        found += [Plan(0, plain[1], one) for one in last[1:]]
-        if tokens <= 2:
-            for n, k, warps, stages in product((16, 32), (128, 256), (4,), (4, 6)):
-                found.append(Plan(0, plain[1], Tile(16, n, k, 1, warps, stages), 1))
-            found.append(Plan(0, plain[1], Tile(16, 16, 256, 1, 2, 6), 1))
-        found.append(Plan(16, plain[1], last[0]))
+    if routes * rules.ALONE <= shape[0]:
+        firsts = [
+            Tile(16, 64, 128, 1, 4, 4),
+            Tile(16, 64, 128, 1, 4, 4, 1, 0, 1),
+            Tile(16, 32, 128, 1, 4, 4),
+            Tile(16, 32, 256, 1, 4, 3),
+            Tile(16, 16, 256, 1, 4, 4),
+        ]
+        seconds = [
+            Tile(16, 64, 128, 1, 4, 3),
+            Tile(16, 64, 128, 1, 4, 6, 1, 0, 1),
+            Tile(16, 32, 128, 1, 4, 4),
+            Tile(16, 32, 256, 1, 4, 3),
+            Tile(16, 128, 128, 1, 4, 3),
+        ]
+        found += [Plan(0, firsts[0], two, fused) for two, fused in product(seconds, (0, 1))]
+        found += [Plan(0, one, seconds[0], 1) for one in firsts[1:]]
+        found += [Plan(0, firsts[0], two, 1, early) for two, early in product(seconds[:2], (2, 8))]
+        found.append(Plan(16, firsts[0], seconds[0]))
         return found
     rows = routes / shape[0]
     for m in (16, 32, 64):
@@ -105,8 +113,8 @@ def safe(tile: Tile) -> Tile:
 def made(shape: tuple[int, ...], tokens: int, tile: Tile, device: str, which: int = 0) -> tuple[Plan, dict[str, torch.Tensor]]:
     """A plan whose two products both have `tile`, and uninitialised tensors of the right kinds."""
     experts, top_k, hidden, inner = shape
-    from_ids = tokens * top_k <= rules.FEW_ROUTES
-    how = Plan(0 if from_ids else tile.m, safe(tile), tile, 0) if which else Plan(0 if from_ids else tile.m, tile, tile)
+    alone = tokens * top_k * rules.ALONE <= experts
+    how = Plan(0 if alone else tile.m, safe(tile), tile, 0) if which else Plan(0 if alone else tile.m, tile, tile)
     empty = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype, device=device)  # noqa: E731
     tensors = {
         "hidden_states": empty(tokens, hidden),
@@ -212,8 +220,8 @@ def sweep_plans(shape: tuple[int, ...], tokens: int, args: argparse.Namespace, w
             continue
         found.append((micros, how))
     found.sort()
-    for micros, how in found[: args.top + 3]:
-        flat = [how.block_size, list(how.first), list(how.second), how.fused_sum]
+    for micros, how in found[: args.top * 4]:
+        flat = [how.block_size, list(how.first), list(how.second), how.fused_sum, how.early]
         print(f"  layer {micros:9.1f} us  {flat}", flush=True)
     return [(-1, how.block_size, micros, how.first) for micros, how in found]
 
@@ -240,7 +248,7 @@ def sweep(shape: tuple[int, ...], tokens: int, args: argparse.Namespace, weights
                     if which == 1:
                         rules._run(planned[:1], x.device)
                     one = planned[which]
-                    outs.append(one.arguments[8])
+                    outs.append(one.arguments[9])
                     calls.append(lambda one=one: rules._run([one], torch.device("cuda", 0)))
                 micros = timed(calls)
             except Exception as error:
@@ -281,7 +289,7 @@ def main() -> int:
     for shape, count in product(shapes, tokens):
         if count * shape[1] < FEW * shape[0]:
             for how in plans(shape, count):
-                jobs[shape, count if count * shape[1] <= 64 else 0, how] = (shape, count, how, -1, target)
+                jobs[shape[1], how] = (shape, count, how, -1, target)
     for shape, count, which in product(shapes, tokens, (0, 1)):
         if count * shape[1] < FEW * shape[0]:
             continue

@@ -38,9 +38,7 @@ __all__ = [
 ]
 
 BLOCK_SIZES = (16, 32, 64, 128)
-FEW_ROUTES = 64  #: up to so many, tiles find their rows from the ids and nothing is aligned
-FUSED_SUM_TOKENS = 2  #: up to so many tokens, the second product also sums
-AHEAD = 8  #: lines of 128 bytes of each weight row that a waiting kernel asks for, at most
+ALONE = 4  #: with at least so many experts for each route, a route is a tile of its own and nothing is aligned
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -63,10 +61,11 @@ class Tile(NamedTuple):
 class Plan(NamedTuple):
     """How a fused_moe call is computed."""
 
-    block_size: int  # of the layout; 0: no layout, rows are found from the ids
+    block_size: int  # of the layout; 0: no layout, each route is a tile of its own
     first: Tile
     second: Tile
-    fused_sum: int = 0  # 1: the second product sums over top_k
+    fused_sum: int = 0  # without a layout, 1: the second product's last tile of a token sums
+    early: int = 0  # without a layout: lines of 128 bytes of a weight row that the second product asks for ahead
 
 
 class Target(NamedTuple):
@@ -105,28 +104,29 @@ def refuses(rows: Tensor) -> str | None:
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
-def _rule(target: Target, routes: int, experts: int, width: int, depth: int, item: int) -> Plan:
+def _rule(target: Target, routes: int, experts: int, depth: int, item: int) -> Plan:
     """Tiles by rows an expert gets; measured on an H200 by benchmarks/sweep_experts.py."""
-    rows = routes / max(1, min(experts, routes))
-    small = item == 4 or not target.hopper  # tiles that fit any shared memory
-    if routes <= FEW_ROUTES:
-        first = Tile(16, 32, 128, 1, 4, 3 if small else 4)
-        second = Tile(16, 64, 128, 1, 4, 3 if small else 4)
-    elif rows <= 12:
-        first = Tile(16, 32 if small else 64, 128, 1, 4, 2 if small else 3)
-        second = Tile(16, 64, 128, 1, 4, 3)
-    elif rows <= 24:
-        first = Tile(32, 64, 64, 1, 4, 3)
-        second = Tile(32, 64, 64, 1, 4, 3)
-    elif rows <= 96:
-        first = Tile(64, 64, 64, 2, 4, 3)
-        second = Tile(64, 128, 64, 2, 4, 3)
-    else:
-        first = Tile(128, 64, 64, 8, 8, 3) if small else Tile(128, 128, 64, 8, 8, 3, 1)
-        second = Tile(128, 128, 64, 8, 8, 3) if small else Tile(128, 256, 64, 8, 8, 3, 2)
-    if item == 4:
-        first, second = (one._replace(n=min(one.n, 64), k=32) for one in (first, second))
-    return Plan(first.m, first, second)
+    rows = routes / experts
+    if item == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
+        m = next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
+        wide = 64 if item == 4 else 128
+        tile = Tile(m, 64, 32 if item == 4 else 64, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
+        alone = routes * ALONE <= experts
+        return Plan(0 if alone else m, tile._replace(n=32 if m < 64 else 64), tile._replace(n=wide), int(alone))
+    if routes * ALONE <= experts:
+        return Plan(0, Tile(16, 64, 128, 1, 4, 4), Tile(16, 64, 128, 1, 4, 3), 1)
+    if rows <= 10:
+        return Plan(16, Tile(16, 64, 128, 2, 4, 3, 1, 0, 1), Tile(16, 128, 128, 1, 4, 3))
+    if rows <= 24:
+        first = Tile(32, 64, 128, 2, 4, 3, 1, 0, 1) if depth > 2048 else Tile(32, 64, 64, 2, 4, 4)
+        return Plan(32, first, Tile(32, 128, 128, 1, 4, 3))
+    if rows <= 48:
+        return Plan(64, Tile(64, 64, 128, 2, 4, 4, 1, 0, 1), Tile(64, 128, 64, 2, 4, 3, 1, 0, 1))
+    if rows <= 96:
+        return Plan(128, Tile(128, 128, 64, 2, 8, 4, 1, 0, 0, 64), Tile(128, 128, 64, 2, 4, 3, 2, 0, 0, 64))
+    if rows <= 200:
+        return Plan(128, Tile(128, 128, 64, 2, 8, 4, 1), Tile(128, 256, 64, 2, 8, 4, 2, 0, 0, 64))
+    return Plan(128, Tile(128, 128, 64, 8, 8, 4, 1, 1), Tile(128, 256, 64, 8, 8, 4, 2, 0, 0, 64))
 
 
 def tuning_key(experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype) -> str:
@@ -166,7 +166,7 @@ def tuned(target: Target) -> dict[str, dict[int, Plan]]:
 def plan_from(values: dict[str, Any]) -> Plan:
     """A plan from its JSON form."""
     first, second = Tile(*values["first"]), Tile(*values["second"])
-    return Plan(int(values["block_size"]), first, second, int(values.get("fused_sum", 0)))
+    return Plan(int(values["block_size"]), first, second, int(values["fused_sum"]), int(values["early"]))
 
 
 def plan_to(one: Plan) -> dict[str, Any]:
@@ -176,6 +176,7 @@ def plan_to(one: Plan) -> dict[str, Any]:
         "first": list(one.first),
         "second": list(one.second),
         "fused_sum": one.fused_sum,
+        "early": one.early,
     }
 
 
@@ -199,19 +200,17 @@ def plan(
     if entry and block_size is None:
         chosen = entry[min(entry, key=lambda known: (abs(known.bit_length() - tokens.bit_length()), abs(known - tokens)))]
     else:
-        chosen = _rule(target, routes, experts, width, hidden, hidden_states.element_size())
+        chosen = _rule(target, routes, experts, hidden, hidden_states.element_size())
         if block_size is not None:
             chosen = _of_block_size(chosen, block_size)
-    from_ids = (
-        routes <= FEW_ROUTES
+    alone = (
+        chosen.block_size == 0
         and block_size is None
         and expert_map is None
         and num_valid_tokens is None
         and topk_ids.dtype in (torch.int32, torch.int64)
     )
-    if not from_ids:
-        return chosen._replace(block_size=chosen.first.m, fused_sum=0)
-    return chosen._replace(block_size=0, fused_sum=int(tokens <= FUSED_SUM_TOKENS and not chosen.second.swap))
+    return chosen if alone else chosen._replace(block_size=chosen.first.m, fused_sum=0, early=0)
 
 
 def _of_block_size(chosen: Plan, size: int) -> Plan:
@@ -224,7 +223,7 @@ def _of_block_size(chosen: Plan, size: int) -> Plan:
 def block_size_of(rows: Tensor, routes: int, gate_up_proj: Tensor, down_proj: Tensor, transposed: bool) -> int:
     """The block size of the rule, for a layer whose activation is computed between two products."""
     target, experts = target_of(rows.device), gate_up_proj.shape[0]
-    return _rule(target, routes, experts, down_proj.shape[1 if transposed else 2], 0, rows.element_size()).first.m
+    return _rule(target, routes, experts, rows.shape[1], rows.element_size()).first.m
 
 
 # ---- launches ------------------------------------------------------------------------------------------------------
@@ -272,7 +271,7 @@ def _gemm(
     rows: tuple[Tensor, Tensor | None, Tensor | None],
     blocks: int,
     routes: int,
-    from_ids: bool,
+    alone: int,
     top_k: int,
     activation: str | None,
     gated: bool,
@@ -282,6 +281,8 @@ def _gemm(
     a_layout: bool,
     out_layout: bool,
     early: int = 0,
+    counters: Tensor | None = None,
+    summed: Tensor | None = None,
 ) -> GemmLaunch:
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
@@ -290,8 +291,8 @@ def _gemm(
     b_tma = bool(tile.tma and target.hopper and not transposed and b.is_contiguous() and _describable(b))
     a_tma = bool(b_tma and tile.tma > 1 and a_layout and _describable(a))
     tiles = blocks * _cdiv(width, tile.n)
-    short = 0 if from_ids else tile.short
-    persistent = bool(tile.ctas) and not from_ids
+    short = 0 if alone else tile.short
+    persistent = bool(tile.ctas) and not alone
     grid = min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles
     return GemmLaunch(
         "gemm",
@@ -300,15 +301,16 @@ def _gemm(
             _descriptor(a, tile.m, tile.k) if a_tma else a,
             (_descriptor(a, short, tile.k) if a_tma else a) if short else None,
             _descriptor(b.view(-1, depth), tile.n, tile.k) if b_tma else b,
-            bias, weights, *rows, out,
-            routes, width, depth, experts, outputs, top_k,
+            b if early else None,
+            bias, weights, *rows, out, counters, summed,
+            routes, width, depth, experts, outputs, top_k, 0 if counters is None else counters.numel(),
             a.stride(0), *strides, 0 if bias is None else bias.stride(0), out.stride(0),
         ),
         {
             "ACT": _ACTIVATIONS[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
-            "ROUTES": max(_power(routes), 16) if from_ids else 0, "SHORT": short,
-            "EARLY": early if from_ids and target.hopper else 0, "PDL": target.hopper,
+            "SHORT": short, "ALONE": alone, "EARLY": early, "PDL": target.hopper,
+            "ZEROED": _power(_cdiv(counters.numel(), grid)) if counters is not None and summed is None else 0,
             "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
             "PERSISTENT": persistent, "FLATTEN": persistent and not short,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
@@ -345,43 +347,27 @@ def launches(
     blocks = routes if layout is None else layout.expert_ids.numel()
     in_layout = layout is not None
     between = new(blocks * how.first.m if in_layout else routes, inner)
+    out, of_routes = new(tokens, hidden), new(routes, hidden)
+    counters = summed = None
+    if how.fused_sum and not in_layout:
+        counters, summed = new(tokens * _cdiv(hidden, how.second.n), dtype=torch.int32), out
     common: dict[str, Any] = {
-        "rows": rows, "blocks": blocks, "routes": routes, "from_ids": not in_layout, "transposed": transposed,
+        "rows": rows, "blocks": blocks, "routes": routes, "alone": 0 if in_layout else top_k,
+        "transposed": transposed, "counters": counters,
     }  # fmt: skip
     first = _gemm(
         target, how.first, x, gate_up_proj, between,
         top_k=top_k, activation=activation, gated=outputs == 2 * inner, bias=gate_up_bias, weights=None,
         a_layout=False, out_layout=in_layout, **common,
     )  # fmt: skip
-    out = new(tokens, hidden)
-    if how.fused_sum and not in_layout:
-        tile = how.second
-        strides = (down_proj.stride(0), down_proj.stride(2), down_proj.stride(1)) if transposed else down_proj.stride()
-        last = GemmLaunch(
-            "down_sum",
-            (tokens, _cdiv(hidden, tile.n)),
-            (
-                between, down_proj, down_bias, weights, rows[0], out,
-                hidden, inner, experts,
-                between.stride(0), *strides, 0 if down_bias is None else down_bias.stride(0), out.stride(0),
-            ),
-            {
-                "TOP_K": top_k, "CHOICES": _power(top_k), "PDL": target.hopper,
-                "PRECISION": "ieee" if x.dtype is torch.float32 else "tf32",
-                "AHEAD": _ahead(inner, x, transposed) if target.hopper else 0,
-                "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-            },
-            tile.warps,
-            tile.stages,
-            target.hopper,
-        )  # fmt: skip
-        return [first, last], out
-    of_routes = new(routes, hidden)
     second = _gemm(
         target, how.second, between, down_proj, of_routes,
         top_k=1, activation=None, gated=False, bias=down_bias, weights=weights,
-        a_layout=in_layout, out_layout=False, early=_ahead(inner, x, transposed), **common,
+        a_layout=in_layout, out_layout=False, summed=summed, **common,
+        early=how.early if target.hopper and not in_layout and down_proj.is_contiguous() and not transposed else 0,
     )  # fmt: skip
+    if summed is not None:
+        return [first, second], out
     block = min(1024, _power(hidden))
     last = GemmLaunch(
         "sum_rows",
@@ -393,13 +379,6 @@ def launches(
         target.hopper,
     )
     return [first, second, last], out
-
-
-def _ahead(inner: int, rows: Tensor, transposed: bool) -> int:
-    """Lines of 128 bytes of each weight row to ask for before waiting, a power of two."""
-    if transposed or rows.element_size() != 2:
-        return 0
-    return min(AHEAD, 1 << max(inner // 64, 1).bit_length() - 1)
 
 
 def _kept(
@@ -484,11 +463,11 @@ def gemm_launch(
             f"layout: expected blocks of {', '.join(map(str, BLOCK_SIZES))} rows on a GPU, got blocks of {size}"
         )
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
-    by_rule = _of_block_size(_rule(target, routes, b.shape[0], outputs, depth, a.element_size()), size)
+    by_rule = _of_block_size(_rule(target, routes, b.shape[0], depth, a.element_size()), size)
     return _gemm(
         target, by_rule.first if gated else by_rule.second, x, b, out,
         rows=(layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded),
-        blocks=layout.expert_ids.numel(), routes=routes, from_ids=False, top_k=top_k,
+        blocks=layout.expert_ids.numel(), routes=routes, alone=0, top_k=top_k,
         activation=activation, gated=gated, transposed=transposed,
         bias=bias, weights=None if row_weights is None else row_weights.reshape(-1),
         a_layout=False, out_layout=False,

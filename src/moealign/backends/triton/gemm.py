@@ -1,17 +1,16 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton kernels of the experts' computation.  Imported at a first call only.
 
-`gemm`       a tile of ``BLOCK_M`` rows times ``BLOCK_N`` output columns of one expert, accumulated in float32 over K.
-             Rows come through a layout, or for a few routes straight from the ids; the activation of the first
-             product and the routing weight of the second are applied to the accumulator.
-             Reads each expert's weights once for each block of its rows (the others find them in L2), writes a row a
-             route, or a row a row of the layout.
-`sum_rows`   ``top_k`` rows of each token added in order: a dropped route's row is not read.
-`down_sum`   for a few routes: second product and sum in one, a program a token and ``BLOCK_N`` columns.  The same
-             operations in the same order as `gemm` and `sum_rows`, so the same bits.
+`gemm`      a tile of ``BLOCK_M`` rows times ``BLOCK_N`` output columns of one expert, accumulated in float32 over K.
+            Rows come through a layout.  Where routes are so few that two of them seldom share an expert there is no
+            layout: each route is a tile of its own, and the last of a token's to be done also sums them.
+            The activation of the first product and the routing weight of the second are applied to the accumulator.
+            Reads each expert's weights once for each block of its rows (the others find them in L2), writes a row a
+            route, or a row a row of the layout.
+`sum_rows`  ``top_k`` rows of each token added in order; a dropped route's row is not read.
 
-With PDL a kernel may start while the one before it ends (Hopper and later): it asks for its first weights, which
-nobody writes, waits, and only then reads or writes anything else.
+With PDL a kernel may start while the one before it ends (Hopper and later): it may ask for its first weights, which
+nobody writes, then waits, and only then reads or writes anything else.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["down_sum", "gemm", "sum_rows"]
+__all__ = ["gemm", "sum_rows"]
 
 # What an activation is called inside a kernel.
 NONE = tl.constexpr(0)
@@ -46,21 +45,6 @@ def _activate(x, ACT: tl.constexpr):
         x = tl.maximum(x, 0.0)
         x = x * x
     return x
-
-
-@triton.jit
-def _rows_from_ids(ids, block, num_routes, ROUTES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of the tile that begins with route `block`, and whether one does: every BLOCK_M-th route of an expert."""
-    i = tl.arange(0, ROUTES)
-    experts = tl.load(ids + i, mask=i < num_routes, other=-1).to(tl.int64)
-    mine = tl.load(ids + block).to(tl.int64)
-    same = ((experts == mine) & (i < num_routes)).to(tl.int32)
-    rank = tl.cumsum(same, 0) - 1
-    first = tl.sum(tl.where(i == block, rank, 0), 0)
-    slot = tl.arange(0, BLOCK_M)
-    hit = (same[None, :] != 0) & (rank[None, :] == (first + slot)[:, None])
-    routes = tl.min(tl.where(hit, i[None, :], num_routes), 1)
-    return mine, routes, first % BLOCK_M == 0
 
 
 @triton.jit
@@ -230,47 +214,66 @@ def _tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_routes", "num_local"])
+@triton.jit(do_not_specialize=["num_routes", "num_local", "num_counters"])
 def gemm(
-    a, a_short, b, bias, weights, sorted_ids, expert_ids, total, out,
-    num_routes, N, K, num_local, inner_rows, top_k,
+    a, a_short, b, warmed, bias, weights, sorted_ids, expert_ids, total, out, counters, summed,
+    num_routes, N, K, num_local, inner_rows, top_k, num_counters,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, ROUTES: tl.constexpr,
-    SHORT: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
+    ALONE: tl.constexpr, ZEROED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
     PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """`N` output columns; with GATED the weights have 2 N rows an expert, the gate's first.
 
-    With ROUTES tiles find their rows from the ids, which stand in the place of `sorted_ids`.  EARLY says that the
-    kernel before this one is another that waited before it let this one start, so that ids may be read at once.
+    ALONE is the number of choices a token where each route is a tile; ids then stand in the place of `sorted_ids`.
+    EARLY says that the kernel before this one is another that waited before it let this one start: ids may be read at
+    once, and so many lines of 128 bytes of each weight row asked for.
     """
     num_n = tl.cdiv(N, BLOCK_N)
-    if ROUTES > 0:
-        if PDL and not EARLY:
+    if ALONE > 0:
+        if PDL and EARLY == 0:
             gdc_wait()
             gdc_launch_dependents()
         block = tl.program_id(0) // num_n
         column = tl.program_id(0) % num_n * BLOCK_N
-        expert, routes, mine = _rows_from_ids(sorted_ids, block, num_routes, ROUTES, BLOCK_M)
-        if EARLY:
-            if mine & (expert >= 0) & (expert < num_local):
+        expert = tl.load(sorted_ids + block).to(tl.int64)
+        if EARLY > 0:
+            if (expert >= 0) & (expert < num_local):
                 lines = tl.arange(0, EARLY) * 64
                 at = column + tl.arange(0, BLOCK_N)
-                at = tl.where(at < N, at, 0).to(tl.int64)
-                if not B_TMA:
-                    _prefetch(b + expert * b_stride_e + at[:, None] * b_stride_n + lines[None, :])
-        if PDL and EARLY:
-            gdc_wait()
-            gdc_launch_dependents()
-        if mine:
-            _rows(
-                a, b, bias, weights, routes, out,
-                expert, 0, column, num_routes, N, K, num_local, inner_rows, top_k,
-                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
+                at = tl.where(at < N, at, 0) + expert * inner_rows
+                _prefetch(warmed + at[:, None] * K + lines[None, :])
+            if PDL:
+                gdc_wait()
+                gdc_launch_dependents()
+        routes = tl.where(tl.arange(0, BLOCK_M) == 0, block, num_routes)
+        _rows(
+            a, b, bias, weights, routes, out,
+            expert, 0, column, num_routes, N, K, num_local, inner_rows, top_k,
+            a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+            ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        if ZEROED > 0:
+            # What the next kernel counts with: it begins after all programs of this one have ended.
+            counter = tl.program_id(0) * ZEROED + tl.arange(0, ZEROED)
+            tl.store(counters + counter, tl.zeros((ZEROED,), dtype=tl.int32), mask=counter < num_counters)
+        if summed is not None:
+            token = block // ALONE
+            tl.debug_barrier()  # all threads' stores before the one thread's arrival
+            arrived = tl.atomic_add(counters + token * num_n + tl.program_id(0) % num_n, 1, sem="acq_rel")
+            if arrived == ALONE - 1:
+                columns = column + tl.arange(0, BLOCK_N)
+                total_row = tl.zeros((BLOCK_N,), dtype=tl.float32)
+                for j in tl.static_range(ALONE):
+                    route = token * ALONE + j
+                    chosen = tl.load(sorted_ids + route).to(tl.int64)
+                    there = (chosen >= 0) & (chosen < num_local) & (columns < N)
+                    at = out + route.to(tl.int64) * out_stride + columns
+                    total_row += tl.load(at, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
+                at = summed + token.to(tl.int64) * N + columns
+                tl.store(at, total_row.to(summed.dtype.element_ty), mask=columns < N)
     else:
         if PDL:
             gdc_wait()
@@ -315,58 +318,3 @@ def sum_rows(
         there = (at >= 0) & (at < limit)
         total += tl.load(rows + route * width + columns, mask=(columns < width) & there, other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)
-
-
-@triton.jit(do_not_specialize=["num_local"])
-def down_sum(
-    a, b, bias, weights, ids, out,
-    N, K, num_local,
-    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    TOP_K: tl.constexpr, CHOICES: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Second product and sum: `a` holds a row a route.  One loop over experts and K, so that loads never drain."""
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    depth = tl.arange(0, BLOCK_K)
-    held = tl.where(columns < N, columns, 0).to(tl.int64)
-    ids += token * TOP_K
-    # All ids of the token at once: a loop whose addresses wait for a load of its own would not be pipelined as deep.
-    choice = tl.arange(0, CHOICES)
-    choices = tl.load(ids + choice, mask=choice < TOP_K, other=-1).to(tl.int64)
-    if AHEAD > 0:
-        # The first weights, while the product before this one is still at work: nobody writes weights, and who wrote
-        # the ids had ended before that product began.
-        expert = tl.sum(tl.where(choice == 0, choices, 0), 0)
-        if (expert >= 0) & (expert < num_local):
-            lines = tl.arange(0, AHEAD) * 64
-            _prefetch(b + expert * b_stride_e + held[:, None] * b_stride_n + lines[None, :])
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    steps = tl.cdiv(K, BLOCK_K)
-    only = (tl.arange(0, BLOCK_M) == 0)[:, None]
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, TOP_K * steps):
-        j = step // steps
-        start = step % steps * BLOCK_K
-        expert = tl.sum(tl.where(choice == j, choices, 0), 0)
-        there = (expert >= 0) & (expert < num_local)
-        route = token * TOP_K + j
-        mask = (depth < K - start)[None, :] & there
-        x = tl.load(a + route * a_stride + start + depth[None, :], mask=only & mask, other=0.0)
-        b_at = b + tl.where(there, expert, 0) * b_stride_e + (start + depth[None, :]).to(tl.int64) * b_stride_k
-        w = tl.load(b_at + held[:, None] * b_stride_n, mask=mask, other=0.0)
-        part = tl.dot(x, w.T, part, input_precision=PRECISION)
-        if start + BLOCK_K >= K:
-            if bias is not None:
-                at = bias + tl.where(there, expert, 0) * bias_stride + columns
-                part += tl.load(at, mask=(columns < N) & there, other=0.0).to(tl.float32)[None, :]
-            factor = tl.load(weights + route, mask=there, other=0.0).to(tl.float32)
-            # Rounded as a stored row is: the same bits as `gemm` and `sum_rows` give.
-            total += tl.where(there, part * factor, 0.0).to(out.dtype.element_ty).to(tl.float32)
-            part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    row = tl.arange(0, BLOCK_M)
-    out_at = out + token * out_stride + row[:, None] * 0 + columns[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=(row == 0)[:, None] & (columns < N)[None, :])
