@@ -89,9 +89,8 @@ def plans(shape: tuple[int, ...], tokens: int) -> list[Plan]:
             Tile(16, 32, 256, 1, 4, 3),
             Tile(16, 128, 128, 1, 4, 3),
         ]
-        found += [Plan(0, firsts[0], two, fused) for two, fused in product(seconds, (0, 1))]
-        found += [Plan(0, one, seconds[0], 1) for one in firsts[1:]]
-        found += [Plan(0, firsts[0], two, 1, early) for two, early in product(seconds[:2], (2, 8))]
+        found += [Plan(0, firsts[0], two) for two in seconds]
+        found += [Plan(0, one, seconds[0]) for one in firsts[1:]]
         found.append(Plan(16, firsts[0], seconds[0]))
         return found
     rows = routes / shape[0]
@@ -221,7 +220,7 @@ def sweep_plans(shape: tuple[int, ...], tokens: int, args: argparse.Namespace, w
         found.append((micros, how))
     found.sort()
     for micros, how in found[: args.top * 4]:
-        flat = [how.block_size, list(how.first), list(how.second), how.fused_sum, how.early]
+        flat = [how.block_size, list(how.first), list(how.second)]
         print(f"  layer {micros:9.1f} us  {flat}", flush=True)
     return [(-1, how.block_size, micros, how.first) for micros, how in found]
 
@@ -248,7 +247,7 @@ def sweep(shape: tuple[int, ...], tokens: int, args: argparse.Namespace, weights
                     if which == 1:
                         rules._run(planned[:1], x.device)
                     one = planned[which]
-                    outs.append(one.arguments[9])
+                    outs.append(one.arguments[8])
                     calls.append(lambda one=one: rules._run([one], torch.device("cuda", 0)))
                 micros = timed(calls)
             except Exception as error:

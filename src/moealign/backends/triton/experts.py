@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 BLOCK_SIZES = (16, 32, 64, 128)
-ALONE = 4  #: with at least so many experts for each route, a route is a tile of its own and nothing is aligned
+ALONE = 8  #: two tokens with at least so many experts a route: each route is a tile, and nothing is aligned
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -64,8 +64,6 @@ class Plan(NamedTuple):
     block_size: int  # of the layout; 0: no layout, each route is a tile of its own
     first: Tile
     second: Tile
-    fused_sum: int = 0  # without a layout, 1: the second product's last tile of a token sums
-    early: int = 0  # without a layout: lines of 128 bytes of a weight row that the second product asks for ahead
 
 
 class Target(NamedTuple):
@@ -104,21 +102,23 @@ def refuses(rows: Tensor) -> str | None:
 # ---- tiles ---------------------------------------------------------------------------------------------------------
 
 
-def _rule(target: Target, routes: int, experts: int, depth: int, item: int) -> Plan:
+def _rule(target: Target, routes: int, top_k: int, experts: int, hidden: int, inner: int, item: int) -> Plan:
     """Tiles by rows an expert gets; measured on an H200 by benchmarks/sweep_experts.py."""
     rows = routes / experts
+    alone = routes == top_k or (routes <= 2 * top_k and routes * ALONE <= experts)
     if item == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
-        m = next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
-        wide = 64 if item == 4 else 128
+        m = 16 if alone else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
         tile = Tile(m, 64, 32 if item == 4 else 64, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
-        alone = routes * ALONE <= experts
-        return Plan(0 if alone else m, tile._replace(n=32 if m < 64 else 64), tile._replace(n=wide), int(alone))
-    if routes * ALONE <= experts:
-        return Plan(0, Tile(16, 64, 128, 1, 4, 4), Tile(16, 64, 128, 1, 4, 3), 1)
+        second = tile if item == 4 or m == 128 else tile._replace(n=128)
+        return Plan(0 if alone else m, tile._replace(n=32 if m < 64 else 64), second)
+    if alone:
+        long = Tile(16, 64, 128, 1, 4, 6, 1, 0, 1)
+        return Plan(0, Tile(16, 64, 128, 1, 4, 4), long if inner > 4096 else Tile(16, 32, 256, 1, 4, 3))
     if rows <= 10:
-        return Plan(16, Tile(16, 64, 128, 2, 4, 3, 1, 0, 1), Tile(16, 128, 128, 1, 4, 3))
+        long = Tile(16, 128, 128, 2, 4, 3, 1, 0, 1)
+        return Plan(16, Tile(16, 64, 128, 2, 4, 3, 1, 0, 1), long if inner > 4096 else Tile(16, 128, 128, 1, 4, 3))
     if rows <= 24:
-        first = Tile(32, 64, 128, 2, 4, 3, 1, 0, 1) if depth > 2048 else Tile(32, 64, 64, 2, 4, 4)
+        first = Tile(32, 64, 128, 2, 4, 3, 1, 0, 1) if hidden > 2048 else Tile(32, 64, 64, 2, 4, 4)
         return Plan(32, first, Tile(32, 128, 128, 1, 4, 3))
     if rows <= 48:
         return Plan(64, Tile(64, 64, 128, 2, 4, 4, 1, 0, 1), Tile(64, 128, 64, 2, 4, 3, 1, 0, 1))
@@ -166,18 +166,12 @@ def tuned(target: Target) -> dict[str, dict[int, Plan]]:
 def plan_from(values: dict[str, Any]) -> Plan:
     """A plan from its JSON form."""
     first, second = Tile(*values["first"]), Tile(*values["second"])
-    return Plan(int(values["block_size"]), first, second, int(values["fused_sum"]), int(values["early"]))
+    return Plan(int(values["block_size"]), first, second)
 
 
 def plan_to(one: Plan) -> dict[str, Any]:
     """The JSON form of a plan."""
-    return {
-        "block_size": one.block_size,
-        "first": list(one.first),
-        "second": list(one.second),
-        "fused_sum": one.fused_sum,
-        "early": one.early,
-    }
+    return {"block_size": one.block_size, "first": list(one.first), "second": list(one.second)}
 
 
 def plan(
@@ -200,7 +194,7 @@ def plan(
     if entry and block_size is None:
         chosen = entry[min(entry, key=lambda known: (abs(known.bit_length() - tokens.bit_length()), abs(known - tokens)))]
     else:
-        chosen = _rule(target, routes, experts, hidden, hidden_states.element_size())
+        chosen = _rule(target, routes, top_k, experts, hidden, width, hidden_states.element_size())
         if block_size is not None:
             chosen = _of_block_size(chosen, block_size)
     alone = (
@@ -210,7 +204,7 @@ def plan(
         and num_valid_tokens is None
         and topk_ids.dtype in (torch.int32, torch.int64)
     )
-    return chosen if alone else chosen._replace(block_size=chosen.first.m, fused_sum=0, early=0)
+    return chosen if alone else chosen._replace(block_size=chosen.first.m)
 
 
 def _of_block_size(chosen: Plan, size: int) -> Plan:
@@ -223,7 +217,8 @@ def _of_block_size(chosen: Plan, size: int) -> Plan:
 def block_size_of(rows: Tensor, routes: int, gate_up_proj: Tensor, down_proj: Tensor, transposed: bool) -> int:
     """The block size of the rule, for a layer whose activation is computed between two products."""
     target, experts = target_of(rows.device), gate_up_proj.shape[0]
-    return _rule(target, routes, experts, rows.shape[1], rows.element_size()).first.m
+    inner = down_proj.shape[1 if transposed else 2]
+    return _rule(target, routes, 1, experts, rows.shape[1], inner, rows.element_size()).first.m
 
 
 # ---- launches ------------------------------------------------------------------------------------------------------
@@ -271,7 +266,7 @@ def _gemm(
     rows: tuple[Tensor, Tensor | None, Tensor | None],
     blocks: int,
     routes: int,
-    alone: int,
+    alone: bool,
     top_k: int,
     activation: str | None,
     gated: bool,
@@ -280,9 +275,6 @@ def _gemm(
     weights: Tensor | None,
     a_layout: bool,
     out_layout: bool,
-    early: int = 0,
-    counters: Tensor | None = None,
-    summed: Tensor | None = None,
 ) -> GemmLaunch:
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
@@ -301,16 +293,14 @@ def _gemm(
             _descriptor(a, tile.m, tile.k) if a_tma else a,
             (_descriptor(a, short, tile.k) if a_tma else a) if short else None,
             _descriptor(b.view(-1, depth), tile.n, tile.k) if b_tma else b,
-            b if early else None,
-            bias, weights, *rows, out, counters, summed,
-            routes, width, depth, experts, outputs, top_k, 0 if counters is None else counters.numel(),
+            bias, weights, *rows, out,
+            routes, width, depth, experts, outputs, top_k,
             a.stride(0), *strides, 0 if bias is None else bias.stride(0), out.stride(0),
         ),
         {
             "ACT": _ACTIVATIONS[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
-            "SHORT": short, "ALONE": alone, "EARLY": early, "PDL": target.hopper,
-            "ZEROED": _power(_cdiv(counters.numel(), grid)) if counters is not None and summed is None else 0,
+            "SHORT": short, "ALONE": alone, "PDL": target.hopper,
             "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
             "PERSISTENT": persistent, "FLATTEN": persistent and not short,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
@@ -348,12 +338,8 @@ def launches(
     in_layout = layout is not None
     between = new(blocks * how.first.m if in_layout else routes, inner)
     out, of_routes = new(tokens, hidden), new(routes, hidden)
-    counters = summed = None
-    if how.fused_sum and not in_layout:
-        counters, summed = new(tokens * _cdiv(hidden, how.second.n), dtype=torch.int32), out
     common: dict[str, Any] = {
-        "rows": rows, "blocks": blocks, "routes": routes, "alone": 0 if in_layout else top_k,
-        "transposed": transposed, "counters": counters,
+        "rows": rows, "blocks": blocks, "routes": routes, "alone": not in_layout, "transposed": transposed,
     }  # fmt: skip
     first = _gemm(
         target, how.first, x, gate_up_proj, between,
@@ -363,11 +349,8 @@ def launches(
     second = _gemm(
         target, how.second, between, down_proj, of_routes,
         top_k=1, activation=None, gated=False, bias=down_bias, weights=weights,
-        a_layout=in_layout, out_layout=False, summed=summed, **common,
-        early=how.early if target.hopper and not in_layout and down_proj.is_contiguous() and not transposed else 0,
+        a_layout=in_layout, out_layout=False, **common,
     )  # fmt: skip
-    if summed is not None:
-        return [first, second], out
     block = min(1024, _power(hidden))
     last = GemmLaunch(
         "sum_rows",
@@ -463,11 +446,11 @@ def gemm_launch(
             f"layout: expected blocks of {', '.join(map(str, BLOCK_SIZES))} rows on a GPU, got blocks of {size}"
         )
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
-    by_rule = _of_block_size(_rule(target, routes, b.shape[0], depth, a.element_size()), size)
+    by_rule = _of_block_size(_rule(target, routes, 1, b.shape[0], depth, depth, a.element_size()), size)
     return _gemm(
         target, by_rule.first if gated else by_rule.second, x, b, out,
         rows=(layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded),
-        blocks=layout.expert_ids.numel(), routes=routes, alone=0, top_k=top_k,
+        blocks=layout.expert_ids.numel(), routes=routes, alone=False, top_k=top_k,
         activation=activation, gated=gated, transposed=transposed,
         bias=bias, weights=None if row_weights is None else row_weights.reshape(-1),
         a_layout=False, out_layout=False,

@@ -3,14 +3,13 @@
 
 `gemm`      a tile of ``BLOCK_M`` rows times ``BLOCK_N`` output columns of one expert, accumulated in float32 over K.
             Rows come through a layout.  Where routes are so few that two of them seldom share an expert there is no
-            layout: each route is a tile of its own, and the last of a token's to be done also sums them.
+            layout: each route is a tile of its own.
             The activation of the first product and the routing weight of the second are applied to the accumulator.
             Reads each expert's weights once for each block of its rows (the others find them in L2), writes a row a
             route, or a row a row of the layout.
 `sum_rows`  ``top_k`` rows of each token added in order; a dropped route's row is not read.
 
-With PDL a kernel may start while the one before it ends (Hopper and later): it may ask for its first weights, which
-nobody writes, then waits, and only then reads or writes anything else.
+With PDL a kernel may start while the one before it ends (Hopper and later): it waits before it reads or writes.
 """
 
 from __future__ import annotations
@@ -45,19 +44,6 @@ def _activate(x, ACT: tl.constexpr):
         x = tl.maximum(x, 0.0)
         x = x * x
     return x
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Ask for lines of L2; never faults, whatever the address."""
-    tl.inline_asm_elementwise(
-        "{ .reg .b64 a; mov.u64 a, $1; prefetch.global.L2 [a]; mov.u32 $0, 0; }",
-        "=r,l",
-        [pointers.to(tl.uint64, bitcast=True)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -214,70 +200,35 @@ def _tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_routes", "num_local", "num_counters"])
+@triton.jit(do_not_specialize=["num_routes", "num_local"])
 def gemm(
-    a, a_short, b, warmed, bias, weights, sorted_ids, expert_ids, total, out, counters, summed,
-    num_routes, N, K, num_local, inner_rows, top_k, num_counters,
+    a, a_short, b, bias, weights, sorted_ids, expert_ids, total, out,
+    num_routes, N, K, num_local, inner_rows, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
-    ALONE: tl.constexpr, ZEROED: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
-    PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
+    ALONE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """`N` output columns; with GATED the weights have 2 N rows an expert, the gate's first.
 
-    ALONE is the number of choices a token where each route is a tile; ids then stand in the place of `sorted_ids`.
-    EARLY says that the kernel before this one is another that waited before it let this one start: ids may be read at
-    once, and so many lines of 128 bytes of each weight row asked for.
+    With ALONE each route is a tile, and ids stand in the place of `sorted_ids`.
     """
     num_n = tl.cdiv(N, BLOCK_N)
-    if ALONE > 0:
-        if PDL and EARLY == 0:
-            gdc_wait()
-            gdc_launch_dependents()
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if ALONE:
         block = tl.program_id(0) // num_n
-        column = tl.program_id(0) % num_n * BLOCK_N
         expert = tl.load(sorted_ids + block).to(tl.int64)
-        if EARLY > 0:
-            if (expert >= 0) & (expert < num_local):
-                lines = tl.arange(0, EARLY) * 64
-                at = column + tl.arange(0, BLOCK_N)
-                at = tl.where(at < N, at, 0) + expert * inner_rows
-                _prefetch(warmed + at[:, None] * K + lines[None, :])
-            if PDL:
-                gdc_wait()
-                gdc_launch_dependents()
         routes = tl.where(tl.arange(0, BLOCK_M) == 0, block, num_routes)
         _rows(
             a, b, bias, weights, routes, out,
-            expert, 0, column, num_routes, N, K, num_local, inner_rows, top_k,
+            expert, 0, tl.program_id(0) % num_n * BLOCK_N, num_routes, N, K, num_local, inner_rows, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
             ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if ZEROED > 0:
-            # What the next kernel counts with: it begins after all programs of this one have ended.
-            counter = tl.program_id(0) * ZEROED + tl.arange(0, ZEROED)
-            tl.store(counters + counter, tl.zeros((ZEROED,), dtype=tl.int32), mask=counter < num_counters)
-        if summed is not None:
-            token = block // ALONE
-            tl.debug_barrier()  # all threads' stores before the one thread's arrival
-            arrived = tl.atomic_add(counters + token * num_n + tl.program_id(0) % num_n, 1, sem="acq_rel")
-            if arrived == ALONE - 1:
-                columns = column + tl.arange(0, BLOCK_N)
-                total_row = tl.zeros((BLOCK_N,), dtype=tl.float32)
-                for j in tl.static_range(ALONE):
-                    route = token * ALONE + j
-                    chosen = tl.load(sorted_ids + route).to(tl.int64)
-                    there = (chosen >= 0) & (chosen < num_local) & (columns < N)
-                    at = out + route.to(tl.int64) * out_stride + columns
-                    total_row += tl.load(at, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
-                at = summed + token.to(tl.int64) * N + columns
-                tl.store(at, total_row.to(summed.dtype.element_ty), mask=columns < N)
     else:
-        if PDL:
-            gdc_wait()
-            gdc_launch_dependents()
         num_m = tl.load(total) // BLOCK_M
         if PERSISTENT:
             for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
