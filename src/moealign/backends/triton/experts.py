@@ -89,11 +89,11 @@ def target_of(device: torch.device) -> Target:
 
 def refuses(rows: Tensor) -> str | None:
     """Why the kernels do not take these rows; None if they do."""
+    if rows.device.type not in ("cuda", "xpu") and not (_interpreted() and rows.device.type == "cpu"):
+        return f"expected tensors on a GPU, got tensors on {rows.device}"
     reason = unavailable()
     if reason is not None:
         return reason
-    if rows.device.type not in ("cuda", "xpu") and not (_interpreted() and rows.device.type == "cpu"):
-        return f"expected tensors on a GPU, got tensors on {rows.device}"
     if rows.dtype not in _DTYPES:
         return f"expected bfloat16, float16 or float32, got {rows.dtype}"
     return None
