@@ -40,11 +40,11 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 
-import align as bench  # benchmarks/align.py: columns, CSV, peers
+import align as bench  # noqa: E402  benchmarks/align.py: columns, CSV, peers
 
-from moealign import fused_moe
-from moealign.backends.triton import experts as kernels
-from moealign.layout import BlockLayout, capacity
+from moealign import fused_moe  # noqa: E402
+from moealign.backends.triton import experts as kernels  # noqa: E402
+from moealign.layout import BlockLayout, capacity  # noqa: E402
 
 SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 1024)]  # experts, top_k, hidden, inner
 TOKENS = [1, 16, 64, 256, 1024, 4096]
@@ -164,7 +164,7 @@ def vllm_launch(
         "HAS_BIAS": False,
         "SWAP_AB": False,
         "USE_TD": False,
-        **{"SPLIT_K": 1},
+        "SPLIT_K": 1,
         **config,
     }
     return grid, arguments, constants
@@ -224,7 +224,7 @@ class Layer:
 
     def floor_us(self, bytes_per_us: float, flops_per_us: float) -> float:
         """Of the mean input: weights once, or operations."""
-        experts, top_k, hidden, inner = self.shape
+        _, top_k, hidden, inner = self.shape
         each = 3 * hidden * inner
         hit = statistics.mean(len(ids.unique()) for _, _, ids in self.inputs)
         return max(hit * each * 2 / bytes_per_us, 2 * self.tokens * top_k * each / flops_per_us)

@@ -1,4 +1,4 @@
-"""Try many tiles for both products of a layer, print the best few: what the rules in backends/triton/experts.py are from.
+"""Try many tiles for both products of a layer, print the best: what the rules in backends/triton/experts.py are from.
 
     PYTHONPATH=src python3 benchmarks/sweep_experts.py [--shape 0,1,2] [--tokens 1,16,...] [--top 3] [--budget 100]
 
@@ -109,7 +109,9 @@ def safe(tile: Tile) -> Tile:
     return Tile(tile.m, 64, 64, 1, 4, 2)
 
 
-def made(shape: tuple[int, ...], tokens: int, tile: Tile, device: str, which: int = 0) -> tuple[Plan, dict[str, torch.Tensor]]:
+def made(
+    shape: tuple[int, ...], tokens: int, tile: Tile, device: str, which: int = 0
+) -> tuple[Plan, dict[str, torch.Tensor]]:
     """A plan whose two products both have `tile`, and uninitialised tensors of the right kinds."""
     experts, top_k, hidden, inner = shape
     alone = tokens * top_k * rules.ALONE <= experts
@@ -146,7 +148,14 @@ def warm(job: tuple[tuple[int, ...], int, Any, int, Target]) -> str | None:
             how, tensors = made(shape, tokens, tile, "cpu", which)
         layout = empty_layout(tokens, shape[1], shape[0], how.first.m) if how.block_size else None
         planned, _ = rules.launches(
-            how, *tensors.values(), layout, "silu", None, None, False, target  # type: ignore[arg-type]
+            how,
+            *tensors.values(),
+            layout,
+            "silu",
+            None,
+            None,
+            False,
+            target,  # type: ignore[arg-type]
         )
         for one in planned if which < 0 else planned[which : which + 1]:
             options: dict[str, Any] = {"num_warps": one.num_warps, "num_stages": one.num_stages}
@@ -192,7 +201,9 @@ def inputs_of(shape: tuple[int, ...], tokens: int) -> list[tuple[torch.Tensor, .
     return inputs
 
 
-def sweep_plans(shape: tuple[int, ...], tokens: int, args: argparse.Namespace, weights: list[torch.Tensor]) -> list[Any]:
+def sweep_plans(
+    shape: tuple[int, ...], tokens: int, args: argparse.Namespace, weights: list[torch.Tensor]
+) -> list[Any]:
     inputs = inputs_of(shape, tokens)
     x, w, ids = inputs[0]
     want = fused_moe(x, *weights, w, ids, backend="packed").float()
@@ -268,7 +279,10 @@ def sweep(shape: tuple[int, ...], tokens: int, args: argparse.Namespace, weights
         flops = 2 * tokens * top_k * hidden * inner * (2 if which == 0 else 1)
         for micros, tile in found[: args.top]:
             results.append((which, m, micros, tile))
-            print(f"  gemm{which + 1} m{m:<4} {micros:9.1f} us {flops / micros / 1e6:6.0f} TFLOP/s  {list(tile)}", flush=True)
+            print(
+                f"  gemm{which + 1} m{m:<4} {micros:9.1f} us {flops / micros / 1e6:6.0f} TFLOP/s  {list(tile)}",
+                flush=True,
+            )
     return results
 
 
@@ -293,17 +307,17 @@ def main() -> int:
         if count * shape[1] < FEW * shape[0]:
             continue
         for tile in candidates(count * shape[1], shape[0], which == 0):
-            few = count * shape[1] <= rules.FEW_ROUTES
             # Sizes are no constants of a kernel beyond what Triton sees in them: one shape compiles for all alike.
-            key = (tile, which, few and count * shape[1], shape[1] if which == 0 else 1, shape[2] % tile.k, shape[3] % tile.k)
+            key = (tile, which, shape[1] if which == 0 else 1, shape[2] % tile.k, shape[3] % tile.k)
             jobs.setdefault(key, (shape, count, tile, which, target))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         failed = [said for said in pool.map(warm, jobs.values(), chunksize=4) if said]
-    print(f"{len(jobs)} kernels compiled in {time.perf_counter() - args.started:.0f} s; {len(failed)} failed: {failed[:3]}", flush=True)
+    spent = time.perf_counter() - args.started
+    print(f"{len(jobs)} kernels compiled in {spent:.0f} s; {len(failed)} failed: {failed[:3]}", flush=True)
     everything = []
     for shape in shapes:
-        experts, top_k, hidden, inner = shape
+        experts, _, hidden, inner = shape
         generator = torch.Generator("cuda").manual_seed(0)
         weights = [
             (torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16) * size[2] ** -0.5)

@@ -1,4 +1,4 @@
-"""The experts' kernels under Triton's interpreter against plain loops.  Run by test_experts_triton.py in its own process.
+"""The experts' kernels under Triton's interpreter against plain loops.  test_experts_triton.py runs it in a process.
 
 TRITON_INTERPRET=1 PYTHONPATH=src python tests/experts_interpret.py
 

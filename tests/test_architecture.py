@@ -22,6 +22,7 @@ LEVELS = {
     "fused_moe": 6,
     "integrations": 7,
     "testing": 7,
+    "tune": 7,
     "trace": 7,
     "capture": 8,
     "report": 8,

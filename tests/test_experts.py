@@ -106,7 +106,9 @@ def test_a_bad_expert_without_routes_does_not_show():
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0)])
 def test_nothing_to_do(shape):
     x = torch.ones(shape[0], 4)
-    got = fused_moe(x, torch.ones(2, 8, 4), torch.ones(2, 4, 4), torch.ones(shape), torch.zeros(shape, dtype=torch.int32))
+    got = fused_moe(
+        x, torch.ones(2, 8, 4), torch.ones(2, 4, 4), torch.ones(shape), torch.zeros(shape, dtype=torch.int32)
+    )
     assert got.shape == x.shape
     assert not got.any()
 
@@ -254,7 +256,11 @@ def layer_call(**changed):
         ({"hidden_states": torch.zeros(4, 9)}, InvalidInput, "transposed=True"),
         ({"hidden_states": torch.zeros(8)}, InvalidInput, r"expected \[T, H\]"),
         ({"down_proj": torch.zeros(3, 8, 5)}, InvalidInput, "gate_up_proj: expected 2I = 10 or I = 5"),
-        ({"topk_ids": torch.zeros(4, 3, dtype=torch.int64)}, InvalidInput, r"topk_ids, topk_weights: expected \[4, k\]"),
+        (
+            {"topk_ids": torch.zeros(4, 3, dtype=torch.int64)},
+            InvalidInput,
+            r"topk_weights: expected \[4, k\]",
+        ),
         ({"activation": "swish"}, InvalidInput, "activation: expected one of gelu, gelu_tanh, relu, relu2, silu"),
         ({"activation": 3}, InvalidType, "activation: expected a name or a callable, got int"),
         ({"gate_up_bias": torch.zeros(3, 6)}, InvalidInput, r"gate_up_bias: expected \[3, 12\]"),
@@ -331,4 +337,5 @@ def test_fakes_have_the_right_shape():
 
 
 def test_every_activation_has_both_forms():
-    assert {name for name, gated in packed.ACTIVATIONS if gated} == {name for name, gated in packed.ACTIVATIONS if not gated}
+    forms = {gated: {name for name, each in packed.ACTIVATIONS if each is gated} for gated in (True, False)}
+    assert forms[True] == forms[False]

@@ -68,9 +68,7 @@ def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, 
         parts = [new(size, dtype=torch.int32) for size in (*sizes[:3], tokens * top_k)]
         layout = BlockLayout(*parts[:3], positions=parts[3], block_size=how.block_size)
     biases = (new(count, 2 * inner), new(count, hidden)) if bias else (None, None)
-    launches, out = experts.launches(
-        how, x, gate_up, down, weights, ids, layout, "silu", *biases, transposed, target
-    )
+    launches, out = experts.launches(how, x, gate_up, down, weights, ids, layout, "silu", *biases, transposed, target)
     assert out.shape == x.shape
     return how, launches
 

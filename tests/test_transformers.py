@@ -310,8 +310,10 @@ def test_capture_reads_routers_that_give_scores():
 
 
 def test_capture_says_what_is_wrong():
-    with pytest.raises(moealign.InvalidInput, match="expected a Mixture-of-Experts model, got Linear"), \
-            moealign.capture(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(moealign.InvalidInput, match="expected a Mixture-of-Experts model, got Linear"),
+        moealign.capture(torch.nn.Linear(2, 2)),
+    ):
         pass
     _, ours = make("mixtral")
     with moealign.capture(ours) as seen:

@@ -192,7 +192,7 @@ def _packed(
     transposed: bool,
     output_rows: Rows | None,
 ) -> Tensor:
-    tokens, top_k = topk_ids.shape
+    top_k = topk_ids.shape[1]
     experts = gate_up_proj.shape[0]
     layout = align(
         topk_ids,
@@ -239,7 +239,7 @@ def _between(
     block_size: int | None,
 ) -> Tensor:
     """The kernels with a callable in between, on rows in the order of the routes."""
-    tokens, top_k = topk_ids.shape
+    top_k = topk_ids.shape[1]
     experts = gate_up_proj.shape[0]
     size = block_size or kernels.block_size_of(hidden_states, topk_ids.numel(), gate_up_proj, down_proj, transposed)
     layout = align(

@@ -54,12 +54,13 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = F
     return result
 
 
-def _fits_cutlass(left: Tensor, right: Tensor) -> bool:
+def _fits_cutlass(left: Tensor, right: Tensor, *sizes: int) -> bool:
     """Whether torch's grouped kernel takes these: bfloat16, rows and columns in multiples of 16 bytes."""
     if left.device.type != "cuda" or torch.version.hip is not None or left.dtype is not torch.bfloat16:
         return False
-    sizes = (*left.shape[-2:], *right.shape[-2:])
-    return all(size % 8 == 0 for size in sizes[1:]) and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
+    if torch.cuda.get_device_capability(left.device) < (8, 0):
+        return False
+    return all(size % 8 == 0 for size in sizes) and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
 
 
 def _spans(ends: Tensor, experts: int) -> list[tuple[int, int, int]]:
@@ -74,7 +75,7 @@ def _spans(ends: Tensor, experts: int) -> list[tuple[int, int, int]]:
 
 def _mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
     right = weights if transposed else weights.transpose(-2, -1)
-    if rows.shape[0] and _fits_cutlass(rows, right):
+    if rows.shape[0] and _fits_cutlass(rows, right, *right.shape[-2:]):
         return F.grouped_mm(_dense(rows), _dense(right), offs=ends[: weights.shape[0]])
     out = rows.new_zeros(rows.shape[0], right.shape[-1])
     for expert, start, end in _spans(ends, weights.shape[0]):
@@ -84,8 +85,10 @@ def _mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -
 
 def _mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
     """``[E, N, K]``: of each expert its rows' ``grads.T @ rows``; zero for an expert without any."""
-    if rows.shape[0] and _fits_cutlass(grads, rows):
-        return F.grouped_mm(grads.contiguous().transpose(0, 1), rows.contiguous(), offs=ends[:experts])
+    if rows.shape[0] and _fits_cutlass(grads, rows, grads.shape[1], rows.shape[1]):
+        product = F.grouped_mm(grads.contiguous().transpose(0, 1), rows.contiguous(), offs=ends[:experts])
+        empty = torch.diff(ends[:experts], prepend=ends.new_zeros(1)) == 0
+        return product.masked_fill_(empty.view(-1, 1, 1), 0)  # nothing says what an empty group gives
     out = rows.new_zeros(experts, grads.shape[1], rows.shape[1])
     for expert, start, end in _spans(ends, experts):
         torch.mm(grads[start:end].T, rows[start:end], out=out[expert])

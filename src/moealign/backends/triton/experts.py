@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import warnings
 from pathlib import Path
@@ -192,7 +193,7 @@ def plan(
     width, hidden = (down_proj.shape[1], down_proj.shape[2]) if transposed else down_proj.shape[:0:-1]
     entry = tuned(target).get(tuning_key(experts, top_k, hidden, width, hidden_states.dtype))
     if entry and block_size is None:
-        chosen = entry[min(entry, key=lambda known: (abs(known.bit_length() - tokens.bit_length()), abs(known - tokens)))]
+        chosen = entry[min(entry, key=lambda known: abs(math.log(known / tokens)))]
     else:
         chosen = _rule(target, routes, top_k, experts, hidden, width, hidden_states.element_size())
         if block_size is not None:
@@ -445,7 +446,7 @@ def gemm_launch(
         raise InvalidInput(
             f"layout: expected blocks of {', '.join(map(str, BLOCK_SIZES))} rows on a GPU, got blocks of {size}"
         )
-    outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
+    depth = b.shape[1 if transposed else 2]
     by_rule = _of_block_size(_rule(target, routes, 1, b.shape[0], depth, depth, a.element_size()), size)
     return _gemm(
         target, by_rule.first if gated else by_rule.second, x, b, out,

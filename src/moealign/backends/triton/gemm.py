@@ -70,7 +70,7 @@ def _product(
     else:
         held = tl.where(columns < N, columns, 0).to(tl.int64)  # columns past the end repeat the first, and go nowhere
         b_at = b + expert * b_stride_e + held[:, None] * b_stride_n + (depth * b_stride_k)[None, :]
-    for step in range(0, tl.cdiv(K, BLOCK_K)):
+    for step in range(tl.cdiv(K, BLOCK_K)):
         start = step * BLOCK_K
         if A_TMA:
             x = a.load([a_first, start])
