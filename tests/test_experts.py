@@ -144,6 +144,31 @@ def test_gradients_of_the_layer(transposed, activation):
     assert weights.grad[1, 0] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_callables_with_parameters_see_no_rows_of_dropped_routes(dtype):
+    """What stands in memory past the last kept route must not reach the gradient of a norm."""
+    x, gate_up, down, weights, ids, _ = random_layer(24, 2, 8, 16, 16, dtype=dtype)
+    ids[4:] = -1
+    grads = []
+    for part in (slice(None), slice(4)):
+        scale, slope = (torch.ones(16, dtype=dtype, requires_grad=True) for _ in range(2))
+        filled = [torch.full((64, 64), float("nan"), dtype=dtype) for _ in range(64)]  # poisons what is allocated next
+        del filled
+        out = fused_moe(
+            x[part],
+            gate_up,
+            down,
+            weights[part],
+            ids[part],
+            activation=lambda rows, slope=slope: torch.tanh(rows[:, :16] * slope) * rows[:, 16:],
+            output_rows=lambda rows, scale=scale: torch.nn.functional.rms_norm(rows, (16,), scale),
+        )
+        out[:4].square().sum().backward()
+        grads.append((scale.grad, slope.grad))
+    for whole, kept in zip(*grads, strict=True):
+        assert relative_error(whole, kept) < 1e-5
+
+
 def test_gradients_of_gradients():
     x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4)
     leaves = [each.requires_grad_() for each in (x, gate_up, down, weights)]

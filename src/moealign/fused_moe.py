@@ -175,6 +175,7 @@ def fused_moe(
         down_bias,
         transposed,
         output_rows,
+        clean=callable_ is not None or output_rows is not None,
     )
 
 
@@ -191,7 +192,9 @@ def _packed(
     down_bias: Tensor | None,
     transposed: bool,
     output_rows: Rows | None,
+    clean: bool,
 ) -> Tensor:
+    """`clean`: rows of dropped routes reach the callables as zeros, since they may have parameters of their own."""
     top_k = topk_ids.shape[1]
     experts = gate_up_proj.shape[0]
     layout = align(
@@ -213,9 +216,14 @@ def _packed(
     ends = ends[:experts]
     rows = packed.gather_rows(hidden_states, order, positions, top_k)
     rows = packed.grouped_mm(rows, gate_up_proj, ends, transposed)
+    if clean:
+        past = (torch.arange(len(order), device=order.device) >= ends[-1]).unsqueeze(1)
+        rows = rows.masked_fill(past, 0)
     if gate_up_bias is not None:
         rows = rows + packed.bias_rows(gate_up_bias, ends, rows.shape[0])
     rows = packed.grouped_mm(apply(rows), down_proj, ends, transposed)
+    if clean:
+        rows = rows.masked_fill(past, 0)
     if down_bias is not None:
         rows = rows + packed.bias_rows(down_bias, ends, rows.shape[0])
     if output_rows is not None:

@@ -2,8 +2,8 @@
 
 What CPUs use, what every call uses that needs gradients, and the reference for the kernels.  Rows of the packed order
 are routes sorted by expert without padding: a layout with ``block_size=1``, its ``group_ends`` being the ends of the
-experts' rows.  On a CPU the products are ``torch.mm`` one by one over the experts that have rows; on an NVIDIA GPU in
-bfloat16 ``torch.nn.functional.grouped_mm``, which waits for nothing; elsewhere ``torch.mm`` after reading the ends.
+experts' rows.  The products are ``torch.nn.functional.grouped_mm`` on an NVIDIA GPU in bfloat16, where it waits for
+nothing, and on a CPU for a few rows an expert; elsewhere ``torch.mm``, one by one over the experts that have rows.
 """
 
 from __future__ import annotations
@@ -54,13 +54,20 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = F
     return result
 
 
-def _fits_cutlass(left: Tensor, right: Tensor, *sizes: int) -> bool:
-    """Whether torch's grouped kernel takes these: bfloat16, rows and columns in multiples of 16 bytes."""
-    if left.device.type != "cuda" or torch.version.hip is not None or left.dtype is not torch.bfloat16:
+FEW_ROWS = 8  # rows an expert below which torch's loop over experts on a CPU is the faster one
+
+
+def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
+    """Whether torch's grouped product is to be had for these, and pays: rows and columns in multiples of 16 bytes."""
+    if left.device.type == "cuda":
+        if torch.version.hip is not None or left.dtype is not torch.bfloat16:
+            return False
+        if torch.cuda.get_device_capability(left.device) < (8, 0):
+            return False
+    elif left.device.type != "cpu" or left.dtype is torch.float64:
         return False
-    if torch.cuda.get_device_capability(left.device) < (8, 0):
-        return False
-    return all(size % 8 == 0 for size in sizes) and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
+    even = all(size * left.element_size() % 16 == 0 for size in sizes)
+    return even and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
 
 
 def _spans(ends: Tensor, experts: int) -> list[tuple[int, int, int]]:
@@ -75,7 +82,8 @@ def _spans(ends: Tensor, experts: int) -> list[tuple[int, int, int]]:
 
 def _mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
     right = weights if transposed else weights.transpose(-2, -1)
-    if rows.shape[0] and _fits_cutlass(rows, right, *right.shape[-2:]):
+    pays = rows.device.type == "cuda" or rows.shape[0] < FEW_ROWS * weights.shape[0]
+    if rows.shape[0] and pays and _grouped(rows, right, *right.shape[-2:]):
         return F.grouped_mm(_dense(rows), _dense(right), offs=ends[: weights.shape[0]])
     out = rows.new_zeros(rows.shape[0], right.shape[-1])
     for expert, start, end in _spans(ends, weights.shape[0]):
@@ -85,7 +93,7 @@ def _mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -
 
 def _mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
     """``[E, N, K]``: of each expert its rows' ``grads.T @ rows``; zero for an expert without any."""
-    if rows.shape[0] and _fits_cutlass(grads, rows, grads.shape[1], rows.shape[1]):
+    if rows.device.type == "cuda" and rows.shape[0] and _grouped(grads, rows, grads.shape[1], rows.shape[1]):
         product = F.grouped_mm(grads.contiguous().transpose(0, 1), rows.contiguous(), offs=ends[:experts])
         empty = torch.diff(ends[:experts], prepend=ends.new_zeros(1)) == 0
         return product.masked_fill_(empty.view(-1, 1, 1), 0)  # nothing says what an empty group gives
