@@ -66,7 +66,7 @@ def wall(call: Callable[[], Any], device: str, turns: int) -> list[float]:
 
 
 def decode_step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
-    """One token for each sequence behind its prompt `ids` ``[batch, prompt]``, always into the same place of a cache."""
+    """One token for each sequence behind its prompt `ids` ``[batch, prompt]``, always into one place of a cache."""
     import transformers
 
     (batch, prompt), device = ids.shape, ids.device

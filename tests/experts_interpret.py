@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch._dynamo.testing
 import triton
 from experts_cases import expert_loop, random_layer, relative_error
 from triton_interpret import mend_interpreter
@@ -115,10 +116,22 @@ def products():
         yield "a block size that tiles do not have is refused", float("blocks of 48" not in str(error))
 
 
+def compiled():
+    """Traced, the kernels are behind one operator."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(fused_moe, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (3, 20):
+        x, gate_up, down, weights, ids, _ = random_layer(tokens, 2, 4, 16, 16)
+        got = layer(*(each.float() for each in (x, gate_up, down, weights)), ids)
+        yield f"{tokens} tokens, compiled", relative_error(got, expert_loop(x, gate_up, down, weights, ids))
+    nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    yield "one operator", float("moealign.fused_moe" not in " ".join(nodes) or counter.frame_count != 1)
+
+
 def main() -> int:
     mend_interpreter()
     failures = done = 0
-    for part in (layers, maps, plans, products):
+    for part in (layers, maps, plans, products, compiled):
         for said, error in part():
             done += 1
             if not error < MOST:

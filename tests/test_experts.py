@@ -333,6 +333,21 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.moealign.grouped_mm_weights.default, (grads, rows, ends, 3))
 
 
+def test_the_operators_of_the_kernels_work_where_the_kernels_do_not():
+    """What a tracer wrote for a GPU runs anywhere: the operator takes the other path by itself."""
+    x, gate_up, down, weights, ids, _ = random_layer(5, 2, 4, 8, 6, dtype=torch.float32)
+    layer = (x, gate_up, down, weights, ids, None, None, "silu", None, None, False, None)
+    torch.library.opcheck(torch.ops.moealign.fused_moe.default, layer)
+    want = fused_moe(x, gate_up, down, weights, ids)
+    assert relative_error(torch.ops.moealign.fused_moe(*layer), want) < 1e-6
+    layout = align(ids, block_size=16, num_experts=4)
+    out = torch.zeros(10, 12)
+    product = (x, gate_up, *layout, 2, 16, weights, None, None, False, False)
+    torch.library.opcheck(torch.ops.moealign.grouped_gemm.out, product, {"out": out})
+    torch.ops.moealign.grouped_gemm.out(*product, out=out)
+    assert relative_error(out, grouped_gemm(x, gate_up, layout, top_k=2, row_weights=weights)) < 1e-6
+
+
 @pytest.mark.parametrize("gradients", [False, True])
 def test_compiles_to_one_graph_for_all_numbers_of_tokens(gradients):
     torch._dynamo.reset()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -123,14 +125,14 @@ def test_a_tuning_file_decides_and_a_broken_one_warns(tmp_path, monkeypatch):
 
 
 def every_configuration():
-    for tokens in (1, 16, 64, 256, 512, 1024, 4096):
-        yield from planned(SHAPES[0], tokens)[1][:2]
-        yield from planned(SHAPES[0], tokens, target=A100)[1]
-    for tokens in (1, 8, 64, 2048):
-        yield from planned(SHAPES[1], tokens)[1][:2]
-    yield from planned(SHAPES[2], 64, transposed=True, bias=True)[1]
-    for tokens in (1, 300, 4096):
-        yield from planned(SHAPES[2], tokens, dtype=torch.float32)[1]
+    """Every rule on Hopper and before it, every dtype, sizes that tiles do not divide, transposed weights, biases."""
+    for tokens in (1, 16, 256, 512, 1024, 4096):
+        yield from planned(SHAPES[0], tokens)[1]
+    yield from planned(SHAPES[1], 1)[1][:2]
+    for tokens in (1, 256, 4096):
+        yield from planned(SHAPES[0], tokens, target=A100)[1][:2]
+    yield from planned(SHAPES[2], 64, transposed=True, bias=True)[1][:2]
+    yield from planned(SHAPES[2], 300, dtype=torch.float32)[1]
     yield from planned((7, 3, 100, 77), 50, dtype=torch.float16)[1]
     yield from planned((7, 3, 100, 77), 50, dtype=torch.float16, target=A100, bias=True)[1]
 
@@ -145,50 +147,61 @@ def _kind(argument):
     return "i32"
 
 
-def compile_all():
-    """Compile every configuration for every target that it is meant for; how many need too much shared memory."""
+def distinct():
+    seen = {}
+    for one in every_configuration():
+        kinds = tuple((_kind(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
+        seen[one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = one
+    return list(seen.values())
+
+
+def compile_one(number):
+    """Compile one configuration for every target that it is meant for: how many, and what needs too much memory."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from moealign.backends.triton import gemm
 
-    seen = {}
-    for one in every_configuration():
-        kinds = tuple((_kind(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
-        seen[one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = one
-    too_large = compiled = 0
-    for one in seen.values():
-        function = getattr(gemm, one.kernel)
-        signature, constants, attributes = {}, dict(one.constants), {}
-        fixed = {function.params[i].name for i in range(len(function.params)) if function.params[i].do_not_specialize}
-        for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
-            signature[name] = _kind(argument)
-            if argument is None:
-                constants[name] = None
-            elif isinstance(argument, int) and argument == 1 and name not in fixed:
-                signature[name], constants[name] = "constexpr", 1
-            elif isinstance(argument, torch.Tensor) or (
-                isinstance(argument, int) and argument % 16 == 0 and name not in fixed
-            ):
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        signature |= dict.fromkeys(one.constants, "constexpr")
-        assert set(signature) == set(function.arg_names), one.kernel
-        for backend, arch, warp, limit in TARGETS:
-            hopper = backend == "cuda" and arch >= 90
-            if hopper != one.pdl:
-                continue
-            source = ASTSource(function, signature, constants, attributes)
-            options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-            binary = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
-            compiled += 1
-            if binary.metadata.shared > limit:
-                too_large += 1
-                print(f"{one.kernel} {one.constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
-            if backend == "cuda" and arch == 90 and one.constants.get("B_TMA"):
-                assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
-    print(f"triton {triton.__version__}: {compiled} kernels, {too_large} too large")
-    return too_large
+    one = distinct()[number]
+    function = getattr(gemm, one.kernel)
+    signature, constants, attributes = {}, dict(one.constants), {}
+    fixed = {each.name for each in function.params if each.do_not_specialize}
+    for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
+        signature[name] = _kind(argument)
+        specialised = isinstance(argument, int) and name not in fixed
+        if argument is None:
+            constants[name] = None
+        elif specialised and argument == 1:
+            signature[name], constants[name] = "constexpr", 1
+        elif isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(one.constants, "constexpr")
+    assert set(signature) == set(function.arg_names), one.kernel
+    compiled, too_large = 0, []
+    for backend, arch, warp, limit in TARGETS:
+        hopper = backend == "cuda" and arch >= 90
+        if hopper != one.pdl:
+            continue
+        source = ASTSource(function, signature, constants, attributes)
+        options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+        binary = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+        compiled += 1
+        if binary.metadata.shared > limit:
+            too_large.append(f"{one.kernel} {one.constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
+        if backend == "cuda" and arch == 90 and one.constants.get("B_TMA"):
+            assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
+    return compiled, too_large
+
+
+def compile_all():
+    import triton
+
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(compile_one, range(len(distinct()))))
+    too_large = [line for _, lines in done for line in lines]
+    print(f"triton {triton.__version__}: {sum(count for count, _ in done)} kernels", *too_large, sep="\n")
+    return len(too_large)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -320,6 +320,23 @@ def _op(
     transposed: bool,
     block_size: int | None,
 ) -> Tensor:
+    if kernels.refuses(hidden_states) is not None:  # traced for a GPU on which Triton turns out not to be installed
+        gated = gate_up_proj.shape[2 if transposed else 1] == 2 * down_proj.shape[1 if transposed else 2]
+        return _packed(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            num_valid_tokens,
+            packed.ACTIVATIONS[activation, gated],
+            gate_up_bias,
+            down_bias,
+            transposed,
+            None,
+            clean=False,
+        )
     plan = kernels.plan(
         hidden_states, gate_up_proj, down_proj, topk_ids, transposed, block_size, expert_map, num_valid_tokens
     )

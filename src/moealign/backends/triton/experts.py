@@ -89,15 +89,12 @@ def target_of(device: torch.device) -> Target:
 
 
 def refuses(rows: Tensor) -> str | None:
-    """Why the kernels do not take these rows; None if they do."""
+    """Why the kernels do not take these rows; None if they do.  A tracer is told without looking at the machine."""
     if rows.device.type not in ("cuda", "xpu") and not (_interpreted() and rows.device.type == "cpu"):
         return f"expected tensors on a GPU, got tensors on {rows.device}"
-    reason = unavailable()
-    if reason is not None:
-        return reason
     if rows.dtype not in _DTYPES:
         return f"expected bfloat16, float16 or float32, got {rows.dtype}"
-    return None
+    return None if torch.compiler.is_compiling() else unavailable()
 
 
 # ---- tiles ---------------------------------------------------------------------------------------------------------
