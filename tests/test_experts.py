@@ -235,17 +235,14 @@ def test_grouped_gemm_reads_foreign_blocks_batches_and_bare_tuples():
     got = grouped_gemm(x, gate_up[1:], named, top_k=2)
     assert torch.equal(got, grouped_gemm(x, gate_up[1:], ignored, top_k=2))
     assert not got[ids.reshape(-1) == 0].any()
-    bare = moealign.BlockLayout(*moealign.moe_align_block_size(ids, 4, 3, pad_sorted_ids=True))
-    assert torch.equal(grouped_gemm(x, gate_up, bare, top_k=2), grouped_gemm(x, gate_up, ignored_none(ids), top_k=2))
+    bare = moealign.BlockLayout(*moealign.moe_align_block_size(ids, 4, 3), block_size=4)
+    whole = align(ids, block_size=4, num_experts=3)
+    assert torch.equal(grouped_gemm(x, gate_up, bare, top_k=2), grouped_gemm(x, gate_up, whole, top_k=2))
     batched = moealign.align_batched(torch.tensor([2, 0, 3]), max_tokens_per_batch=4, block_size=4)
     rows = torch.randn(12, 8, dtype=torch.float64)
     got = grouped_gemm(rows, gate_up, batched, top_k=1)
     assert relative_error(got[8:11], rows[8:11] @ gate_up[2].T) < 1e-12
     assert not got[2:8].any()
-
-
-def ignored_none(ids):
-    return align(ids, block_size=4, num_experts=3)
 
 
 def test_grouped_gemm_fills_a_buffer():
@@ -303,6 +300,7 @@ def test_fused_moe_refuses(changed, error, said):
     ("changed", "error", "said"),
     [
         ({"layout": 3}, InvalidType, "layout: expected a BlockLayout, got int"),
+        ({"layout": moealign.BlockLayout(*[torch.zeros(1)] * 3)}, InvalidInput, "layout: expected its block_size"),
         ({"b": torch.zeros(3, 9, 7)}, InvalidInput, r"b: expected \[E, N, 8\].*transposed=True"),
         ({"top_k": 3}, InvalidInput, "top_k: expected 8 routes as in the layout, got 4 rows times top_k = 3"),
         ({"top_k": 0}, InvalidInput, "top_k: expected an int of at least 1, got 0"),

@@ -319,6 +319,6 @@ def info() -> None:
         table.add_row(name, Text(f"ready; {note}" if note else "ready"))
     console.print(table)
     variables = Table("variable", "value", title="Environment", title_justify="left")
-    for name in ("MOEALIGN_BACKEND", "MOEALIGN_NUM_THREADS", "MOEALIGN_CACHE_DIR"):
+    for name in ("MOEALIGN_BACKEND", "MOEALIGN_NUM_THREADS", "MOEALIGN_CACHE_DIR", "MOEALIGN_TUNING"):
         variables.add_row(name, Text(os.environ.get(name) or "not set"))
     console.print(variables)

@@ -44,7 +44,8 @@ def grouped_gemm(
         a: ``[T, K]`` rows, ``T * top_k`` being the layout's number of routes; bfloat16, float16, float32, float64.
         b: ``[E, N, K]`` weights of the experts that ``layout.expert_ids`` names, same dtype; blocks named ``-1`` or
             beyond ``E`` give zeros.
-        layout: from :func:`moealign.align`, :func:`moealign.align_batched` (then ``top_k=1``) or vLLM's function.
+        layout: from :func:`moealign.align`, :func:`moealign.align_batched` (then ``top_k=1``), or of the three tensors
+            of vLLM's function, ``BlockLayout(*tensors, block_size=B)``.
         top_k: routes a row of `a`: route ``i`` reads row ``i // top_k``.
         row_weights: ``[n]`` or ``[T, top_k]`` factor of each output row, any floating dtype.
         bias: ``[E, N]``, added before the activation.
@@ -67,6 +68,8 @@ def grouped_gemm(
     check_floats({"row_weights": row_weights}, a, same_dtype=False)
     if not isinstance(layout, BlockLayout):
         raise InvalidType(f"layout: expected a BlockLayout, got {type(layout).__name__}; moealign.align makes one")
+    if layout.block_size < 1:
+        raise InvalidInput("layout: expected its block_size, got none; BlockLayout(..., block_size=B) says it")
     if a.dim() != 2 or b.dim() != 3:
         raise InvalidInput(f"a, b: expected [T, K] and [E, N, K], got {list(a.shape)} and {list(b.shape)}")
     inner, columns = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])
@@ -101,7 +104,7 @@ def grouped_gemm(
     if chosen == "packed":
         result = _packed(a, b, layout, top_k, row_weights, bias, name, gated, transposed, routes)
         return result if out is None else out.copy_(result)
-    block_size = layout.block_size or _block_size_of(layout)
+    block_size = layout.block_size
     result = a.new_zeros(routes, width) if out is None else out.zero_()
     if routes and width:
         torch.ops.moealign.grouped_gemm.out(
@@ -164,15 +167,6 @@ def choose(a: Tensor, backend: str | None, gradients: bool) -> str:
     return "packed"
 
 
-def _block_size_of(layout: BlockLayout) -> int:
-    """Of a layout that does not say it, from the sizes of its tensors: every block but the last is whole."""
-    length, blocks = layout.sorted_token_ids.numel(), layout.expert_ids.numel()
-    size = -(-length // blocks) if blocks else 1
-    if blocks and -(-length // size) != blocks:
-        raise InvalidInput("layout: expected a block_size, got none; moealign.align sets it")
-    return size
-
-
 def _packed(
     a: Tensor,
     b: Tensor,
@@ -200,7 +194,7 @@ def _packed(
 
 def _compacted(layout: BlockLayout, experts: int, routes: int) -> tuple[Tensor, Tensor]:
     """Routes without the padding, by ascending expert, and the ends of the experts' rows.  Reads the device."""
-    size = layout.block_size or _block_size_of(layout)
+    size = layout.block_size
     sorted_ids = layout.sorted_token_ids
     used = min(int(layout.num_tokens_post_padded), sorted_ids.numel())
     owners = layout.expert_ids[: -(-used // size)].long().repeat_interleave(size)[:used]

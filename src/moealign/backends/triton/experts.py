@@ -85,7 +85,9 @@ def target_of(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target("interpreter", 4, False)
     facts = torch.cuda.get_device_properties(device)
-    return Target(facts.name, facts.multi_processor_count, torch.version.hip is None and facts.major >= 9)
+    roomy = getattr(facts, "shared_memory_per_block_optin", 0) >= 227 * 1024  # the small Blackwells have less
+    hopper = torch.version.hip is None and facts.major >= 9 and roomy
+    return Target(facts.name, facts.multi_processor_count, hopper)
 
 
 def refuses(rows: Tensor) -> str | None:
