@@ -20,12 +20,16 @@ LEVELS = {
     "dispatch": 3,
     "align": 4,
     "routing": 5,
+    "grouped_gemm": 5,
+    "fused_moe": 6,
     "testing": 7,
+    "tune": 7,
     "trace": 7,
     "integrations": 7,
     "costs": 7,
     "report": 7,
     "bench": 8,
+    "capture": 8,
     "page": 8,
     "cli": 9,
     "__main__": 10,
@@ -36,6 +40,7 @@ HEAVY_ALLOWED = {
     "backends/cpu/kernels.py": {"numba"},
     "backends/cpu/routing_kernels.py": {"numba"},
     "backends/triton/kernels.py": {"triton"},
+    "backends/triton/gemm.py": {"triton"},
 }
 
 

@@ -9,8 +9,11 @@ from .align import (
     new_error_word,
     raise_for_errors,
 )
+from .capture import capture
 from .dispatch import Explanation, backends
 from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, TraceError
+from .fused_moe import fused_moe
+from .grouped_gemm import grouped_gemm
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
 from .routing import route
 
@@ -32,7 +35,10 @@ __all__ = [
     "batched_moe_align_block_size",
     "capacity",
     "capacity_batched",
+    "capture",
     "explain",
+    "fused_moe",
+    "grouped_gemm",
     "moe_align_block_size",
     "new_error_word",
     "raise_for_errors",

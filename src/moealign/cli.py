@@ -1,4 +1,4 @@
-"""The command line: demo, inspect, report, bench, check, info."""
+"""The command line: demo, inspect, report, bench, check, tune, info."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, bench, costs, page, report
+from . import tune as tuning
 from .align import align, explain
+from .backends.triton.experts import target_of, tuning_path
 from .dispatch import backends
 from .errors import MoealignError
 from .integrations import describe
@@ -344,6 +346,50 @@ def run_bench(
 
 
 @app.command()
+def tune(
+    experts: Annotated[int, typer.Option(min=1, help="Experts of the layer.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Experts a token.")],
+    hidden: Annotated[int, typer.Option(min=1, help="Columns of the hidden states.")],
+    inner: Annotated[int, typer.Option(min=1, help="Columns of down_proj: a half of gate_up_proj's rows.")],
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, joined by commas.")] = "1,4,16,64,256,1024,4096",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    output: Annotated[Path | None, typer.Option(help="The file to add to; by default the one that is read.")] = None,
+) -> None:
+    """Find good tiles of fused_moe for a layer on this GPU, and keep them in a file that can be shipped."""
+    console = _console()
+    try:
+        counts = [int(part) for part in tokens.split(",")]
+        if min(counts) < 1:
+            raise ValueError
+    except ValueError:
+        _fail(f"--tokens: expected ints of at least 1 joined by commas, got {tokens!r}")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        _fail(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    if top_k > experts:
+        _fail(f"--top-k: expected at most --experts = {experts}, got {top_k}")
+    shape = tuning.Shape(experts, top_k, hidden, inner, getattr(torch, dtype))
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    table = Table(title=shape.key, title_justify="left")
+    for name in ("tokens", "plans tried", "rule", "best", "gain", "block", "first product", "second product"):
+        table.add_column(name, justify="right" if name in ("tokens", "plans tried", "rule", "best", "gain") else "left")
+    found = []
+    try:
+        for one in tuning.tune(shape, counts, device):
+            found.append(one)
+            times = (f"{one.by_rule:,.1f} us", f"{one.microseconds:,.1f} us", f"{one.by_rule / one.microseconds:.2f}x")
+            tiles = (str(one.plan.block_size or "none"), str(list(one.plan.first)), str(list(one.plan.second)))
+            table.add_row(str(one.tokens), str(one.tried), *times, *tiles)
+            console.print(f"{one.tokens} tokens: {times[0]} by rule, {times[1]} at best")
+    except MoealignError as error:
+        _fail(error)
+    target = target_of(device)
+    path = output or tuning_path(target)
+    tuning.write(path, shape, found, {"device": target.name, "torch": torch.__version__, "moealign": __version__})
+    console.print(table)
+    console.print(f"[bold]Kept[/] in {path}, which MOEALIGN_TUNING can name")
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, backends and why one is not available, and the environment variables."""
     console = _console()
@@ -376,6 +422,7 @@ def info() -> None:
         "MOEALIGN_BACKEND",
         "MOEALIGN_NUM_THREADS",
         "MOEALIGN_CACHE_DIR",
+        "MOEALIGN_TUNING",
         "MOEALIGN_VLLM",
         "MOEALIGN_SGLANG",
     ):

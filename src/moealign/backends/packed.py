@@ -1,0 +1,235 @@
+"""Expert computation in plain torch, on any device and with gradients: rows packed by expert, one product an expert.
+
+What CPUs use, what every call uses that needs gradients, and the reference for the kernels.  Rows of the packed order
+are routes sorted by expert without padding: a layout with ``block_size=1``, its ``group_ends`` being the ends of the
+experts' rows.  The products are ``torch.nn.functional.grouped_mm`` on an NVIDIA GPU in bfloat16, where it waits for
+nothing, and on a CPU for a few rows an expert; elsewhere ``torch.mm``, one by one over the experts that have rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["ACTIVATIONS", "bias_rows", "gather_rows", "grouped_mm", "names", "scatter_rows"]
+
+
+def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def apply(rows: Tensor) -> Tensor:
+        gate, up = rows.chunk(2, dim=-1)
+        return function(gate) * up
+
+    return apply
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda rows: F.gelu(rows, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda rows: F.relu(rows).square(),
+}
+
+#: By name and by whether the first projection holds a gate beside the up part (gate first): rows to activated rows.
+ACTIVATIONS: dict[tuple[str, bool], Callable[[Tensor], Tensor]] = {
+    **{(name, False): function for name, function in _PLAIN.items()},
+    **{(name, True): _gated(function) for name, function in _PLAIN.items()},
+}
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    """``[R, K]`` rows times their expert's weights, ``[E, N, K]`` or if `transposed` ``[E, K, N]``: ``[R, N]``.
+
+    Rows ``ends[e-1] .. ends[e]-1`` are of expert ``e``; what rows from ``ends[E-1]`` on hold afterwards is undefined.
+    Differentiable in rows and weights.  One plain operator for torch.compile.
+    """
+    result: Tensor = torch.ops.moealign.grouped_mm(rows, weights, ends, transposed)
+    return result
+
+
+FEW_ROWS = 8  # rows an expert below which torch's loop over experts on a CPU is the faster one
+
+
+def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
+    """Whether torch's grouped product is to be had for these, and pays: rows and columns in multiples of 16 bytes."""
+    if left.device.type == "cuda":
+        if torch.version.hip is not None or left.dtype is not torch.bfloat16:
+            return False
+        if torch.cuda.get_device_capability(left.device) < (8, 0):
+            return False
+    elif left.device.type != "cpu" or left.dtype is torch.float64:
+        return False
+    even = all(size * left.element_size() % 16 == 0 for size in sizes)
+    return even and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
+
+
+def _spans(ends: Tensor, experts: int) -> list[tuple[int, int, int]]:
+    """(expert, first row, end) of every expert that has rows.  Reads the device."""
+    found, start = [], 0
+    for expert, end in enumerate(ends.tolist()[:experts]):
+        if end > start:
+            found.append((expert, start, end))
+        start = max(end, start)
+    return found
+
+
+def _mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    right = weights if transposed else weights.transpose(-2, -1)
+    pays = rows.device.type == "cuda" or rows.shape[0] < FEW_ROWS * weights.shape[0]
+    if rows.shape[0] and pays and _grouped(rows, right, *right.shape[-2:]):
+        return F.grouped_mm(_dense(rows), _dense(right), offs=ends[: weights.shape[0]])
+    out = rows.new_zeros(rows.shape[0], right.shape[-1])
+    for expert, start, end in _spans(ends, weights.shape[0]):
+        torch.mm(rows[start:end], right[expert], out=out[start:end])
+    return out
+
+
+def _mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
+    """``[E, N, K]``: of each expert its rows' ``grads.T @ rows``; zero for an expert without any."""
+    if rows.device.type == "cuda" and rows.shape[0] and _grouped(grads, rows, grads.shape[1], rows.shape[1]):
+        product = F.grouped_mm(grads.contiguous().transpose(0, 1), rows.contiguous(), offs=ends[:experts])
+        empty = torch.diff(ends[:experts], prepend=ends.new_zeros(1)) == 0
+        return product.masked_fill_(empty.view(-1, 1, 1), 0)  # nothing says what an empty group gives
+    out = rows.new_zeros(experts, grads.shape[1], rows.shape[1])
+    for expert, start, end in _spans(ends, experts):
+        torch.mm(grads[start:end].T, rows[start:end], out=out[expert])
+    return out
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """As it is if one of its last two axes is contiguous, else a copy: an expanded gradient is refused otherwise."""
+    rows, columns = tensor.shape[-2:]
+    if tensor.stride(-1) == 1 and tensor.stride(-2) >= columns:
+        return tensor
+    if tensor.stride(-2) == 1 and tensor.stride(-1) >= rows:
+        return tensor
+    return tensor.contiguous()
+
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define("grouped_mm(Tensor rows, Tensor weights, Tensor ends, bool transposed=False) -> Tensor")
+_library.define("grouped_mm_weights(Tensor grads, Tensor rows, Tensor ends, SymInt experts) -> Tensor")
+_library.impl("grouped_mm", _mm, "CompositeExplicitAutograd")
+_library.impl("grouped_mm_weights", _mm_weights, "CompositeExplicitAutograd")
+
+
+def _fake_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[2 if transposed else 1])
+
+
+def _fake_mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
+    return rows.new_empty(experts, grads.shape[1], rows.shape[1])
+
+
+torch.library.register_fake("moealign::grouped_mm", _fake_mm, lib=_library)
+torch.library.register_fake("moealign::grouped_mm_weights", _fake_mm_weights, lib=_library)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, ends, transposed = inputs
+    ctx.save_for_backward(rows, weights, ends)
+    ctx.transposed = transposed
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    to_rows = to_weights = None
+    if ctx.needs_input_grad[0]:
+        to_rows = grouped_mm(grad, weights, ends, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        left, right = (rows, grad) if ctx.transposed else (grad, rows)
+        to_weights = torch.ops.moealign.grouped_mm_weights(left, right, ends, weights.shape[0])
+    return to_rows, to_weights, None, None
+
+
+def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grads, rows, ends, _ = inputs
+    ctx.save_for_backward(grads, rows, ends)
+
+
+def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads, rows, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    to_grads = grouped_mm(rows, grad, ends) if ctx.needs_input_grad[0] else None
+    to_rows = grouped_mm(grads, grad, ends, True) if ctx.needs_input_grad[1] else None
+    return to_grads, to_rows, None, None
+
+
+torch.library.register_autograd("moealign::grouped_mm", _backward, setup_context=_save, lib=_library)
+torch.library.register_autograd(
+    "moealign::grouped_mm_weights", _backward_weights, setup_context=_save_weights, lib=_library
+)
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def gather_rows(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
+    """``source[routes // top_k]``: ``[T, K]`` to ``[R, K]``.
+
+    Rows of the sentinel ``n`` repeat the last token and mean nothing.  The gradient is gathered too, by `positions`
+    ``[n]``, and summed over ``top_k``: no atomics, the same bits every time.
+    """
+    result: Tensor = _Gather.apply(source, routes, positions, top_k)  # type: ignore[no-untyped-call]
+    return result
+
+
+def scatter_rows(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
+    """``rows[positions]``: from the packed order to that of the routes, ``[n, K]``; zero where a route was dropped."""
+    result: Tensor = _Scatter.apply(rows, routes, positions)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _take(rows: Tensor, positions: Tensor) -> Tensor:
+    taken = rows.index_select(0, positions.clamp(min=0))
+    return taken.masked_fill_((positions < 0).unsqueeze(1), 0)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(routes, positions)
+        ctx.top_k = top_k
+        return source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, positions = ctx.saved_tensors
+        taken = _take(grads[0], positions)
+        if ctx.top_k > 1:
+            taken = taken.view(-1, ctx.top_k, taken.shape[1]).sum(1)
+        return taken, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(routes)
+        return _take(rows, positions)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (routes,) = ctx.saved_tensors
+        most = grads[0].shape[0]
+        taken = grads[0].index_select(0, routes.clamp(max=most - 1))
+        return taken.masked_fill_((routes >= most).unsqueeze(1), 0), None, None
+
+
+def bias_rows(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
+    """The bias of each packed row, ``[rows, N]``; zero past the last expert's rows, whose gradients go nowhere."""
+    numbers = torch.arange(rows, dtype=ends.dtype, device=ends.device)
+    owners = torch.searchsorted(ends[: bias.shape[0]].contiguous(), numbers, right=True)
+    return torch.cat([bias, bias.new_zeros(1, bias.shape[1])]).index_select(0, owners)
+
+
+def names(values: Sequence[tuple[str, bool]]) -> str:
+    """The activations that can be named, for messages."""
+    return ", ".join(sorted({name for name, _ in values}))

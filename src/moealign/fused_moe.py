@@ -1,0 +1,374 @@
+"""A whole Mixture-of-Experts layer behind its router: align, first product, activation, second product, sum over k.
+
+Three ways, one result up to rounding:
+
+``triton``  on GPUs: align (or none of it for a few routes), a product with the activation in its epilogue, a product
+            with the routing weight in its epilogue, a sum over ``top_k`` in a fixed order.  No atomics, no wait for
+            the device.
+``packed``  on CPUs, in float64, and wherever gradients are wanted: rows packed by expert, one matrix product an
+            expert, everything in between in torch, so that gradients are torch's own.
+a callable activation on a GPU runs between the two products, on rows in the order of the routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .align import align
+from .backends import packed
+from .backends.triton import experts as kernels
+from .errors import InvalidInput, InvalidType
+from .grouped_gemm import check_activation, check_floats, choose
+
+__all__ = ["fused_moe"]
+
+Rows = Callable[[Tensor], Tensor]
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    *,
+    expert_map: Tensor | None = None,
+    num_valid_tokens: Tensor | None = None,
+    activation: str | Rows = "silu",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    transposed: bool = False,
+    output_rows: Rows | None = None,
+    block_size: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``out[t] = sum_j topk_weights[t, j] * expert(topk_ids[t, j], hidden_states[t])``, summed in the order of ``j``.
+
+    ``expert(e, x) = down_proj[e] @ act(gate_up_proj[e] @ x + gate_up_bias[e]) + down_bias[e]``
+
+    A route that is dropped adds exactly zero: an id outside ``[0, E)`` (Transformers' sentinel ``E`` among them), an
+    expert that `expert_map` sends elsewhere, a token past `num_valid_tokens`.
+
+    Args:
+        hidden_states: ``[T, H]``; bfloat16, float16, float32 or float64.
+        gate_up_proj: ``[E, 2I, H]``, gate rows first, or ``[E, I, H]`` for experts without a gate.
+        down_proj: ``[E, H, I]``.
+        topk_weights: ``[T, k]``, any floating dtype.
+        topk_ids: ``[T, k]``, any integer dtype.
+        expert_map: ``[global experts]`` local expert of each global one, ``-1`` for another rank's; ids are global.
+        num_valid_tokens: int32, one element, on the device: tokens from there on give zeros.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``, applied to the gate half and multiplied by
+            the other where there is a gate; or a callable from the rows of the first product ``[rows, 2I]`` to
+            ``[rows, I]`` that treats each row by itself.
+        gate_up_bias, down_bias: ``[E, 2I]`` and ``[E, H]``.
+        transposed: weights are ``[E, H, 2I]`` and ``[E, I, H]``.
+        output_rows: a callable on the rows of the second product ``[rows, H]``, before the routing weight.
+        block_size: rows of a block on a GPU, a power of two from 16 to 128; by default a measured rule decides.
+        backend: ``triton`` or ``packed``; by default the device, the dtype and whether gradients are wanted decide.
+
+    Returns:
+        ``[T, H]`` of the dtype of `hidden_states`.  Differentiable in everything that floats.  Safe in CUDA graphs
+        where ``triton`` computes, and one graph under torch.compile.
+
+    Raises:
+        InvalidInput, InvalidType: shapes, dtypes or devices that do not belong together.
+        BackendUnavailable: the backend named cannot take this call.
+    """
+    floats = {
+        "hidden_states": hidden_states,
+        "gate_up_proj": gate_up_proj,
+        "down_proj": down_proj,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    check_floats(floats, hidden_states, same_dtype=True)
+    check_floats({"topk_weights": topk_weights}, hidden_states, same_dtype=False)
+    if hidden_states.dim() != 2 or gate_up_proj.dim() != 3 or down_proj.dim() != 3:
+        raise InvalidInput(
+            "hidden_states, gate_up_proj, down_proj: expected [T, H], [E, 2I, H] and [E, H, I], got "
+            f"{list(hidden_states.shape)}, {list(gate_up_proj.shape)} and {list(down_proj.shape)}"
+        )
+    tokens, hidden = hidden_states.shape
+    experts = gate_up_proj.shape[0]
+    last, first = (gate_up_proj.shape[1], gate_up_proj.shape[2]) if transposed else gate_up_proj.shape[:0:-1]
+    inner, outer = (down_proj.shape[1], down_proj.shape[2]) if transposed else down_proj.shape[:0:-1]
+    callable_ = None if isinstance(activation, str) else activation
+    if last != hidden or outer != hidden or down_proj.shape[0] != experts:
+        raise InvalidInput(
+            f"gate_up_proj, down_proj: expected [E, 2I, {hidden}] and [E, {hidden}, I], got {list(gate_up_proj.shape)} "
+            f"and {list(down_proj.shape)}; transposed=True takes [E, {hidden}, 2I] and [E, I, {hidden}]"
+        )
+    if callable_ is None and first not in (inner, 2 * inner):
+        raise InvalidInput(
+            f"gate_up_proj: expected 2I = {2 * inner} or I = {inner} outputs as down_proj takes {inner}, got {first}"
+        )
+    if callable_ is not None and not callable(callable_):
+        raise InvalidType(f"activation: expected a name or a callable, got {type(activation).__name__}")
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != tokens or topk_weights.shape != topk_ids.shape:
+        raise InvalidInput(
+            f"topk_ids, topk_weights: expected [{tokens}, k] both, got {list(topk_ids.shape)} and "
+            f"{list(topk_weights.shape)}"
+        )
+    for name, bias, size in (("gate_up_bias", gate_up_bias, first), ("down_bias", down_bias, hidden)):
+        if bias is not None and list(bias.shape) != [experts, size]:
+            raise InvalidInput(f"{name}: expected [{experts}, {size}], got {list(bias.shape)}")
+    gated = callable_ is None and first == 2 * inner
+    if callable_ is None:
+        check_activation(activation, gated)
+    if block_size is not None and block_size not in kernels.BLOCK_SIZES:
+        raise InvalidInput(f"block_size: expected one of {', '.join(map(str, kernels.BLOCK_SIZES))}, got {block_size}")
+    routes = topk_ids.numel()
+    if routes == 0 or hidden == 0:
+        return torch.zeros_like(hidden_states)
+
+    gradients = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (*floats.values(), topk_weights)
+    )
+    chosen = choose(hidden_states, backend, gradients)
+    if chosen == "triton" and callable_ is None and output_rows is None:
+        assert isinstance(activation, str)
+        result: Tensor = torch.ops.moealign.fused_moe(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            num_valid_tokens,
+            activation,
+            gate_up_bias,
+            down_bias,
+            transposed,
+            block_size,
+        )
+        return result
+    apply = callable_ if callable_ is not None else packed.ACTIVATIONS[activation, gated]  # type: ignore[index]
+    if chosen == "triton":
+        return _between(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            num_valid_tokens,
+            apply,
+            gate_up_bias,
+            down_bias,
+            transposed,
+            output_rows,
+            block_size,
+        )
+    return _packed(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        num_valid_tokens,
+        apply,
+        gate_up_bias,
+        down_bias,
+        transposed,
+        output_rows,
+        clean=callable_ is not None or output_rows is not None,
+    )
+
+
+def _packed(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    apply: Rows,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    transposed: bool,
+    output_rows: Rows | None,
+    clean: bool,
+) -> Tensor:
+    """`clean`: rows of dropped routes reach the callables as zeros, since they may have parameters of their own."""
+    top_k = topk_ids.shape[1]
+    experts = gate_up_proj.shape[0]
+    layout = align(
+        topk_ids,
+        block_size=1,
+        num_experts=experts if expert_map is None else expert_map.shape[0],
+        expert_map=expert_map,
+        ignore_invalid_experts=True,
+        num_valid_tokens=num_valid_tokens,
+        group_ends=True,
+        positions=True,
+    )
+    ends, positions, order = layout.group_ends, layout.positions, layout.sorted_token_ids
+    assert ends is not None
+    assert positions is not None
+    if expert_map is not None and expert_map.shape[0] > experts:  # a map may name local experts that have no weights
+        positions = torch.where(positions < ends[experts - 1], positions, -1)
+        order = torch.where(torch.arange(len(order), device=order.device) < ends[experts - 1], order, len(order))
+    ends = ends[:experts]
+    rows = packed.gather_rows(hidden_states, order, positions, top_k)
+    rows = packed.grouped_mm(rows, gate_up_proj, ends, transposed)
+    if clean:
+        past = (torch.arange(len(order), device=order.device) >= ends[-1]).unsqueeze(1)
+        rows = rows.masked_fill(past, 0)
+    if gate_up_bias is not None:
+        rows = rows + packed.bias_rows(gate_up_bias, ends, rows.shape[0])
+    rows = packed.grouped_mm(apply(rows), down_proj, ends, transposed)
+    if clean:
+        rows = rows.masked_fill(past, 0)
+    if down_bias is not None:
+        rows = rows + packed.bias_rows(down_bias, ends, rows.shape[0])
+    if output_rows is not None:
+        rows = output_rows(rows)
+    return _weighted_sum(packed.scatter_rows(rows, order, positions), topk_weights, positions)
+
+
+def _between(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    apply: Rows,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    transposed: bool,
+    output_rows: Rows | None,
+    block_size: int | None,
+) -> Tensor:
+    """The kernels with a callable in between, on rows in the order of the routes."""
+    top_k = topk_ids.shape[1]
+    experts = gate_up_proj.shape[0]
+    size = block_size or kernels.block_size_of(hidden_states, topk_ids.numel(), gate_up_proj, down_proj, transposed)
+    layout = align(
+        topk_ids,
+        block_size=size,
+        num_experts=experts if expert_map is None else expert_map.shape[0],
+        expert_map=expert_map,
+        ignore_invalid_experts=True,
+        num_valid_tokens=num_valid_tokens,
+        positions=True,
+    )
+
+    def product(rows: Tensor, weights: Tensor, bias: Tensor | None, each: int) -> Tensor:
+        out = rows.new_zeros(topk_ids.numel(), weights.shape[2 if transposed else 1])
+        torch.ops.moealign.grouped_gemm.out(
+            rows,
+            weights,
+            layout.sorted_token_ids,
+            layout.expert_ids,
+            layout.num_tokens_post_padded,
+            each,
+            size,
+            None,
+            bias,
+            None,
+            False,
+            transposed,
+            out=out,
+        )
+        return out
+
+    rows = product(apply(product(hidden_states, gate_up_proj, gate_up_bias, top_k)), down_proj, down_bias, 1)
+    if output_rows is not None:
+        rows = output_rows(rows)
+    positions = layout.positions
+    assert positions is not None
+    rows = rows.masked_fill((positions < 0).unsqueeze(1), 0)  # what the callables made of rows of zeros
+    return _weighted_sum(rows, topk_weights, positions)
+
+
+def _weighted_sum(rows: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
+    """``[T * k, H]`` times the weights, summed over k; a dropped route's weight may be anything, even NaN."""
+    tokens, top_k = topk_weights.shape
+    weights = topk_weights.masked_fill((positions < 0).view(tokens, top_k), 0)
+    weighted = rows.view(tokens, top_k, -1) * weights.unsqueeze(-1)
+    return weighted.sum(1, dtype=torch.promote_types(weighted.dtype, torch.float32)).to(rows.dtype)
+
+
+# ---- the operator --------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define(
+    "fused_moe(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids, "
+    "Tensor? expert_map, Tensor? num_valid_tokens, str activation, Tensor? gate_up_bias, Tensor? down_bias, "
+    "bool transposed, int? block_size) -> Tensor"
+)
+
+
+def _op(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    activation: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    transposed: bool,
+    block_size: int | None,
+) -> Tensor:
+    if kernels.refuses(hidden_states) is not None:  # traced for a GPU on which Triton turns out not to be installed
+        gated = gate_up_proj.shape[2 if transposed else 1] == 2 * down_proj.shape[1 if transposed else 2]
+        return _packed(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_weights,
+            topk_ids,
+            expert_map,
+            num_valid_tokens,
+            packed.ACTIVATIONS[activation, gated],
+            gate_up_bias,
+            down_bias,
+            transposed,
+            None,
+            clean=False,
+        )
+    plan = kernels.plan(
+        hidden_states, gate_up_proj, down_proj, topk_ids, transposed, block_size, expert_map, num_valid_tokens
+    )
+    layout = None
+    if plan.block_size:
+        layout = align(
+            topk_ids,
+            block_size=plan.block_size,
+            num_experts=gate_up_proj.shape[0] if expert_map is None else expert_map.shape[0],
+            expert_map=expert_map,
+            ignore_invalid_experts=True,
+            num_valid_tokens=num_valid_tokens,
+            positions=True,
+        )
+    return kernels.fused_moe(
+        plan,
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        topk_ids,
+        layout,
+        activation,
+        gate_up_bias,
+        down_bias,
+        transposed,
+    )
+
+
+def _fake(hidden_states: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+_library.impl("fused_moe", _op, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::fused_moe", _fake, lib=_library)
