@@ -22,6 +22,7 @@ LEVELS = {
     "routing": 5,
     "grouped_gemm": 5,
     "fused_moe": 6,
+    "parallel": 7,
     "testing": 7,
     "tune": 7,
     "trace": 7,

@@ -11,7 +11,7 @@ from .align import (
 )
 from .capture import capture
 from .dispatch import Explanation, backends
-from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, TraceError
+from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, RankFailed, TraceError
 from .fused_moe import fused_moe
 from .grouped_gemm import grouped_gemm
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
@@ -27,6 +27,7 @@ __all__ = [
     "InvalidInput",
     "InvalidType",
     "MoealignError",
+    "RankFailed",
     "TraceError",
     "__version__",
     "align",

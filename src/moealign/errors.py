@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendUnavailable", "InvalidInput", "InvalidType", "MoealignError", "TraceError"]
+__all__ = ["BackendUnavailable", "InvalidInput", "InvalidType", "MoealignError", "RankFailed", "TraceError"]
 
 
 class MoealignError(Exception):
@@ -19,6 +19,10 @@ class InvalidType(MoealignError, TypeError):
 
 class BackendUnavailable(MoealignError, ValueError):
     """The backend asked for by name cannot take this call; the message says why and what would help."""
+
+
+class RankFailed(MoealignError, RuntimeError):
+    """A collective failed or timed out: another rank is late, has stopped, or called with other arguments."""
 
 
 class TraceError(MoealignError, ValueError):

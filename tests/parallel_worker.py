@@ -1,0 +1,181 @@
+"""What one rank of tests/test_parallel.py does; started by it, once for each rank."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moealign import InvalidInput, RankFailed, fused_moe
+from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
+
+EXPERTS, HIDDEN, INNER, TOP_K = 10, 6, 5, 3
+
+
+def layer(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator, dtype=dtype)
+    return up, torch.randn(EXPERTS, HIDDEN, INNER, generator=generator, dtype=dtype)
+
+
+def tokens_of(seed: int, count: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64)
+    weights = torch.rand(count, TOP_K, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, EXPERTS, (count, TOP_K), generator=generator)
+    if kind == "one expert":
+        ids.fill_(EXPERTS - 1)
+    elif kind == "dropped":
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, -1, ids)
+    elif kind == "nothing":
+        ids.fill_(-1)
+    return hidden, weights, ids
+
+
+def placements(ranks: int) -> dict[str, ExpertPlacement]:
+    loads = [float(e * e + 1) for e in range(EXPERTS)]
+    return {
+        "linear": ExpertPlacement.linear(EXPERTS, ranks),
+        "round robin": ExpertPlacement.round_robin(EXPERTS, ranks),
+        "balanced": ExpertPlacement.balanced(loads, ranks),
+        "replicated": ExpertPlacement.balanced(loads, ranks, replicas=ranks + 1),
+    }
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def shards(placement: ExpertPlacement, rank: int, grad: bool) -> list[torch.Tensor]:
+    return [placement.shard(w, rank).requires_grad_(grad) for w in layer()]
+
+
+def gathered(placement: ExpertPlacement, local: torch.Tensor) -> torch.Tensor:
+    """Gradients of the shards, summed into ``[E, ...]``: copies of an expert add up."""
+    rows = [torch.empty_like(local) for _ in range(placement.ranks)]
+    dist.all_gather(rows, local.contiguous())
+    total = local.new_zeros(EXPERTS, *local.shape[1:])
+    for rank, part in enumerate(rows):
+        for slot, expert in enumerate(placement.table[rank]):
+            if expert >= 0:
+                total[expert] += part[slot]
+    return total
+
+
+def check_replicated(rank: int, ranks: int) -> None:
+    for placement in placements(ranks).values():
+        for kind in ("uniform", "one expert", "dropped", "nothing"):
+            hidden, weights, ids = tokens_of(7, 23, kind)
+            whole = [t.clone().requires_grad_() for t in (hidden, weights, *layer())]
+            expected = fused_moe(whole[0], whole[2], whole[3], whole[1], ids)
+            expected.sin().sum().backward()
+            mine = [hidden.clone().requires_grad_(), weights.clone().requires_grad_(), *shards(placement, rank, True)]
+            out = replicated_moe(mine[0], mine[2], mine[3], mine[1], ids, placement)
+            out.sin().sum().backward()
+            close(out, expected)
+            close(mine[0].grad, whole[0].grad)
+            close(mine[1].grad, whole[1].grad)
+            for own, full in zip(mine[2:], whole[2:], strict=True):
+                close(gathered(placement, own.grad), full.grad)
+
+
+def check_dispatched(rank: int, ranks: int) -> None:
+    for name, placement in placements(ranks).items():
+        for kind in ("uniform", "one expert", "dropped", "nothing"):
+            # Uneven, and the last rank has none.
+            counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]
+            parts = [tokens_of(11 + r, counts[r], kind) for r in range(ranks)]
+            every = [torch.cat(each) for each in zip(*parts, strict=True)]
+            first = sum(counts[:rank])
+            whole = [t.clone().requires_grad_() for t in (every[0], every[1], *layer())]
+            expected = fused_moe(whole[0], whole[2], whole[3], whole[1], every[2])
+            expected.sin().sum().backward()
+            span = slice(first, first + counts[rank])
+            for chunks in (1, 3):
+                mine = [parts[rank][0].clone().requires_grad_(), parts[rank][1].clone().requires_grad_(),
+                        *shards(placement, rank, True)]  # fmt: skip
+                given = (mine[2], mine[3], mine[1], parts[rank][2], placement)
+                out = dispatched_moe(mine[0], *given, chunks=chunks)
+                out.sin().sum().backward()
+                close(out, expected[span])
+                close(mine[0].grad, whole[0].grad[span])
+                close(mine[1].grad, whole[1].grad[span])
+                for own, full in zip(mine[2:], whole[2:], strict=True):
+                    close(gathered(placement, own.grad), full.grad)
+                with torch.no_grad():  # the parts overlap
+                    again = dispatched_moe(mine[0], *given, chunks=chunks)
+                assert torch.equal(again, out), (name, kind, chunks)
+
+
+def check_mesh(rank: int, ranks: int) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(3, 9, "uniform")
+    up, down = shards(placement, rank, False)
+    close(
+        replicated_moe(hidden, up, down, weights, ids, placement, group=mesh), fused_moe(hidden, *layer(), weights, ids)
+    )
+
+
+def check_a_subgroup(rank: int, ranks: int) -> None:
+    group = dist.new_group([0, 1])
+    if rank < 2:
+        placement = ExpertPlacement.round_robin(EXPERTS, 2)
+        hidden, weights, ids = tokens_of(rank, 4 + rank, "uniform")
+        up, down = shards(placement, rank, False)
+        out = dispatched_moe(hidden, up, down, weights, ids, placement, group=group)
+        close(out, fused_moe(hidden, *layer(), weights, ids))
+
+
+def check_refusals(rank: int, ranks: int) -> None:
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    up, down = layer()
+    for call, message in (
+        (lambda: replicated_moe(hidden, up, down, weights, ids, ExpertPlacement.linear(EXPERTS, ranks + 1)),
+         f"placement: expected one of {ranks} ranks"),
+        (lambda: dispatched_moe(hidden, up, down, weights, ids, ExpertPlacement.linear(EXPERTS, ranks)),
+         "gate_up_proj: expected this rank's"),
+        (lambda: dispatched_moe(hidden, *shards(ExpertPlacement.linear(EXPERTS, ranks), rank, False), weights, ids,
+                                ExpertPlacement.linear(EXPERTS, ranks), chunks=0), "chunks: expected"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=message):
+            call()
+
+
+def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
+    """The last rank leaves; the others are told so when the group's time is over."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    if rank == ranks - 1:
+        time.sleep(8)
+        return
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match=f"rank {rank} of {ranks}: .* is late, has stopped"):
+        dispatched_moe(hidden, *shards(placement, rank, False), weights, ids, placement)
+    assert time.monotonic() - start < 7
+
+
+def main() -> None:
+    rank, ranks, store, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=2 if name == "check_a_rank_that_never_comes" else 60)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
+    try:
+        for each in name.split(","):
+            globals()[each](rank, ranks)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Not a clean shutdown: the others need not wait for it.
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
