@@ -3,13 +3,14 @@
     PYTHONPATH=src python3 benchmarks/experts_cpu.py [--out benchmarks/results/experts_cpu.csv]
 
 `moealign-grouped_mm` is ours with torch.nn.functional.grouped_mm in place of one torch.mm an expert: what was tried.
-Everything is compared with float64 before it is timed; implementations take turns; what counts is the ratio.
+Everything is compared with float64 before it is timed; implementations take turns, shuffled; what counts is the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import random
 import statistics
 import sys
 import time
@@ -99,10 +100,13 @@ def main() -> int:
     parser.add_argument("--shapes", default="0,1")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; one is steadier where others are at work")
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on one implementation in one case")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "experts_cpu.csv")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     rows, wrong = [], []
+    order = random.Random(0)
     for shape in (SHAPES[int(one)] for one in args.shapes.split(",")):
         experts, top_k, hidden, inner = shape
         for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
@@ -128,7 +132,7 @@ def main() -> int:
                             wrong.append(f"WRONG {shape} {dtype} {tokens} {impl}: {error:.3g}")
                     end = time.perf_counter() + args.seconds * len(times)
                     while time.perf_counter() < end or len(next(iter(times.values()))) < 3:
-                        for impl in times:
+                        for impl in order.sample(list(times), len(times)):  # nobody always finds another's caches
                             start = time.perf_counter()
                             calls[impl]()
                             times[impl].append((time.perf_counter() - start) * 1e6)
@@ -145,8 +149,11 @@ def main() -> int:
                         }
                     )  # fmt: skip
                 mine = statistics.median(times[OURS])
-                said = ", ".join(f"{impl} {statistics.median(each) / mine:.2f}" for impl, each in times.items())
-                bench.say(f"{case}: {mine:,.0f} us; over ours: {said}")
+                said = ", ".join(
+                    f"{impl} {statistics.median(each) / mine:.2f} ({min(each) / min(times[OURS]):.2f})"
+                    for impl, each in times.items()
+                )
+                bench.say(f"{case}: {mine:,.0f} us; over ours, medians (and least): {said}")
     bench.write_csv(rows, args.out)
     for line in wrong:
         bench.say(line)

@@ -48,13 +48,25 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = F
     """``[R, K]`` rows times their expert's weights, ``[E, N, K]`` or if `transposed` ``[E, K, N]``: ``[R, N]``.
 
     Rows ``ends[e-1] .. ends[e]-1`` are of expert ``e``; what rows from ``ends[E-1]`` on hold afterwards is undefined.
-    Differentiable in rows and weights.  One plain operator for torch.compile.
+    Differentiable in rows and weights.  One plain operator for torch.compile, and none where nobody needs one.
     """
+    if _plain(rows, weights):
+        return _mm(rows, weights, ends, transposed)
     result: Tensor = torch.ops.moealign.grouped_mm(rows, weights, ends, transposed)
     return result
 
 
-FEW_ROWS = 8  # rows an expert below which torch's loop over experts on a CPU is the faster one
+FEW_ROWS = 64  # rows an expert below which torch's own loop over experts is the faster one on a CPU
+
+
+_KINDS = (Tensor, torch.nn.Parameter)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these hold data, and neither a tracer nor a gradient is interested."""
+    if torch.compiler.is_compiling() or not all(type(tensor) in _KINDS for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
@@ -178,12 +190,16 @@ def gather_rows(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -
     Rows of the sentinel ``n`` repeat the last token and mean nothing.  The gradient is gathered too, by `positions`
     ``[n]``, and summed over ``top_k``: no atomics, the same bits every time.
     """
+    if _plain(source):
+        return _taken(source, routes, positions, top_k)
     result: Tensor = _Gather.apply(source, routes, positions, top_k)  # type: ignore[no-untyped-call]
     return result
 
 
 def scatter_rows(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
     """``rows[positions]``: from the packed order to that of the routes, ``[n, K]``; zero where a route was dropped."""
+    if _plain(rows):
+        return _take(rows, positions)
     result: Tensor = _Scatter.apply(rows, routes, positions)  # type: ignore[no-untyped-call]
     return result
 
@@ -193,12 +209,16 @@ def _take(rows: Tensor, positions: Tensor) -> Tensor:
     return taken.masked_fill_((positions < 0).unsqueeze(1), 0)
 
 
+def _taken(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
+    return source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(routes, positions)
         ctx.top_k = top_k
-        return source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+        return _taken(source, routes, positions, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
