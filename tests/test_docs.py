@@ -62,7 +62,17 @@ def test_blocks_are_of_languages_that_are_checked(page):
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
-ELSEWHERE = {"apt-get", "cd", "export", "git", "mkdocs", "pre-commit", "sglang", "vllm"}  # commands that others bring
+ELSEWHERE = {
+    "apt-get",
+    "cd",
+    "export",
+    "git",
+    "mkdocs",
+    "pre-commit",
+    "sglang",
+    "unset",
+    "vllm",
+}  # commands that others bring
 
 
 def wrong_with(line: str) -> str | None:
