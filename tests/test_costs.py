@@ -107,7 +107,7 @@ def test_the_model_chooses_as_measurements_did():
         right += chosen == int(row["block_size"])
         if not 0.5 <= chosen / int(row["block_size"]) <= 2:
             wrong.append((row["case"], chosen))
-    assert right >= 10
+    assert right >= 0.8 * len(rows) >= 8, f"{right} of {len(rows)}"
     assert wrong == []
 
 
