@@ -7,7 +7,6 @@ and the link leads to it, so that every figure can be followed to the table that
 from __future__ import annotations
 
 import csv
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,6 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
-log = logging.getLogger("mkdocs.hooks.moealign")
-
-
-def on_config(config: Any) -> Any:
-    """Leave out of the menu what is not there (a page that another change brings), and say so."""
-    config["nav"] = _present(config["nav"], Path(config["docs_dir"]))
-    return config
-
-
-def _present(items: list[Any], docs: Path) -> list[Any]:
-    kept = []
-    for item in items:
-        ((title, target),) = item.items()
-        if isinstance(target, list):
-            kept.append({title: _present(target, docs)})
-        elif (docs / target).exists():
-            kept.append(item)
-        else:
-            log.info("%s: not there yet, left out of the menu", target)
-    return kept
 
 
 def on_files(files: Files, config: Any) -> Files:

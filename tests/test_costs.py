@@ -12,7 +12,7 @@ import torch
 
 from moealign import align, capacity, costs
 from moealign.costs import H200, Experts, Machine
-from moealign.errors import BackendUnavailable, InvalidInput
+from moealign.errors import InvalidInput
 from moealign.trace import example_trace, load_trace
 
 TRACE = load_trace(example_trace())
@@ -107,7 +107,7 @@ def test_the_model_chooses_as_measurements_did():
         right += chosen == int(row["block_size"])
         if not 0.5 <= chosen / int(row["block_size"]) <= 2:
             wrong.append((row["case"], chosen))
-    assert right >= 10
+    assert right >= 0.8 * len(rows) >= 8, f"{right} of {len(rows)}"
     assert wrong == []
 
 
@@ -173,10 +173,16 @@ def test_a_measurement_runs_both_products_at_every_size():
     assert seen == [(16, *first), (16, *second), (4, *first), (4, *second)]
 
 
-def test_without_a_consumer_it_says_so(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BackendUnavailable, match="has no grouped_gemm"):
-        costs.measure(IDS, 4, [16], Experts(4, 2), device="cpu")
+def test_the_library_s_own_consumer_is_the_default():
+    results = []
+
+    def timer(call):
+        results.append(call().float())
+        return 1.0
+
+    for gemm in (None, dense):
+        costs.measure(TRACE.topk_ids[:, :6], 64, [4], Experts(32, 16), gemm=gemm, timer=timer, device="cpu")
+    assert torch.allclose(*results, rtol=0.05, atol=2e-3), "both round to bfloat16"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -189,9 +195,5 @@ def test_the_rates_of_this_gpu():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_layer_is_measured_on_this_gpu():
-    try:
-        costs.grouped_gemm_here()
-    except BackendUnavailable as reason:
-        pytest.skip(str(reason))
     found = costs.measure(TRACE.topk_ids[:, :256], 64, [16, 64], Experts(256, 128))
     assert all(0 < spent < 1e5 for spent in found)

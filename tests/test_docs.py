@@ -62,7 +62,18 @@ def test_blocks_are_of_languages_that_are_checked(page):
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
-ELSEWHERE = {"apt-get", "cd", "export", "git", "mkdocs", "pre-commit", "sglang", "vllm"}  # commands that others bring
+ELSEWHERE = {
+    "apt-get",
+    "cd",
+    "export",
+    "git",
+    "mkdocs",
+    "pre-commit",
+    "sglang",
+    "serve.py",
+    "unset",
+    "vllm",
+}  # commands that others bring
 
 
 def wrong_with(line: str) -> str | None:
@@ -88,7 +99,7 @@ def wrong_with(line: str) -> str | None:
         if rest[0] == "-m":
             known = rest[1].split(".")[0] in ELSEWHERE or importlib.util.find_spec(rest[1])
             return None if known else f"no module {rest[1]}"
-        return None if (ROOT / rest[0]).is_file() else f"no file {rest[0]}"
+        return None if rest[0] in ELSEWHERE or (ROOT / rest[0]).is_file() else f"no file {rest[0]}"
     return None if command in ELSEWHERE or (ROOT / command).is_file() else f"nothing here says what {command} is"
 
 
@@ -236,6 +247,7 @@ def test_every_tracked_measurement_is_on_the_site(site):
         with path.open(newline="") as source:
             rows = list(csv.DictReader(source))
         assert (site / "repository" / "benchmarks" / "results" / path.name).read_bytes() == path.read_bytes()
+        assert path.name in (ROOT / "docs" / "results.md").read_text(), f"docs/results.md does not name {path.name}"
         for row in rows[:: max(1, len(rows) // 40)]:
             cells = [row[name] for name in ("impl", "median_us", "min_us", "max_us")]
             assert "\n".join(f'<td style="text-align: right;">{cell}</td>' for cell in cells[1:]) in text, row

@@ -6,7 +6,6 @@ expert, which decides blocks and padding alone.
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch import Tensor
 from . import placement
 from .align import align
 from .errors import BackendUnavailable, InvalidInput
+from .grouped_gemm import grouped_gemm
 from .layout import BlockLayout
 
 __all__ = [
@@ -221,18 +221,6 @@ def placement_gain(topk_ids: Tensor, num_experts: int, ranks: Sequence[int]) -> 
 GroupedGemm = Callable[..., Tensor]
 
 
-def grouped_gemm_here() -> GroupedGemm:
-    """The library's own consumer of a layout.
-
-    Raises:
-        BackendUnavailable: this release of moealign has none.
-    """
-    if importlib.util.find_spec("moealign.grouped_gemm") is None:
-        raise BackendUnavailable("this moealign has no grouped_gemm, so that there is nothing to measure blocks with")
-    found: GroupedGemm = importlib.import_module("moealign.grouped_gemm").grouped_gemm
-    return found
-
-
 def median_graph_us(call: Callable[[], object], replays: int = 15, calls: int = 5) -> float:
     """Median device time of a call in microseconds, `calls` of them in a CUDA graph; two calls to warm up."""
     stream = torch.cuda.Stream()
@@ -277,9 +265,9 @@ def measure(
         device: where.
 
     Raises:
-        BackendUnavailable: no consumer, or too little free memory for the weights.
+        BackendUnavailable: too little free memory for the weights.
     """
-    product = gemm if gemm is not None else grouped_gemm_here()
+    product = gemm if gemm is not None else grouped_gemm
     device = torch.device(device)
     weights = num_experts * experts.weight_bytes
     if device.type == "cuda" and weights > 0.6 * torch.cuda.mem_get_info(device)[0]:
