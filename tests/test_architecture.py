@@ -18,6 +18,7 @@ LEVELS = {
     "backends": 2,
     "dispatch": 3,
     "align": 4,
+    "integrations": 7,
     "testing": 7,
     "trace": 7,
     "report": 8,
@@ -25,8 +26,12 @@ LEVELS = {
     "__main__": 10,
     "__init__": 11,
 }
-NEVER_AT_IMPORT = {"numba", "triton", "cuda", "matplotlib", "safetensors"}
-HEAVY_ALLOWED = {"backends/cpu/kernels.py": {"numba"}, "backends/triton/kernels.py": {"triton"}}
+NEVER_AT_IMPORT = {"numba", "triton", "cuda", "matplotlib", "safetensors", "vllm", "sglang"}
+HEAVY_ALLOWED = {
+    "backends/cpu/kernels.py": {"numba"},
+    "backends/triton/kernels.py": {"triton"},
+    "integrations/vllm_kernels.py": {"triton"},
+}
 
 
 def part_of(path: Path) -> str:

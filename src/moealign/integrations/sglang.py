@@ -1,0 +1,166 @@
+"""The drop-in for SGLang: its hook registry puts our function around its ``moe_align_block_size``.
+
+SGLang's convention: a route of expert ``e`` goes to bin ``e + 1`` of ``E + 1``, an id of -1 to bin 0, which comes
+first and whose blocks are marked -1; ``sorted_token_ids`` is rounded up to four.  What moealign refuses, SGLang's own
+function takes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..align import moe_align_block_size
+from ..errors import InvalidInput, MoealignError
+from .engines import counted, swap_everywhere, switched_on
+from .vllm_ops import require_kernels
+
+__all__ = ["calls", "install", "installed", "plugin", "uninstall"]
+
+#: The homes of the function, newest first.
+_HOMES = (
+    "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size",
+    "sglang.srt.layers.moe.fused_moe_triton.moe_align_block_size",
+)
+_NAME = "moe_align_block_size"
+
+logger = logging.getLogger(__name__)
+_installed: list[str] = []  # the target, if any
+_names: dict[tuple[int, torch.device, bool], Tensor] = {}
+
+
+def _bin_names(num_experts: int, device: torch.device, ignore: bool) -> Tensor:
+    """int32 ``[num_experts + 1]``: what a bin is called, bin 0 being -1; with `ignore` ids are not shifted."""
+    key = (num_experts, device, ignore)
+    names = _names.get(key)
+    if names is None:
+        names = torch.arange(-1, num_experts, dtype=torch.int32, device=device)
+        names = names.roll(-1) if ignore else names
+        # A tensor made while a graph is captured belongs to the graph, and holds nothing before its first replay.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            _names[key] = names
+    return names
+
+
+def _align(
+    topk_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    ignore_invalid_expert: bool = False,
+    *,
+    return_inactive_prefix_count: bool = False,
+    pad_expert_ids: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SGLang 0.5.23's function, argument for argument; with `ignore_invalid_expert` -1 is dropped, not bin 0."""
+    if return_inactive_prefix_count or pad_expert_ids:
+        asked = "return_inactive_prefix_count" if return_inactive_prefix_count else "pad_expert_ids"
+        raise InvalidInput(f"{asked}: expected False, got True; SGLang's own kernel does that")
+    if type(block_size) is not int or block_size < 1 or block_size % 4:
+        raise InvalidInput(f"block_size: expected a multiple of 4, got {block_size}")
+    if type(num_experts) is not int or num_experts < 1:
+        raise InvalidInput(f"num_experts: expected an int of at least 1, got {num_experts}")
+    require_kernels(topk_ids)
+    routes, bins = topk_ids.numel(), num_experts + 1
+    rows = min(routes * block_size, routes + bins * (block_size - 1))
+    names = _bin_names(num_experts, topk_ids.device, bool(ignore_invalid_expert))
+    sorted_ids, expert_ids, total = moe_align_block_size(
+        topk_ids if ignore_invalid_expert else topk_ids + 1,
+        block_size,
+        bins,
+        names,
+        True,  # rounded up to a block, from which SGLang's length is cut
+        bool(ignore_invalid_expert),
+    )
+    return sorted_ids[: -(-rows // 4) * 4], expert_ids, total
+
+
+def _around(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        result = _align(*args, **kwargs)
+    except (MoealignError, TypeError) as refusal:  # TypeError: a parameter of another release
+        if not counted["sglang", _NAME, "sglang"]:
+            logger.warning("moealign leaves a call of %s to SGLang (said once): %s", _NAME, refusal)
+        counted["sglang", _NAME, "sglang"] += 1
+        return theirs(*args, **kwargs)
+    counted["sglang", _NAME, "moealign"] += 1
+    return result
+
+
+def _registry() -> Any:
+    return importlib.import_module("sglang.srt.plugins.hook_registry")
+
+
+def _home() -> str:
+    for home in _HOMES:
+        try:
+            if home in sys.modules or importlib.util.find_spec(home) is not None:
+                return home
+        except ModuleNotFoundError:
+            continue
+    raise ImportError(f"moealign: this SGLang has none of {', '.join(_HOMES)}")
+
+
+def install(*, apply: bool = True) -> list[str]:
+    """Register our function with SGLang's hook registry, and by default apply its hooks; returns the target.
+
+    SGLang applies hooks itself after it has called its plug-ins, and mends every name that was imported before.
+    Returns ``[]`` if moealign is installed already.
+
+    Raises:
+        ImportError: SGLang is not there, or has its function in another place.
+    """
+    if _installed:
+        return []
+    registry = _registry()
+    target = f"{_home()}.{_NAME}"
+    registry.HookRegistry.register(target, _around, registry.HookType.AROUND)
+    _installed.append(target)
+    if apply:
+        registry.HookRegistry.apply_hooks()
+    logger.info("moealign takes the place of %s", target)
+    return [target]
+
+
+def uninstall() -> list[str]:
+    """Take our hook out and put SGLang's function back wherever it was bound; hooks of others stay.  The target."""
+    if not _installed:
+        return []
+    registry = _registry().HookRegistry
+    target = _installed.pop()
+    registry._hooks[target] = [entry for entry in registry._hooks[target] if entry[1] is not _around]
+    if target in registry._patched:
+        registry._patched.discard(target)
+        hooked = getattr(sys.modules[target.rpartition(".")[0]], _NAME)
+        theirs = hooked
+        while hasattr(theirs, "__wrapped__"):
+            theirs = theirs.__wrapped__
+        swap_everywhere(hooked, theirs)
+    if registry._hooks[target]:
+        registry.apply_hooks()
+    else:
+        del registry._hooks[target]
+    logger.info("moealign gave back %s", target)
+    return [target]
+
+
+def installed() -> bool:
+    """Whether our hook is registered in this process."""
+    return bool(_installed)
+
+
+def calls() -> dict[str, dict[str, int]]:
+    """Calls in this process: how many moealign took, and how many it left to SGLang."""
+    return {_NAME: {who: counted["sglang", _NAME, who] for who in ("moealign", "sglang")}}
+
+
+def plugin() -> None:
+    """The entry point: SGLang calls it in every process.  Does nothing unless MOEALIGN_SGLANG is 1."""
+    if switched_on("sglang"):
+        install(apply=False)
