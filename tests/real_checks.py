@@ -19,6 +19,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from test_docs import ROOT, run_page
 from test_integrations import LORA, assert_lora, lora_case, rows_of, sglang_oracle
 
 from moealign.integrations import vllm as drop_in
@@ -213,6 +214,14 @@ def test_a_refused_call_reaches_vllm_s_own(installed):
     with pytest.raises((AttributeError, RuntimeError, NotImplementedError)):  # its operator takes no float ids
         own("moe_align_block_size")(torch.zeros(2, 2, device=DEVICE), 4, 3)
     assert drop_in.calls()["moe_align_block_size"] == {"moealign": 0, "vllm": 1}
+
+
+def test_the_session_of_the_page_runs(vllm):
+    drop_in.counted.clear()
+    outcome = run_page(ROOT / "docs" / "integrations.md")
+    assert outcome.failed == 0
+    assert outcome.attempted > 8
+    assert not drop_in.installed()
 
 
 # ---- with vLLM's compiled library --------------------------------------------------------------------------------

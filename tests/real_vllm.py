@@ -5,6 +5,9 @@
     python tests/real_vllm.py --calls 0.31.0 0.32.0   # only compare these releases' calls with the ones we stand in for
     python tests/real_vllm.py --pack         # make .real/pack.tar.xz for a machine without a network (Python 3.12)
     python tests/real_vllm.py --unpacked DIR # there: test what was unpacked into DIR, on its GPU
+    ... --own FILE...                        # run these tests of vLLM's own with our functions in place, instead
+
+On a GPU, MOEALIGN_VLLM_LIBRARY names vLLM's compiled _moe_C library, as benchmarks/align.py unpacks it.
 
 Needs pip and the package index, about 110 MB of downloads and no GPU.  Of the engines' wheels only the Python files
 are downloaded (13 of vLLM's 321 MB), by range requests; nothing is compiled and no second torch is installed: the
@@ -40,6 +43,12 @@ NEEDS = [
     "starlette", "opentelemetry-api", "opentelemetry-sdk", "partial-json-parser", "llguidance", "einops", "regex",
     "pydantic", "transformers", "orjson", "ipython", "hypothesis", "pytest",
 ]  # fmt: skip
+#: What only SGLang's modules bring, and what the base environment has that a machine for --pack may not.
+ONLY_SGLANG = {
+    "asttokens", "executing", "ipython", "ipython_pygments_lexers", "jedi", "matplotlib-inline", "orjson", "parso",
+    "pexpect", "prompt_toolkit", "ptyprocess", "pure_eval", "stack-data", "traitlets", "wcwidth",
+}  # fmt: skip
+OF_BASE = ("annotated-types", "pydantic", "pydantic-core", "sniffio", "typing-inspection")
 NEAR = 1 << 20  # bytes between two wanted files for which a second request does not pay
 
 
@@ -180,9 +189,10 @@ def pack() -> None:
         listed = [sys.executable, "-m", "pip", "list", "--format=json", "--path"]
         venv_site = next((REAL / "venv/lib").glob("python*/site-packages"))
         found = json.loads(subprocess.run([*listed, str(venv_site)], check=True, capture_output=True).stdout)
-        found = [each for each in found if each["name"] not in ("pip", "setuptools", "moealign")]
+        found = [each for each in found if each["name"] not in {"pip", "setuptools", "moealign"} | ONLY_SGLANG]
         names = [f"{each['name']}=={each['version']}" for each in found]
-        pip("install", "--no-deps", "--target", str(site), *foreign(), *names, "pydantic", "pydantic-core")
+        names += [f"{name}=={importlib.metadata.version(name)}" for name in OF_BASE]
+        pip("install", "--no-deps", "--target", str(site), *foreign(), *names)
     with tarfile.open(REAL / "pack.tar.xz", "w:xz", preset=6) as archive:
         for folder in (fetched("vllm", VLLM), site, REAL / "vllm_tests"):
             if folder.exists():
@@ -190,15 +200,16 @@ def pack() -> None:
     print(f".real/pack.tar.xz: {(REAL / 'pack.tar.xz').stat().st_size / 2**20:.1f} MiB")
 
 
-def check(python: str, paths: list[Path], arguments: list[str]) -> int:
+def check(python: str, paths: list[Path], own: list[str], arguments: list[str]) -> int:
     known = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "VLLM_LOGGING_LEVEL": "WARNING",
         "SETUPTOOLS_USE_DISTUTILS": "stdlib",  # the other one refuses where distutils is imported already
     }
-    checks = Path(__file__).with_name("real_checks.py")
-    return subprocess.run([python, "-m", "pytest", "-q", str(checks), *arguments], env=known, cwd=ROOT).returncode
+    known["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
+    tests = ["-p", "vllm_own_tests", *own] if own else [str(Path(__file__).with_name("real_checks.py"))]
+    return subprocess.run([python, "-m", "pytest", "-q", *tests, *arguments], env=known, cwd=ROOT).returncode
 
 
 def main() -> int:
@@ -206,19 +217,19 @@ def main() -> int:
     parser.add_argument("--calls", nargs="+", metavar="VERSION")
     parser.add_argument("--pack", action="store_true")
     parser.add_argument("--unpacked", type=Path, metavar="DIR")
+    parser.add_argument("--own", nargs="+", metavar="FILE", default=[])
     options, rest = parser.parse_known_args()
     REAL.mkdir(exist_ok=True)
     if options.calls:
         return compare_calls(options.calls)
     if options.unpacked:
-        return check(
-            sys.executable, [ROOT / "src", options.unpacked / f"vllm-{VLLM}", options.unpacked / "site312"], rest
-        )
+        unpacked = [options.unpacked / name for name in (f"vllm-{VLLM}", "site312")]
+        return check(sys.executable, [ROOT / "src", *unpacked], options.own, rest)
     if options.pack:
         pack()
         return 0
     engines = [fetched("vllm", VLLM), fetched("sglang", SGLANG)]
-    return check(str(environment()), engines, rest)
+    return check(str(environment()), engines, options.own, rest)
 
 
 if __name__ == "__main__":

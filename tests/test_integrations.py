@@ -370,6 +370,40 @@ def test_the_triton_steps_interpreted():
     assert "right" in done.stdout
 
 
+@pytest.mark.parametrize(("target", "arch", "warp"), [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
+@pytest.mark.parametrize("ids", ["i32", "i64"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_triton_steps_compile_ahead(target, arch, warp, ids, mapped):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moealign.integrations import vllm_kernels as kernels
+
+    word = "*i32"
+    steps = [
+        (
+            kernels._virtual_ids,
+            [f"*{ids}", word, word, word, word if mapped else "constexpr", word, *["i32"] * 5],
+            {
+                "MAP": mapped,
+                "ROUTES": kernels._ROUTES,
+                "SLOTS": kernels._SLOTS,
+                **({} if mapped else {"expert_map": None}),
+            },
+        ),
+        (kernels._segments, [word] * 6 + ["i32"] * 5, {"ROWS": kernels._ROWS}),
+        (kernels._globalize, ["*i64", word, "i32", "i32"], {"ROWS": kernels._ROWS}),
+    ]
+    for function, kinds, constants in steps:
+        signature = dict(zip(function.arg_names, kinds, strict=False)) | dict.fromkeys(
+            (name for name in constants if name != "expert_map"), "constexpr"
+        )
+        assert set(signature) == set(function.arg_names)
+        binary = triton.compile(ASTSource(function, signature, constants), target=GPUTarget(target, arch, warp))
+        assert binary.metadata.shared <= 64 * 1024
+
+
 # ---- SGLang ------------------------------------------------------------------------------------------------------
 
 

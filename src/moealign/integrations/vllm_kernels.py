@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -73,6 +74,13 @@ def _globalize(ids, scatter_idx, offset, routes, ROWS: tl.constexpr):
     tl.store(ids + at, tl.where(kept, local + offset, -1), mask=inside)
 
 
+def _on(tensor: Tensor) -> Any:
+    """Triton launches on the current device; that of `tensor` for as long as it takes."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
 def virtual_ids(
     topk_ids: Tensor,
     token_lora_mapping: Tensor,
@@ -86,11 +94,12 @@ def virtual_ids(
     out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
     routes = topk_ids.numel()
     if routes:
-        _virtual_ids[(triton.cdiv(routes, _ROUTES),)](
-            topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, out, routes, topk_ids.shape[1],
-            num_experts, max_loras, lora_ids.numel(),
-            MAP=expert_map is not None, ROUTES=_ROUTES, SLOTS=_SLOTS,
-        )  # fmt: skip
+        with _on(topk_ids):
+            _virtual_ids[(triton.cdiv(routes, _ROUTES),)](
+                topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, out, routes, topk_ids.shape[1],
+                num_experts, max_loras, lora_ids.numel(),
+                MAP=expert_map is not None, ROUTES=_ROUTES, SLOTS=_SLOTS,
+            )  # fmt: skip
     return out
 
 
@@ -98,14 +107,16 @@ def segments(packed: Any, rows: Tensor, blocks: Tensor, totals: Tensor, num_expe
     """Copy each slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
     slots, length = rows.shape
     parts = max(1, triton.cdiv(max(length, blocks.shape[1]), _ROWS))
-    _segments[(slots, parts)](
-        packed.sorted_token_ids, packed.expert_ids, packed.expert_offsets, rows, blocks, totals, num_experts,
-        packed.block_size, length, blocks.shape[1], packed.num_routes, ROWS=_ROWS,
-    )  # fmt: skip
+    with _on(rows):
+        _segments[(slots, parts)](
+            packed.sorted_token_ids, packed.expert_ids, packed.expert_offsets, rows, blocks, totals, num_experts,
+            packed.block_size, length, blocks.shape[1], packed.num_routes, ROWS=_ROWS,
+        )  # fmt: skip
 
 
 def globalize(topk_idx: Tensor, scatter_idx: Tensor, offset: int) -> None:
     """`offset` onto every id whose route was kept, -1 into the others, in place."""
     routes = topk_idx.numel()
     if routes:
-        _globalize[(triton.cdiv(routes, _ROWS),)](topk_idx, scatter_idx, offset, routes, ROWS=_ROWS)
+        with _on(topk_idx):
+            _globalize[(triton.cdiv(routes, _ROWS),)](topk_idx, scatter_idx, offset, routes, ROWS=_ROWS)
