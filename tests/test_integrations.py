@@ -471,6 +471,16 @@ def test_sglang_is_hooked_and_restored_and_others_hooks_stay(sgl):
     assert seen, "the hook of another plug-in still runs"
 
 
+def test_sglang_s_drop_in_hides_no_error_of_ours(sgl, monkeypatch):
+    def broken(*arguments):
+        raise TypeError("broken")
+
+    monkeypatch.setattr(sglang, "moe_align_block_size", broken)
+    sglang.install()
+    with pytest.raises(TypeError, match="broken"):
+        sgl.importer.align(torch.zeros(1, 1, dtype=torch.int32), 4, 2)
+
+
 def test_sglang_without_other_hooks_gets_its_very_function_back(sgl):
     own = sgl.home.moe_align_block_size
     sglang.install()

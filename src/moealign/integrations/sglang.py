@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -81,10 +82,21 @@ def _align(
     return sorted_ids[: -(-rows // 4) * 4], expert_ids, total
 
 
+def _binds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call has our parameters; another release may know more."""
+    try:
+        inspect.signature(_align).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
 def _around(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         result = _align(*args, **kwargs)
-    except (MoealignError, TypeError) as refusal:  # TypeError: a parameter of another release
+    except (MoealignError, TypeError) as refusal:
+        if not isinstance(refusal, MoealignError) and _binds(args, kwargs):
+            raise
         if not counted["sglang", _NAME, "sglang"]:
             logger.warning("moealign leaves a call of %s to SGLang (said once): %s", _NAME, refusal)
         counted["sglang", _NAME, "sglang"] += 1
