@@ -20,9 +20,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
-# The plug-ins inside the real vLLM and SGLang: fetches their wheels (400 MB).
+# The drop-ins inside the real vLLM and SGLang: fetches the Python files of their wheels.
 test-engines: $(READY)
-	$(BIN)/python tests/real_engines.py
+	$(BIN)/python tests/real_vllm.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -36,12 +36,13 @@ LEVELS = {
     "__main__": 10,
     "__init__": 11,
 }
-NEVER_AT_IMPORT = {"numba", "triton", "cuda", "matplotlib", "safetensors"}
+NEVER_AT_IMPORT = {"numba", "triton", "cuda", "matplotlib", "safetensors", "vllm", "sglang"}
 HEAVY_ALLOWED = {
     "backends/cpu/kernels.py": {"numba"},
     "backends/cpu/routing_kernels.py": {"numba"},
     "backends/triton/kernels.py": {"triton"},
     "backends/triton/gemm.py": {"triton"},
+    "integrations/vllm_kernels.py": {"triton"},
 }
 
 

@@ -38,19 +38,36 @@ def load(path: Path) -> ModuleType:
     return module
 
 
+NEEDING = re.compile(r"<!-- needs: (\w+) -->\n(```python\n.*?```)", re.S)
+
+
+def run_page(page: Path) -> doctest.TestResults:
+    """The sessions of a page; a block under ``<!-- needs: MODULE -->`` only where there is that module."""
+    text = NEEDING.sub(lambda block: block[2] if importlib.util.find_spec(block[1]) else "", page.read_text())
+    session = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    return doctest.DocTestRunner(optionflags=FLAGS).run(session)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
 def test_examples_run(page):
-    text = page.read_text()
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         assert ">>> " in block, "a Python block shows a session, so that it can be run"
-    result = doctest.testfile(str(page), module_relative=False, optionflags=FLAGS)
-    assert result.failed == 0
+    assert run_page(page).failed == 0
+
+
+def test_a_block_that_needs_a_module_runs_where_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- needs: NAME -->\n```python\n>>> 1\n2\n\n```\n```python\n>>> 3\n3\n\n```\n")
+    template = page.read_text()
+    for name, outcome in (("json", (1, 2)), ("nowhere", (0, 1))):
+        page.write_text(template.replace("NAME", name))
+        assert run_page(page)[:2] == outcome
 
 
 def test_a_wrong_example_would_be_seen(tmp_path, capsys):
     page = tmp_path / "wrong.md"
     page.write_text("```python\n>>> 1 + 1\n3\n\n```\n")
-    assert doctest.testfile(str(page), module_relative=False, optionflags=FLAGS).failed == 1
+    assert run_page(page).failed == 1
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])

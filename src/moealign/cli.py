@@ -22,7 +22,7 @@ from .align import align, explain
 from .backends.triton.experts import target_of, tuning_path
 from .dispatch import backends
 from .errors import MoealignError
-from .integrations import describe
+from .integrations.engines import ENGINES, told
 from .layout import EXTRAS
 from .testing import argsort_align, check_backend, difference, oracle_align
 from .trace import Trace, example_trace, load_trace
@@ -417,18 +417,17 @@ def info() -> None:
         note = explain(ids, block_size=16, num_experts=64, backend=name).note
         table.add_row(name, Text(f"ready; {note}" if note else "ready"))
     console.print(table)
+    engines = Table("engine", "drop-in", title="Engines, in processes started from here", title_justify="left")
+    for name in ENGINES:
+        engines.add_row(name, Text(told(name)))
+    console.print(engines)
     variables = Table("variable", "value", title="Environment", title_justify="left")
     for name in (
         "MOEALIGN_BACKEND",
         "MOEALIGN_NUM_THREADS",
         "MOEALIGN_CACHE_DIR",
         "MOEALIGN_TUNING",
-        "MOEALIGN_VLLM",
-        "MOEALIGN_SGLANG",
+        *(e.variable for e in ENGINES.values()),
     ):
         variables.add_row(name, Text(os.environ.get(name) or "not set"))
     console.print(variables)
-    engines = Table("engine", "plug-in", title="Engines", title_justify="left")
-    for name, said in describe().items():
-        engines.add_row(name, Text(said))
-    console.print(engines)

@@ -1,121 +1,56 @@
-"""moealign under SGLang 0.5: MOEALIGN_SGLANG=1, or install() by hand; docs/integrations.md says what is covered.
+"""The drop-in for SGLang: its hook registry puts our function around its ``moe_align_block_size``.
 
-SGLang calls :func:`plugin` in each of its processes, through the entry point in ``sglang.srt.plugins``, and applies the
-hooks that were registered.
+SGLang's convention: a route of expert ``e`` goes to bin ``e + 1`` of ``E + 1``, an id of -1 to bin 0, which comes
+first and whose blocks are marked -1; ``sorted_token_ids`` is rounded up to four.  What moealign refuses, SGLang's own
+function takes.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.util
+import inspect
 import logging
-import os
-import threading
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..align import align
-from ..errors import InvalidInput
-from .patching import Patch, Replacement
+from ..align import moe_align_block_size
+from ..errors import InvalidInput, MoealignError
+from .engines import counted, swap_everywhere, switched_on
+from .vllm_ops import require_kernels
 
-__all__ = ["install", "plugin", "status", "uninstall"]
+__all__ = ["calls", "install", "installed", "plugin", "uninstall"]
 
-SWITCH = "MOEALIGN_SGLANG"
-#: Where the function lives, by release; the first that can be imported counts.
-HOMES = (
+#: The homes of the function, newest first.
+_HOMES = (
     "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size",
     "sglang.srt.layers.moe.fused_moe_triton.moe_align_block_size",
 )
-NAME = "moe_align_block_size"
+_NAME = "moe_align_block_size"
 
-_log = logging.getLogger("moealign")
-_lock = threading.Lock()
-_patch: Patch | None = None
-
-
-def plugin() -> None:
-    """What SGLang calls in every process: registers a hook if MOEALIGN_SGLANG=1, otherwise does nothing."""
-    if os.environ.get(SWITCH) != "1":
-        return
-    global _patch
-    registry = importlib.import_module("sglang.srt.plugins.hook_registry")
-    with _lock:
-        if _patch is not None:
-            return
-        _patch = patch = Patch("sglang")
-
-    def around(theirs: Any, *args: Any, **kwargs: Any) -> Any:
-        return Replacement(patch, NAME, _align_for_sglang, theirs)(*args, **kwargs)
-
-    target = f"{_home().__name__}.{NAME}"
-    registry.HookRegistry.register(target, around, registry.HookType.AROUND)
-    patch.places.append(target)
-    _log.info("moealign answers SGLang's alignment calls, by a hook around %s", target)
+logger = logging.getLogger(__name__)
+_installed: list[str] = []  # the target, if any
+_names: dict[tuple[int, torch.device, bool], Tensor] = {}
 
 
-def install() -> None:
-    """Replace SGLang's function at once, wherever it has been or will be imported.  Twice is once.
-
-    Raises:
-        ImportError: SGLang is not installed, or has no module that is known here.
-    """
-    global _patch
-    with _lock:
-        if _patch is not None:
-            return
-        theirs = getattr(_home(), NAME)
-        patch = Patch("sglang")
-
-        @functools.wraps(theirs)
-        def ours(*args: Any, **kwargs: Any) -> Any:
-            return Replacement(patch, NAME, _align_for_sglang, theirs)(*args, **kwargs)
-
-        patch.replace(theirs, ours)
-        _patch = patch
-        _log.info("moealign answers SGLang's alignment calls, in %s", ", ".join(sorted(patch.places)))
-
-
-def uninstall() -> None:
-    """Put SGLang's own function back, where :func:`install` replaced it.  A hook of :func:`plugin` stays applied."""
-    global _patch
-    with _lock:
-        if _patch is not None and _patch.pairs:
-            _patch.restore()
-            _patch = None
-
-
-def status() -> Patch | None:
-    """What is replaced and how many calls were taken and passed on; None if nothing is."""
-    return _patch
-
-
-def _home() -> Any:
-    for name in HOMES:
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as missing:
-            if missing.name is None or not name.startswith(missing.name):
-                raise
-    raise ImportError(f"SGLang: expected one of the modules {', '.join(HOMES)}; is this release supported?")
-
-
-_all_names: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def _names(num_experts: int, device: torch.device) -> Tensor:
-    """Expert of each of SGLang's ``num_experts + 1`` bins: the first is that of -1."""
-    names = _all_names.get((num_experts, device))
+def _bin_names(num_experts: int, device: torch.device, ignore: bool) -> Tensor:
+    """int32 ``[num_experts + 1]``: what a bin is called, bin 0 being -1; with `ignore` ids are not shifted."""
+    key = (num_experts, device, ignore)
+    names = _names.get(key)
     if names is None:
         names = torch.arange(-1, num_experts, dtype=torch.int32, device=device)
-        # What a capture makes holds no values until the graph is replayed, and its memory is the graph's: not kept.
+        names = names.roll(-1) if ignore else names
+        # A tensor made while a graph is captured belongs to the graph, and holds nothing before its first replay.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _all_names[num_experts, device] = names
+            _names[key] = names
     return names
 
 
-def _align_for_sglang(
+def _align(
     topk_ids: Tensor,
     block_size: int,
     num_experts: int,
@@ -124,21 +59,120 @@ def _align_for_sglang(
     return_inactive_prefix_count: bool = False,
     pad_expert_ids: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """SGLang's own conventions: ``num_experts + 1`` bins, that of id ``-1`` first, with expert ``-1``.
-
-    With `ignore_invalid_expert` routes of id -1 stand in no block.  ``sorted_token_ids`` is as long as SGLang makes it:
-    the bound for one more expert, rounded up to a multiple of four.
-    """
+    """SGLang 0.5.23's function, argument for argument; with `ignore_invalid_expert` -1 is dropped, not bin 0."""
     if return_inactive_prefix_count or pad_expert_ids:
-        raise InvalidInput("return_inactive_prefix_count, pad_expert_ids: expected False, got True")
-    if type(block_size) is not int or block_size % 4:
-        raise InvalidInput(f"block_size: expected a multiple of 4, as SGLang rounds its buffers, got {block_size}")
-    common: dict[str, Any] = {"block_size": block_size, "num_experts": num_experts + 1, "pad_sorted_ids": True}
-    if ignore_invalid_expert:
-        layout = align(topk_ids, **common)
+        asked = "return_inactive_prefix_count" if return_inactive_prefix_count else "pad_expert_ids"
+        raise InvalidInput(f"{asked}: expected False, got True; SGLang's own kernel does that")
+    if type(block_size) is not int or block_size < 1 or block_size % 4:
+        raise InvalidInput(f"block_size: expected a multiple of 4, got {block_size}")
+    if type(num_experts) is not int or num_experts < 1:
+        raise InvalidInput(f"num_experts: expected an int of at least 1, got {num_experts}")
+    require_kernels(topk_ids)
+    routes, bins = topk_ids.numel(), num_experts + 1
+    rows = min(routes * block_size, routes + bins * (block_size - 1))
+    names = _bin_names(num_experts, topk_ids.device, bool(ignore_invalid_expert))
+    sorted_ids, expert_ids, total = moe_align_block_size(
+        topk_ids if ignore_invalid_expert else topk_ids + 1,
+        block_size,
+        bins,
+        names,
+        True,  # rounded up to a block, from which SGLang's length is cut
+        bool(ignore_invalid_expert),
+    )
+    return sorted_ids[: -(-rows // 4) * 4], expert_ids, total
+
+
+def _binds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the call has our parameters; another release may know more."""
+    try:
+        inspect.signature(_align).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _around(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        result = _align(*args, **kwargs)
+    except (MoealignError, TypeError) as refusal:
+        if not isinstance(refusal, MoealignError) and _binds(args, kwargs):
+            raise
+        if not counted["sglang", _NAME, "sglang"]:
+            logger.warning("moealign leaves a call of %s to SGLang (said once): %s", _NAME, refusal)
+        counted["sglang", _NAME, "sglang"] += 1
+        return theirs(*args, **kwargs)
+    counted["sglang", _NAME, "moealign"] += 1
+    return result
+
+
+def _registry() -> Any:
+    return importlib.import_module("sglang.srt.plugins.hook_registry")
+
+
+def _home() -> str:
+    for home in _HOMES:
+        try:
+            if home in sys.modules or importlib.util.find_spec(home) is not None:
+                return home
+        except ModuleNotFoundError:
+            continue
+    raise ImportError(f"moealign: this SGLang has none of {', '.join(_HOMES)}")
+
+
+def install(*, apply: bool = True) -> list[str]:
+    """Register our function with SGLang's hook registry, and by default apply its hooks; returns the target.
+
+    SGLang applies hooks itself after it has called its plug-ins, and mends every name that was imported before.
+    Returns ``[]`` if moealign is installed already.
+
+    Raises:
+        ImportError: SGLang is not there, or has its function in another place.
+    """
+    if _installed:
+        return []
+    registry = _registry()
+    target = f"{_home()}.{_NAME}"
+    registry.HookRegistry.register(target, _around, registry.HookType.AROUND)
+    _installed.append(target)
+    if apply:
+        registry.HookRegistry.apply_hooks()
+    logger.info("moealign takes the place of %s", target)
+    return [target]
+
+
+def uninstall() -> list[str]:
+    """Take our hook out and put SGLang's function back wherever it was bound; hooks of others stay.  The target."""
+    if not _installed:
+        return []
+    registry = _registry().HookRegistry
+    target = _installed.pop()
+    registry._hooks[target] = [entry for entry in registry._hooks[target] if entry[1] is not _around]
+    if target in registry._patched:
+        registry._patched.discard(target)
+        hooked = getattr(sys.modules[target.rpartition(".")[0]], _NAME)
+        theirs = hooked
+        while hasattr(theirs, "__wrapped__"):
+            theirs = theirs.__wrapped__
+        swap_everywhere(hooked, theirs)
+    if registry._hooks[target]:
+        registry.apply_hooks()
     else:
-        layout = align(topk_ids + 1, **common, expert_map=_names(num_experts, topk_ids.device))
-    routes = topk_ids.numel()
-    length = routes * block_size if routes < num_experts + 1 else routes + (num_experts + 1) * (block_size - 1)
-    rows = layout.sorted_token_ids[: -(-length // 4) * 4]
-    return rows, layout.expert_ids, layout.num_tokens_post_padded
+        del registry._hooks[target]
+    logger.info("moealign gave back %s", target)
+    return [target]
+
+
+def installed() -> bool:
+    """Whether our hook is registered in this process."""
+    return bool(_installed)
+
+
+def calls() -> dict[str, dict[str, int]]:
+    """Calls in this process: how many moealign took, and how many it left to SGLang."""
+    return {_NAME: {who: counted["sglang", _NAME, who] for who in ("moealign", "sglang")}}
+
+
+def plugin() -> None:
+    """The entry point: SGLang calls it in every process.  Does nothing unless MOEALIGN_SGLANG is 1."""
+    if switched_on("sglang"):
+        install(apply=False)

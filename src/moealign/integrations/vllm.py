@@ -1,151 +1,156 @@
-"""moealign under vLLM 0.33: MOEALIGN_VLLM=1, or install() by hand; docs/integrations.md says what is covered.
+"""The drop-in for vLLM 0.33 and the releases around it that keep the same calls.
 
-vLLM calls :func:`plugin` in each of its processes, through the entry point in ``vllm.general_plugins``.
+The two functions of ``vllm.model_executor.layers.fused_moe.moe_align_block_size`` are replaced wherever they are
+bound, and so are the in-place forms in ``vllm._custom_ops``.  What moealign refuses goes to vLLM's own function, and is
+counted.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import logging
-import os
-import threading
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..align import align, align_batched, batched_moe_align_block_size, moe_align_block_size
-from ..errors import InvalidInput
-from ..layout import capacity, capacity_batched
-from .patching import Patch, replacement
+from ..align import batched_moe_align_block_size, moe_align_block_size
+from ..errors import MoealignError
+from . import vllm_ops
+from .engines import counted, swap_everywhere, switched_on
+from .vllm_ops import require_kernels
 
-__all__ = ["install", "plugin", "status", "uninstall"]
+__all__ = ["calls", "install", "installed", "plugin", "uninstall"]
 
-SWITCH = "MOEALIGN_VLLM"
-HOME = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
-OPS = "vllm._custom_ops"
+_LAYERS = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
+_OPS = "vllm._custom_ops"
 
-_log = logging.getLogger("moealign")
-_lock = threading.Lock()
-_patch: Patch | None = None
+logger = logging.getLogger(__name__)
+
+
+# Parameters are vLLM's, name for name: vLLM calls by keyword.
+
+
+def _align(
+    topk_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    return_scatter_idx: bool = False,
+) -> tuple[Tensor, ...]:
+    require_kernels(topk_ids)
+    return moe_align_block_size(
+        topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, return_scatter_idx
+    )
+
+
+def _align_batched(
+    max_tokens_per_batch: int, block_size: int, expert_num_tokens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    require_kernels(expert_num_tokens)
+    return batched_moe_align_block_size(max_tokens_per_batch, block_size, expert_num_tokens)
+
+
+#: (module, name, ours): every function that is replaced.
+_TARGETS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    (_LAYERS, "moe_align_block_size", _align),
+    (_LAYERS, "batched_moe_align_block_size", _align_batched),
+    (_OPS, "moe_align_block_size", vllm_ops.align),
+    (_OPS, "batched_moe_align_block_size", vllm_ops.align_batched),
+    (_OPS, "moe_lora_align_block_size", vllm_ops.align_lora),
+    (_OPS, "fused_globalize_align_block_size", vllm_ops.globalize_align),
+)
+
+_installed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # target: (vLLM's, in its place)
+
+
+def _another_call(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
+    """How the call of this vLLM differs from the one we stand in for, None if it does not.
+
+    An older vLLM may know fewer parameters at the end; ours have vLLM's defaults.
+    """
+    found, known = (list(inspect.signature(each).parameters) for each in (theirs, ours))
+    return None if found == known[: len(found)] else f"it takes ({', '.join(found)}), not ({', '.join(known)})"
+
+
+def _stand_in(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    taken, left = ("vllm", name, "moealign"), ("vllm", name, "vllm")
+
+    @functools.wraps(theirs)
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        try:
+            result = ours(*args, **kwargs)
+        except MoealignError as refusal:
+            if not counted[left]:
+                logger.warning("moealign leaves a call of %s to vLLM (said once): %s", name, refusal)
+            counted[left] += 1
+            return theirs(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            counted[taken] += 1
+        return result
+
+    return stand_in
+
+
+def install() -> list[str]:
+    """Put moealign's functions in the place of vLLM's, wherever they are bound by now or will be imported later.
+
+    Returns ``module.name`` of every binding that was replaced, none if moealign is installed already.
+
+    Raises:
+        ImportError: vLLM is not there.
+    """
+    places: list[str] = []
+    for module_name, name, ours in _TARGETS:
+        label = name if module_name == _LAYERS else f"_custom_ops.{name}"
+        theirs = getattr(importlib.import_module(module_name), name, None)
+        if (module_name, name) in _installed:
+            # A binding made since by a module that was half imported the first time.
+            places += swap_everywhere(*_installed[module_name, name])
+        elif theirs is None:
+            logger.info("moealign: this vLLM has no %s", label)
+        elif difference := _another_call(theirs, ours):
+            logger.warning("moealign: vLLM keeps its own %s: %s", label, difference)
+        else:
+            in_place = _stand_in(label, theirs, ours)
+            _installed[module_name, name] = theirs, in_place
+            places += swap_everywhere(theirs, in_place)
+    if places:
+        logger.info("moealign takes the place of %s", ", ".join(places))
+    return places
+
+
+def uninstall() -> list[str]:
+    """Put vLLM's functions back wherever ours are bound; ``module.name`` of every binding, none if none was."""
+    places: list[str] = []
+    for theirs, in_place in _installed.values():
+        places += swap_everywhere(in_place, theirs)
+    _installed.clear()
+    if places:
+        logger.info("moealign gave back %s", ", ".join(places))
+    return places
+
+
+def installed() -> bool:
+    """Whether moealign stands in for vLLM's functions in this process."""
+    return bool(_installed)
+
+
+def calls() -> dict[str, dict[str, int]]:
+    """Calls in this process by function: how many moealign took, and how many it left to vLLM."""
+    found: dict[str, dict[str, int]] = {}
+    for (engine, name, who), count in sorted(counted.items()):
+        if engine == "vllm":
+            found.setdefault(name, {"moealign": 0, "vllm": 0})[who] = count
+    return found
 
 
 def plugin() -> None:
-    """What vLLM calls in every process: :func:`install` if MOEALIGN_VLLM=1, otherwise nothing."""
-    if os.environ.get(SWITCH) == "1":
+    """The entry point: vLLM calls it in every process.  Does nothing unless MOEALIGN_VLLM is 1."""
+    if switched_on("vllm"):
         install()
-
-
-def install() -> None:
-    """Replace vLLM's alignment functions, wherever they have been or will be imported.  Twice is once.
-
-    Raises:
-        ImportError: vLLM is not installed, or has no function of that name.
-        RuntimeError: the functions of this vLLM take other arguments than those of 0.33; nothing was replaced.
-    """
-    global _patch
-    with _lock:
-        if _patch is not None:
-            return
-        home, ops = importlib.import_module(HOME), importlib.import_module(OPS)
-        pairs: list[tuple[Any, Any]] = [
-            (home.moe_align_block_size, moe_align_block_size),
-            (home.batched_moe_align_block_size, batched_moe_align_block_size),
-            (ops.moe_align_block_size, _in_place),
-            (ops.batched_moe_align_block_size, _batched_in_place),
-        ]
-        for theirs, ours in pairs:
-            _same_arguments(theirs, ours)
-        patch = Patch("vllm")
-        for theirs, ours in pairs:
-            patch.replace(theirs, replacement(patch, ours, theirs))
-        _patch = patch
-        _log.info("moealign answers vLLM's alignment calls, in %s", ", ".join(sorted(patch.places)))
-
-
-def uninstall() -> None:
-    """Put vLLM's own functions back, everywhere."""
-    global _patch
-    with _lock:
-        if _patch is not None:
-            _patch.restore()
-            _patch = None
-
-
-def status() -> Patch | None:
-    """What is replaced and how many calls were taken and passed on; None if nothing is."""
-    return _patch
-
-
-def _same_arguments(theirs: Any, ours: Any) -> None:
-    """vLLM's own arguments must be ours too, in that order."""
-    expected = list(inspect.signature(ours).parameters)
-    found = list(inspect.signature(theirs).parameters)
-    if expected[: len(found)] != found:
-        raise RuntimeError(
-            f"{theirs.__module__}.{theirs.__name__}: expected vLLM 0.33's arguments {expected[: len(found)]}, "
-            f"got {found}; nothing was replaced"
-        )
-
-
-def _in_place(
-    topk_ids: Tensor,
-    num_experts: int,
-    block_size: int,
-    sorted_token_ids: Tensor,
-    experts_ids: Tensor,
-    num_tokens_post_pad: Tensor,
-    expert_map: Tensor | None = None,
-    scatter_idx: Tensor | None = None,
-) -> None:
-    """``vllm._custom_ops.moe_align_block_size``: a map chooses bins here.  Longer buffers are filled to their end."""
-    routes = topk_ids.numel()
-    sizes: dict[str, Any] = {"block_size": block_size, "num_experts": num_experts}
-    room = capacity(routes, **sizes)
-    padded = sorted_token_ids.numel() >= capacity(routes, **sizes, pad_sorted_ids=True).sorted_token_ids
-    if padded:
-        room = capacity(routes, **sizes, pad_sorted_ids=True)
-    if sorted_token_ids.numel() < room.sorted_token_ids or experts_ids.numel() < room.expert_ids:
-        raise InvalidInput(
-            f"sorted_token_ids, experts_ids: expected at least {room.sorted_token_ids} and {room.expert_ids} elements, "
-            f"got {sorted_token_ids.numel()} and {experts_ids.numel()}"
-        )
-    out = {
-        "sorted_token_ids": sorted_token_ids[: room.sorted_token_ids],
-        "expert_ids": experts_ids[: room.expert_ids],
-        "num_tokens_post_padded": num_tokens_post_pad,
-    }
-    if scatter_idx is not None:
-        out["scatter_idx"] = scatter_idx.view(-1, 1)
-    align(
-        topk_ids,
-        **sizes,
-        expert_map=expert_map,
-        ignore_invalid_experts=expert_map is not None,
-        pad_sorted_ids=padded,
-        scatter_idx=scatter_idx is not None,
-        out=out,
-    )
-    if sorted_token_ids.numel() > room.sorted_token_ids:
-        sorted_token_ids[room.sorted_token_ids :].fill_(routes)
-    if experts_ids.numel() > room.expert_ids:
-        experts_ids[room.expert_ids :].fill_(-1)
-
-
-def _batched_in_place(
-    max_tokens_per_batch: int,
-    block_size: int,
-    expert_num_tokens: Tensor,
-    sorted_ids: Tensor,
-    expert_ids: Tensor,
-    num_tokens_post_pad: Tensor,
-) -> None:
-    """``vllm._custom_ops.batched_moe_align_block_size``, into buffers of exactly the sizes its wrapper makes."""
-    room = capacity_batched(max_tokens_per_batch, block_size=block_size, num_batches=expert_num_tokens.numel())
-    if (sorted_ids.numel(), expert_ids.numel()) != (room.sorted_token_ids, room.expert_ids):
-        raise InvalidInput(
-            f"sorted_ids, expert_ids: expected {room.sorted_token_ids} and {room.expert_ids} elements, "
-            f"got {sorted_ids.numel()} and {expert_ids.numel()}"
-        )
-    out = {"sorted_token_ids": sorted_ids, "expert_ids": expert_ids, "num_tokens_post_padded": num_tokens_post_pad}
-    align_batched(expert_num_tokens, max_tokens_per_batch=max_tokens_per_batch, block_size=block_size, out=out)
