@@ -71,11 +71,16 @@ def decode_step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 
     (batch, prompt), device = ids.shape, ids.device
     cache = transformers.StaticCache(config=model.config, max_cache_len=prompt + 8)
-    model(ids, past_key_values=cache, cache_position=torch.arange(prompt, device=device))
+    model(ids, past_key_values=cache)
     token = ids[:, -1:]
-    position = torch.tensor([prompt], device=device)
-    where = position.view(1, 1).expand(batch, 1)
-    return lambda: model(token, past_key_values=cache, cache_position=position, position_ids=where)
+    where = torch.full((batch, 1), prompt, device=device)
+
+    def step() -> Any:
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(prompt)  # back to behind the prompt
+        return model(token, past_key_values=cache, position_ids=where)
+
+    return step
 
 
 def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
