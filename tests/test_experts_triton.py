@@ -86,6 +86,15 @@ def test_few_routes_are_aligned_where_a_map_or_a_block_size_asks_for_it():
     assert planned(SHAPES[0], 1, block_size=64)[0].second.m == 64
 
 
+def test_tiles_of_a_given_block_size_fit_shared_memory():
+    for tokens in (1, 4, 16, 64, 180, 256, 500, 1024, 4096):
+        for shape in SHAPES:
+            for size in experts.BLOCK_SIZES:
+                for tile, products in zip(planned(shape, tokens, block_size=size)[0][1:], (2, 1), strict=True):
+                    assert (tile.m, tile.short < size, tile.stages > 0) == (size, True, True)
+                    assert tile.stages * (tile.m + products * tile.n) * tile.k * 2 <= 200 * 1024
+
+
 def test_three_launches_and_no_more():
     for tokens in (1, 64, 4096):
         assert [one.kernel for one in planned(SHAPES[0], tokens)[1]] == ["gemm", "gemm", "sum_rows"]
@@ -135,6 +144,22 @@ def every_configuration():
     yield from planned(SHAPES[2], 300, dtype=torch.float32)[1]
     yield from planned((7, 3, 100, 77), 50, dtype=torch.float16)[1]
     yield from planned((7, 3, 100, 77), 50, dtype=torch.float16, target=A100, bias=True)[1]
+    for tokens, size in ((4, 128), (180, 128), (200, 64), (200, 16), (4000, 64)):
+        yield of_given_blocks(tokens, size, gated=True)
+    yield from planned(SHAPES[0], 512, block_size=128)[1][:2]
+    yield from planned(SHAPES[1], 1, block_size=128)[1][:2]
+
+
+def of_given_blocks(tokens, size, gated):
+    """What grouped_gemm launches over a layout of blocks of `size`."""
+    count, top_k, hidden, inner = 16, 4, 128, 64
+    new = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype)  # noqa: E731
+    parts = [new(each, dtype=torch.int32) for each in capacity(tokens * top_k, block_size=size, num_experts=count)[:3]]
+    layout = BlockLayout(*parts, block_size=size)
+    a, b, out = new(tokens, hidden), new(count, 2 * inner, hidden), new(tokens * top_k, inner if gated else 2 * inner)
+    weights = new(tokens, top_k, dtype=torch.float32)
+    name = "silu" if gated else None
+    return experts.gemm_launch(a, b, layout, top_k, weights, None, name, gated, False, out, H200)
 
 
 def _kind(argument):
@@ -318,7 +343,7 @@ def test_gpu_gradients_against_float64():
     ids[3, 1] = 16
     grads = []
     for cast in (torch.bfloat16, torch.float64):
-        leaves = [each.to(cast).requires_grad_() for each in (*layer, *extra.values())]
+        leaves = [each.detach().to(cast).requires_grad_() for each in (*layer, *extra.values())]
         out = fused_moe(*leaves[:4], ids, gate_up_bias=leaves[4], down_bias=leaves[5])
         out.square().sum().backward()
         grads.append([each.grad for each in leaves])

@@ -40,6 +40,7 @@ __all__ = [
 
 BLOCK_SIZES = (16, 32, 64, 128)
 ALONE = 8  #: two tokens with at least so many experts a route: each route is a tile, and nothing is aligned
+_STAGES_BYTES = 200 * 1024  #: of shared memory for the stages of a tile with TMA (227 KiB are there)
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -196,7 +197,7 @@ def plan(
     else:
         chosen = _rule(target, routes, top_k, experts, hidden, width, hidden_states.element_size())
         if block_size is not None:
-            chosen = _of_block_size(chosen, block_size)
+            chosen = _of_block_size(chosen, block_size, hidden_states.element_size())
     alone = (
         chosen.block_size == 0
         and block_size is None
@@ -207,11 +208,22 @@ def plan(
     return chosen if alone else chosen._replace(block_size=chosen.first.m)
 
 
-def _of_block_size(chosen: Plan, size: int) -> Plan:
-    """The same with another block size; tiles of fewer rows need no more than what they had."""
-    warps = 8 if size >= 128 else 4
-    first, second = (one._replace(m=size, warps=warps, swap=0, n=min(one.n, 128)) for one in chosen[1:3])
-    return Plan(size, first, second)
+def _of_block_size(chosen: Plan, size: int, item: int) -> Plan:
+    """The same with another block size, and as many stages as then fit shared memory."""
+
+    def resized(one: Tile, products: int) -> Tile:
+        n = min(one.n, 128)
+        stage = (size + products * n) * one.k * item
+        return one._replace(
+            m=size,
+            n=n,
+            warps=8 if size >= 128 else 4,
+            stages=max(min(one.stages, _STAGES_BYTES // stage), 1),
+            swap=int(bool(one.tma) and size < 64),
+            short=one.short if one.short < size else 0,
+        )
+
+    return Plan(size, resized(chosen.first, 2), resized(chosen.second, 1))
 
 
 def block_size_of(rows: Tensor, routes: int, gate_up_proj: Tensor, down_proj: Tensor, transposed: bool) -> int:
@@ -446,7 +458,8 @@ def gemm_launch(
             f"layout: expected blocks of {', '.join(map(str, BLOCK_SIZES))} rows on a GPU, got blocks of {size}"
         )
     depth = b.shape[1 if transposed else 2]
-    by_rule = _of_block_size(_rule(target, routes, 1, b.shape[0], depth, depth, a.element_size()), size)
+    item = a.element_size()
+    by_rule = _of_block_size(_rule(target, routes, 1, b.shape[0], depth, depth, item), size, item)
     return _gemm(
         target, by_rule.first if gated else by_rule.second, x, b, out,
         rows=(layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded),
