@@ -37,7 +37,7 @@ SMALL = 'extern "C" __global__ void k(long long* a) { a[threadIdx.x] = VALUE; }'
 
 def specialisations(major: int) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
     found = []
-    for module in ("batched", "align"):
+    for module in ("batched", "align", "route"):
         found += importlib.import_module(f"moealign.backends.cuda.{module}").specialisations(major)
     return list(dict.fromkeys(found))
 

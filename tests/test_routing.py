@@ -11,9 +11,10 @@ import torch
 import moealign
 from moealign.backends import reference_routing
 from moealign.backends.reference_routing import exp32, sigmoid32
+from moealign.layout import OUTPUTS
 from moealign.testing import assert_same_layout, oracle_align, oracle_route
 
-ROUTERS = ("reference", "cpu")
+ROUTERS = ("reference", "cpu", "triton", "cuda")
 KINDS = {
     "softmax": {},
     "softmax, not renormalized": {"renormalize": False},
@@ -24,7 +25,7 @@ KINDS = {
     "sigmoid, bias, groups": {"scoring": "sigmoid", "correction_bias": True, "num_groups": 4, "topk_groups": 2},
     "sigmoid, bias, groups of one": {"scoring": "sigmoid", "correction_bias": True, "num_groups": 0, "topk_groups": 0},
 }
-SIZES = [(1, 4, 1), (7, 8, 2), (33, 64, 8), (9, 60, 6), (5, 100, 32), (3, 260, 8), (2, 1024, 8)]
+SIZES = [(1, 4, 1), (7, 8, 2), (33, 64, 8), (9, 60, 6), (5, 100, 32), (3, 260, 8), (2, 1024, 8), (12, 256, 8)]
 
 
 @pytest.fixture(params=ROUTERS)
@@ -33,6 +34,22 @@ def backend(request):
     if reason is not None:
         pytest.skip(reason)
     return request.param
+
+
+def device_of(backend):
+    return "cuda" if backend in ("triton", "cuda") else "cpu"
+
+
+def routed(logits, top_k, *, backend, **given):
+    """:func:`moealign.route` of CPU tensors on the device of `backend`, its results on the CPU."""
+    device = device_of(backend)
+    given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    if device == "cuda" and given.get("num_groups", 1) > 32:
+        with pytest.raises(moealign.BackendUnavailable, match="up to 32 groups"):
+            moealign.route(logits.to(device), top_k, **given, backend=backend)
+        pytest.skip("the reference takes so many groups")
+    weights, ids, layout, *mean = moealign.route(logits.to(device), top_k, **given, backend=backend)
+    return weights.cpu(), ids.cpu(), layout, *(each.cpu() for each in mean)
 
 
 def arguments(kind: str, experts: int, top_k: int, generator: torch.Generator) -> dict[str, object]:
@@ -76,22 +93,25 @@ def test_the_oracle_agrees(backend, kind, tokens, experts, top_k, dtype):
     logits = awkward(tokens, experts, generator).to(dtype)
     valid = max(tokens - 1, 1)
     ids, weights, shares = oracle_route(logits, top_k, **given, num_valid_tokens=valid)
-    got = moealign.route(
-        logits,
-        top_k,
-        block_size=4,
-        **given,
-        num_valid_tokens=torch.tensor([valid], dtype=torch.int32),
-        mean_probability=True,
-        positions=True,
-        backend=backend,
-    )
-    assert got[1].tolist() == ids
-    torch.testing.assert_close(got[0], torch.tensor(weights), rtol=2e-6, atol=1e-9)
-    torch.testing.assert_close(got[3], torch.tensor(shares), rtol=1e-5, atol=1e-8)
-    assert got[0].dtype is torch.float32
-    assert got[1].dtype is torch.int32
-    assert_same_layout(got[2], oracle_align(torch.tensor(ids, dtype=torch.int32), block_size=4, num_experts=experts))
+    want = oracle_align(torch.tensor(ids, dtype=torch.int32), block_size=4, num_experts=experts)
+    for mean in (True, False):  # without the mean, in one launch with the layout where there is one
+        got = routed(
+            logits,
+            top_k,
+            block_size=4,
+            **given,
+            num_valid_tokens=torch.tensor([valid], dtype=torch.int32),
+            mean_probability=mean,
+            positions=True,
+            backend=backend,
+        )
+        assert got[1].tolist() == ids
+        torch.testing.assert_close(got[0], torch.tensor(weights), rtol=2e-6, atol=1e-9)
+        if mean:
+            torch.testing.assert_close(got[3], torch.tensor(shares), rtol=1e-5, atol=1e-8)
+        assert got[0].dtype is torch.float32
+        assert got[1].dtype is torch.int32
+        assert_same_layout(got[2], want)
 
 
 def test_an_order_that_differs_would_be_seen(monkeypatch):
@@ -105,16 +125,15 @@ def test_an_order_that_differs_would_be_seen(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])
 def test_the_backends_agree_to_the_bit_about_experts(tokens):
-    if moealign.backends()["cpu"] is not None:
-        pytest.skip("no numba")
+    names = [name for name in ROUTERS if moealign.backends()[name] is None]
     generator = torch.Generator().manual_seed(1)
     for seed in range(40):
         logits = torch.randn(tokens * 50, 256, generator=generator)
         logits = (logits * 64).round() / 64 if seed % 2 else logits
         bias = torch.rand(256, generator=generator) / 100
         given = {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 8, "topk_groups": 4, "block_size": 16}
-        both = [moealign.route(logits, 8, **given, backend=name)[1] for name in ROUTERS]
-        assert torch.equal(*both)
+        first, *others = (routed(logits, 8, **given, backend=name)[1] for name in names)
+        assert all(torch.equal(first, other) for other in others)
 
 
 def test_the_contract_s_exp_is_accurate():
@@ -175,7 +194,7 @@ def test_a_model_s_own_router_agrees(backend, package, name, facts, given):
         logits, theirs, which = router(hidden)
     if "n_group" in facts:
         given = {**given, "correction_bias": router.e_score_correction_bias, "num_groups": 4, "topk_groups": 2}
-    weights, ids, _ = moealign.route(logits, 4, block_size=16, **given, backend=backend)
+    weights, ids, _ = routed(logits, 4, block_size=16, **given, backend=backend)
     # Some of them leave the chosen unsorted: expert by expert.
     order, own = which.sort(1), ids.to(torch.int64).sort(1)
     assert torch.equal(order.values, own.values)
@@ -188,7 +207,7 @@ def test_llama4_s_own_router_agrees(backend):
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     with torch.no_grad():
         scores, logits = router(hidden)
-    weights, ids, _ = moealign.route(logits, 1, block_size=16, scoring="sigmoid", renormalize=False, backend=backend)
+    weights, ids, _ = routed(logits, 1, block_size=16, scoring="sigmoid", renormalize=False, backend=backend)
     dense = torch.zeros_like(scores).scatter(1, ids.to(torch.int64), weights)
     torch.testing.assert_close(dense, scores)
 
@@ -211,7 +230,7 @@ def test_gradients_are_those_of_the_eager_formula(backend, kind):
     given = arguments(kind, 16, 4, generator)
     x = torch.randn(9, 16, generator=generator, requires_grad=True)
     to_weights, to_mean = torch.randn(9, 4, generator=generator), torch.randn(16, generator=generator)
-    weights, ids, _, mean = moealign.route(x, 4, block_size=4, **given, mean_probability=True, backend=backend)
+    weights, ids, _, mean = routed(x, 4, block_size=4, **given, mean_probability=True, backend=backend)
     ((weights * to_weights).sum() + (mean * to_mean).sum()).backward()
     y = x.detach().double().requires_grad_()
     expected, share = eager(y, ids, **given)
@@ -220,8 +239,8 @@ def test_gradients_are_those_of_the_eager_formula(backend, kind):
 
 
 def test_padding_rows_have_no_gradient(backend):
-    x = torch.randn(6, 8, requires_grad=True)
-    valid = torch.tensor([4], dtype=torch.int32)
+    x = torch.randn(6, 8, requires_grad=True, device=device_of(backend))
+    valid = torch.tensor([4], dtype=torch.int32, device=x.device)
     given = {"block_size": 4, "num_valid_tokens": valid, "mean_probability": True, "backend": backend}
     weights, ids, layout, mean = moealign.route(x, 2, **given)
     assert ids[4:].tolist() == [[-1, -1]] * 2
@@ -237,8 +256,8 @@ def test_padding_rows_have_no_gradient(backend):
 
 
 def test_opcheck(backend):
-    x = torch.randn(5, 8, requires_grad=True)
-    for scoring, bias in (("softmax", None), ("sigmoid", torch.rand(8))):
+    x = torch.randn(5, 8, requires_grad=True, device=device_of(backend))
+    for scoring, bias in (("softmax", None), ("sigmoid", torch.rand(8, device=x.device))):
         given = (x, 2, scoring, True, bias, 2, 1, 1.0, None, True, backend)
         torch.library.opcheck(torch.ops.moealign.route, given)
 
@@ -288,3 +307,59 @@ def test_bad_input_is_refused(wrong, error, message):
     call = {"router_logits": GOOD, "top_k": 2, "block_size": 4, **wrong}
     with pytest.raises(error, match=message):
         moealign.route(**call)
+
+
+# --------------------------------------------------------------------------------------------------------------- a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def assert_alike(ours, want):
+    """Two results of route, ids and layouts to the bit."""
+    assert torch.equal(ours[1], want[1])
+    torch.testing.assert_close(ours[0], want[0], rtol=2e-6, atol=1e-9)
+    for name in OUTPUTS:
+        one, other = getattr(ours[2], name), getattr(want[2], name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other), name
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 16, 31, 32, 33, 128, 500, 4096, 20_000])
+@pytest.mark.parametrize("experts", [8, 128, 256, 512])
+def test_gpu_sizes_and_layouts(tokens, experts):
+    """One launch or two, every option of the layout, against the two parts by the reference."""
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    logits = torch.randn(tokens, experts + 3, generator=generator, device="cuda").round(decimals=1)[:, :experts]
+    where = torch.randperm(experts, generator=generator, device="cuda").to(torch.int32) - experts // 2
+    extras = dict.fromkeys(("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows"), True)
+    options = [{}, {"expert_map": where.clamp(min=-1), "ignore_invalid_experts": True, **extras}]
+    for given in options:
+        for dtype in (torch.float32, torch.bfloat16):
+            k = min(8, experts)
+            valid = torch.tensor([tokens - 1], dtype=torch.int32, device="cuda")
+            call = {"block_size": 16, **given, "num_valid_tokens": valid}
+            ours = moealign.route(logits.to(dtype), k, **call, backend="cuda")
+            want = moealign.route(logits.to(dtype), k, **call, backend="reference")
+            assert_alike(ours, want)
+
+
+@gpu
+def test_gpu_in_a_graph_with_other_logits_and_without_a_wait():
+    for tokens in (1, 8, 32, 300):
+        logits = torch.randn(tokens, 256, device="cuda")
+        moealign.route(logits, 8, block_size=16)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            moealign.route(logits, 8, block_size=16)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            weights, ids, layout = moealign.route(logits, 8, block_size=16)
+        for _ in range(3):
+            logits.normal_()
+            graph.replay()
+            want = moealign.route(logits, 8, block_size=16, backend="reference")
+            assert_alike((weights, ids, layout), want)

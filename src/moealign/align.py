@@ -308,7 +308,9 @@ def _align(
     extras: tuple[str, ...],
     out: BlockLayout | Mapping[str, Tensor] | None,
     backend: str | None,
+    fill: Callable[..., None] | None = None,
 ) -> BlockLayout:
+    """What is left when arguments are in order; `fill` takes the place of the backend's own function."""
     if _traced(topk_ids):
         sizes = (block_size, num_experts)
         flags = (pad_sorted_ids, ignore_invalid_experts)
@@ -351,7 +353,7 @@ def _align(
         layout = _allocate(plan)
     else:
         layout = _given(plan, out, (topk_ids, expert_map, num_valid_tokens, error_word))
-    plan.backend.align(plan.problem, topk_ids, expert_map, num_valid_tokens, error_word, layout)
+    (fill or plan.backend.align)(plan.problem, topk_ids, expert_map, num_valid_tokens, error_word, layout)
     return layout
 
 

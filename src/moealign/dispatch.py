@@ -83,6 +83,8 @@ def choose_route(routing: Routing, backend: str | None = None) -> ModuleType:
     for each in TABLE if name is None else (name,):
         module = load(each)
         reason = _reason(module, problem) or (None if hasattr(module, "route") else "it has no router")
+        if reason is None and hasattr(module, "refuses_route"):
+            reason = module.refuses_route(routing)
         if reason is None:
             return module
     raise BackendUnavailable(f"backend: expected one that can take this call, got {name!r}: {reason}")

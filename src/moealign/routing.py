@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dispatch
-from .align import align
+from .align import _align, _traced, _wanted, align
 from .checks import check_route
-from .layout import BlockLayout
+from .layout import EXTRAS, BlockLayout, Problem, Routing
 
 __all__ = ["route"]
 
@@ -61,6 +62,16 @@ def route(
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
     facts = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
+    if isinstance(router_logits, Tensor) and not _traced(router_logits) and not _wants_gradient(router_logits):
+        sizes = (top_k, num_groups, topk_groups, scale, scoring, renormalize, backend)
+        key = (*sizes, _about(router_logits), _about(correction_bias), _about(num_valid_tokens))
+        plan = _plans.get(key)
+        if plan is None:
+            plan = _plan(key, check_route(router_logits, top_k, *facts), backend)
+        if plan[1] is not None:
+            return _together(
+                plan, router_logits, correction_bias, num_valid_tokens, mean_probability, backend, block_size, layout
+            )
     routing = check_route(router_logits, top_k, *facts)
     weights, ids, mean = torch.ops.moealign.route(
         router_logits,
@@ -76,6 +87,74 @@ def route(
         backend,
     )
     aligned: BlockLayout = align(ids, block_size=block_size, num_experts=routing.num_experts, backend=backend, **layout)
+    return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
+
+
+# Eager, without gradients, on a backend that makes weights, ids and layout together.
+
+_MOST_PLANS = 4096
+_plans: dict[Any, tuple[Routing, ModuleType | None]] = {}
+_OPTIONS = {"expert_map", "pad_sorted_ids", "ignore_invalid_experts", "error_word", "out", *EXTRAS}
+
+
+def _wants_gradient(router_logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and router_logits.requires_grad
+
+
+def _about(tensor: Tensor | None) -> object:
+    """All that a check may look at."""
+    return (tensor.shape, tensor.dtype, tensor.device) if isinstance(tensor, Tensor) else type(tensor)
+
+
+def _plan(key: Any, routing: Routing, backend: str | None) -> tuple[Routing, ModuleType | None]:
+    module = dispatch.choose_route(routing, backend)
+    plan = (routing, module if hasattr(module, "route_align") else None)
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _together(
+    plan: tuple[Routing, ModuleType | None],
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    mean_probability: bool,
+    backend: str | None,
+    block_size: int,
+    layout: dict[str, Any],
+) -> tuple[Any, ...]:
+    routing, module = plan
+    assert module is not None
+    unknown = layout.keys() - _OPTIONS
+    if unknown:
+        raise TypeError(
+            f"route: expected arguments of moealign.align besides its own, got {', '.join(sorted(unknown))}"
+        )
+    weights, ids, mean = _empty(router_logits, routing.top_k, mean_probability)
+
+    def fill(
+        problem: Problem, ids: Tensor, expert_map: Tensor | None, _: None, error_word: Tensor | None, out: BlockLayout
+    ) -> None:
+        shares = mean if mean_probability else None
+        given = (router_logits, correction_bias, num_valid_tokens, weights, ids, shares)
+        module.route_align(routing, problem, *given, expert_map, error_word, out)
+
+    aligned = _align(
+        ids,
+        block_size,
+        routing.num_experts,
+        layout.get("expert_map"),
+        layout.get("pad_sorted_ids", False),
+        layout.get("ignore_invalid_experts", False),
+        None,
+        layout.get("error_word"),
+        _wanted(*(layout.get(name, False) for name in EXTRAS)),
+        layout.get("out"),
+        module.__name__.rsplit(".", 1)[-1],
+        fill,
+    )
     return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
 
 

@@ -13,6 +13,11 @@ A backend is a module with these functions; it fills the tensors of `out` and ne
     Fill every tensor of `out` (a BlockLayout) that is not None, to the last element.
 ``route(routing, router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability) -> None``
     Only those that have a router: fill the last three (the last may be None).
+``refuses_route(routing) -> str | None``
+    Only where a router does not take every problem that the backend takes.
+``route_align(routing, problem, router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability,
+expert_map, error_word, out) -> None``
+    Only where the router and the layout of its ids are made together: both of the above at once.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from ...layout import Problem
 from .align import align
 from .batched import align_batched
 from .compile import cache_folder, compiler_version
+from .route import refuses_route, route, route_align
 
-__all__ = ["align", "align_batched", "note", "refuses", "unavailable"]
+__all__ = ["align", "align_batched", "note", "refuses", "refuses_route", "route", "route_align", "unavailable"]
 
 _OLDEST = (8, 0)  # the oldest compute capability that the tests compile for
 

@@ -20,6 +20,10 @@
 //
 // Every parameter is 8 bytes.  Costs of these paths do not depend on values beyond bank conflicts.
 
+#if ROUTE
+#include "choose.cuh"
+#endif
+
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -65,7 +69,7 @@ typedef Int<MAP_TYPE>::type map_t;
 static __device__ constexpr int bits_of(u32 v) { return v == 0 ? 0 : 1 + bits_of(v >> 1); }
 constexpr int BITS = bits_of(E - 1);  // of a bin
 
-#if MAP || NVALID || ERROR || EXTRAS || STRIDED
+#if MAP || NVALID || ERROR || EXTRAS || STRIDED || ROUTE
 #define PARAMETERS \
     const id_t *__restrict__ ids, const map_t *__restrict__ map, const int *__restrict__ nvalid, int *error, \
     int *__restrict__ sorted, int *__restrict__ expert_ids, int *__restrict__ total_out, \
@@ -80,6 +84,12 @@ constexpr int BITS = bits_of(E - 1);  // of a bin
 #define UNUSED \
     const map_t *const map = nullptr; const int *const nvalid = nullptr; int *const error = nullptr; \
     const i64 s0 = 0, s1 = 0, smap = 0; (void)map, (void)nvalid, (void)error, (void)s0, (void)s1, (void)smap
+#endif
+#if ROUTE
+#define AND_LOGITS , const raw_t *__restrict__ logits, const float *__restrict__ bias, float *__restrict__ weights, \
+    int *__restrict__ ids_out, i64 row_stride, i64 scale_bits
+#else
+#define AND_LOGITS
 #endif
 #define SIZES UNUSED; const u32 n = (u32)n64, L = (u32)length64, blocks_all = (L + B - 1u) / B; (void)blocks_all; (void)L
 
@@ -202,19 +212,80 @@ DEV void fill(int *p, u32 from, u32 to, int value, u32 me, u32 all) {
     for (u32 i = from + me; i < to; i += all) p[i] = value;
 }
 
+DEV void wait_for_the_one_before() {
+#if AFTER
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// What neighbours wrote before arriving is seen after the wait.
+DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Where `mine` stands in CTA `rank` of my cluster, as an address in the cluster's shared memory.
+DEV void store_neighbour(u32 *mine, u32 rank, u32 v) {
+    u32 at;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(at), "r"(v) : "memory");
+}
+
+#if ROUTE
+// The last CTA writes the weights and ids; the others choose for themselves and write the layout.
+#define CTAS (gridDim.x - 1)
+
+// Experts of one token, of which lane j < TOP_K gets the j-th.
+DEV int route_token(const raw_t *logits, const float *bias, float *weights, int *ids_out, i64 row_stride, i64 scale_bits,
+                    u32 token, u32 limit, bool writes) {
+    const u32 lane = lane_id(), i = token * TOP_K + lane;
+    const raw_t *row = logits + (i64)token * row_stride;
+    raw_t raw[PER_LANE];
+    load_logits(row, lane, raw);
+    const Chosen chosen = choose_experts(raw, bias, lane);
+    const bool live = token * TOP_K < limit;
+    const int e = live ? (int)chosen.expert : -1;
+    if (writes) {
+        const float weight = weigh(raw, row, chosen, __int_as_float((int)scale_bits), lane, nullptr);
+        if (lane < TOP_K) weights[i] = live ? weight : 0.f, ids_out[i] = e;
+    }
+    return e;
+}
+#else
+#define CTAS gridDim.x
+#endif
+
 // ---- 1 warp: n <= 32 -----------------------------------------------------------------------------------------------
 // Every warp knows everything; each fills and then overwrites a slice of sorted_token_ids of its own.
 
 #if PATH == 1
-extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS AND_LOGITS) {
     SIZES;
-    const u32 lane = lane_id(), me = blockIdx.x * T + threadIdx.x, all = gridDim.x * T, w = me >> 5, warps = all >> 5;
+    const u32 lane = lane_id(), me = blockIdx.x * T + threadIdx.x, all = CTAS * T, w = me >> 5, warps = all >> 5;
     u32 bad = 0;
+    wait_for_the_one_before();
+#if !ROUTE
     id_t v = lane < n ? id_at(ids, lane, (u32)top_k64, s0, s1) : (id_t)0;
+#endif
     const u32 limit = limit_of(nvalid, n, (u32)top_k64);
     const u32 slice = ((L + warps - 1) / warps + 127u) & ~127u;
     const u32 from = min(w * slice, L), to = min(from + slice, L);
     fill(sorted, from, to, (int)n, lane, 32);
+#if ROUTE
+    // A single token is every warp's own, and nobody waits; else a CTA shares them out among its warps.
+    __shared__ int chosen[WARPS * 32];
+    const u32 tokens = n / TOP_K;
+    const bool single = tokens == 1, writes = blockIdx.x == CTAS;
+    if (single && writes && threadIdx.x >= 32) return;
+    int *found = chosen + (single ? 32 * warp_id() : 0);
+#pragma unroll 1
+    for (u32 token = single ? 0 : warp_id(); token < tokens; token += WARPS) {
+        const int e = route_token(logits, bias, weights, ids_out, row_stride, scale_bits, token, limit, writes);
+        if (lane < TOP_K) found[token * TOP_K + lane] = e;
+    }
+    if (writes) return;
+    if (single) __syncwarp();
+    else __syncthreads();
+    const id_t v = lane < n ? found[lane] : 0;
+#endif
 
     const int bin = bin_of(v, lane < limit, map, smap, bad);
     const u32 kept = __ballot_sync(FULL, bin >= 0);
@@ -305,17 +376,33 @@ DEV void compare(const Planes &p, u32 bin, u32 &eq, u32 &lt) {
     }
 }
 
-extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS) {
+extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS AND_LOGITS) {
     SIZES;
     __shared__ __align__(16) Planes planes[CH];
     __shared__ u32 leaders[CH];
-    const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), me = blockIdx.x * T + t, all = gridDim.x * T;
+    const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), me = blockIdx.x * T + t, all = CTAS * T;
     u32 bad = 0;
+    wait_for_the_one_before();
+#if !ROUTE
     id_t v = t < n ? id_at(ids, t, (u32)top_k64, s0, s1) : (id_t)0;
+#endif
     const u32 limit = limit_of(nvalid, n, (u32)top_k64);
-    const u32 slice = ((L + gridDim.x - 1) / gridDim.x + 3u) & ~3u;
+    const u32 slice = ((L + CTAS - 1) / CTAS + 3u) & ~3u;
     const u32 from = min(blockIdx.x * slice, L), to = min(from + slice, L);
     fill(sorted, from, to, (int)n, t, T);
+#if ROUTE
+    __shared__ int chosen[CH * 32];
+    const u32 tokens = n / TOP_K;
+    const bool writes = blockIdx.x == CTAS;
+#pragma unroll 1
+    for (u32 token = warp; token < tokens; token += WARPS) {
+        const int e = route_token(logits, bias, weights, ids_out, row_stride, scale_bits, token, limit, writes);
+        if (lane < TOP_K) chosen[token * TOP_K + lane] = e;
+    }
+    if (writes) return;
+    __syncthreads();
+    const id_t v = t < n ? chosen[t] : 0;
+#endif
 
     const int bin = bin_of(v, t < limit, map, smap, bad);
     if (warp < CH) {
@@ -348,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS) {
     }
     const u32 row = before * B + rank;
     if (bin >= 0 && row >= from && row < to) sorted[row] = (int)t;
-    if (blockIdx.x == gridDim.x - 1) {
+    if (blockIdx.x == CTAS - 1) {
         if (leads) {
             expert_ids[row / B] = name_of(map, smap, bin);
 #if BLOCK_ROWS
@@ -407,6 +494,10 @@ extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS) {
 #endif
 
 // ---- pieces of the counting paths ------------------------------------------------------------------------------------
+
+#if PATH >= 4
+#include "barrier.cuh"
+#endif
 
 #if PATH >= 3
 // Exclusive prefix over the CTA of (a, b), each thread giving one pair; totals in `all_a`, `all_b`.  One barrier inside;
@@ -494,6 +585,9 @@ DEV void load4(const id_t *ids, u32 i, u32 n, u32 top_k, i64 s0, i64 s1, id_t v[
 #define AT(e) ((e) + (PER > 2 && PER % 2 == 0 ? (e) / PER : 0))
 #define SPAN (AT(E) + 1)
 #define TABLE ((SPAN + 1) / 2 * 2)
+#define EMPTY_TABLES \
+    _Pragma("unroll 1") \
+    for (u32 i = 4 * t; i < OF_WARP + TABLE; i += 4 * T) *(uint4 *)(shared + i) = make_uint4(0, 0, 0, 0)
 #define FOURS (STEPS % 4 == 0 ? 4 : STEPS % 2 == 0 ? 2 : 1)
 #if COMPACT
 #define OF_WARP 0
@@ -507,17 +601,6 @@ static_assert(PER <= 2, "pairs of the table are sent as they stand");
 #define CLUSTERED
 #endif
 extern __shared__ __align__(16) u32 shared[];
-
-// What neighbours wrote before arriving is seen after the wait.
-DEV void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-DEV void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// Where `mine` stands in CTA `rank` of my cluster, as an address in the cluster's shared memory.
-DEV void store_neighbour(u32 *mine, u32 rank, u32 v) {
-    u32 at;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
-    asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(at), "r"(v) : "memory");
-}
 
 // Routes of `bin` in the warps before mine: word w holds warps 4w to 4w + 3 of every bin (COMPACT: the bins of my chunk).
 DEV u32 in_earlier_warps(const u32 *of_warp, u32 bin, u32 warp) {
@@ -558,6 +641,10 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
     const u32 chunk = from + g / CLUSTER * (CH * 32), own_i = chunk + t;
     u32 bad = 0;
 
+#if AFTER
+    EMPTY_TABLES;
+    wait_for_the_one_before();
+#endif
     // My slice, STEPS routes a thread: fours of neighbours where they are read as vectors, else a warp's are neighbours.
     id_t v[R], own_v = (id_t)0;
 #if VECTOR_IN && !STRIDED && STEPS % 4 == 0
@@ -574,8 +661,9 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
     const bool own = t < CH * 32 && own_i < n;
     if (own) own_v = id_at(ids, own_i, top_k, s0, s1);
     const u32 limit = limit_of(nvalid, n, top_k), valid = min(limit, to);
-#pragma unroll 1
-    for (u32 i = 4 * t; i < OF_WARP + TABLE; i += 4 * T) *(uint4 *)(shared + i) = make_uint4(0, 0, 0, 0);
+#if !AFTER
+    EMPTY_TABLES;
+#endif
     __syncthreads();
 
     int own_bin = -1;
@@ -741,78 +829,6 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
 }
 #endif
 
-// ---- the grid barrier ------------------------------------------------------------------------------------------------
-// The word is the driver's own, one for each cooperative launch (the one cooperative_groups uses): nothing to zero,
-// nothing that two streams or graphs could share.  Its top bit flips when all CTAs have arrived.
-
-#if PATH >= 4
-DEV u32 *barrier_word() {
-    u32 hi, lo;
-    asm("mov.u32 %0, %%envreg1;" : "=r"(hi));
-    asm("mov.u32 %0, %%envreg2;" : "=r"(lo));
-    return (u32 *)(((u64)hi << 32 | lo) + 4);
-}
-
-struct Barrier {
-    u32 *word;
-    u32 phase;  // thread 0 alone uses it
-
-    __device__ __forceinline__ static Barrier begin() {
-        Barrier b;
-        b.word = barrier_word();
-        b.phase = 0;
-        if (threadIdx.x == 0) asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(b.phase) : "l"(b.word) : "memory");
-        return b;
-    }
-    // The same for what warp 0 alone wrote; nobody else need come along.
-    __device__ __forceinline__ void arrive_warp() {
-        __syncwarp();
-        if (threadIdx.x == 0) {
-            u32 add = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
-            asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(word), "r"(add) : "memory");
-        }
-    }
-    // Everything that the CTA wrote before is seen by every CTA after its wait().
-    __device__ __forceinline__ void arrive() {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            u32 add = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
-            asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(word), "r"(add) : "memory");
-        }
-    }
-    // Starts a look at the word, for wait() to use: what lies between hides its latency.
-    __device__ __forceinline__ u32 look() {
-        u32 now = phase;
-        if (threadIdx.x == 0) asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
-        return now;
-    }
-    __device__ __forceinline__ void wait_after(u32 now) {
-        if (threadIdx.x == 0 && ((now ^ phase) & 0x80000000u)) {
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");
-            phase ^= 0x80000000u;
-        } else if (threadIdx.x == 0) {
-            spin();
-        }
-        __syncthreads();
-    }
-    __device__ __forceinline__ void wait() {
-        if (threadIdx.x == 0) spin();
-        __syncthreads();
-    }
-    __device__ __forceinline__ void spin() {
-        u32 now;
-        do {
-            asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
-        } while (!((now ^ phase) & 0x80000000u));
-        phase ^= 0x80000000u;
-    }
-    __device__ __forceinline__ void sync() {
-        arrive();
-        wait();
-    }
-};
-#endif
-
 // ---- 4 grid: T * R routes a CTA, E up to a few thousand ----------------------------------------------------------------
 // Scratch: G rows of PAIRS words, two 16-bit counts each.  Shared memory: counts [WARPS][STRIDE] words (later the sums),
 // then per bin: base [E + 1], first_row [E + 1], count [E]; then route and bin of T * R sorted routes.
@@ -841,6 +857,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
     u32 *table = (u32 *)scratch;
     u32 bad = 0;
     Barrier barrier = Barrier::begin();
+    wait_for_the_one_before();
 
     // Routes of a warp are consecutive: its step r holds routes my_first + 32 r + lane.
     const u32 chunk = g * ROUTES, my_first = chunk + warp * (32 * R) + lane;
@@ -1077,6 +1094,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) radix(PARAMETERS) {
     u32 *other = PASSES > 1 ? routes + n : keys;
     u32 *begin = other + 2ull * n, *end = begin + E, *row_of = end + E, *parts = row_of + E;
     Barrier barrier = Barrier::begin();
+    wait_for_the_one_before();
     const u32 limit = limit_of(nvalid, n, top_k);
 
     fill(sorted, 0, L, (int)n, me, all);

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...layout import EXTRAS, BlockLayout, Problem
-from .compile import COOPERATIVE, PLAIN, Launch, kernel
+from .compile import COOPERATIVE, OVERLAP, PLAIN, Launch, kernel
 
-__all__ = ["Plan", "align", "defines_of", "path_of"]
+__all__ = ["Path", "Plan", "align", "align_after", "defines_of", "path_of", "pointers"]
 
 # -------------------------------------------------------------------------------------------------------------- tuning
 # Measured on an H200 by benchmarks/align.py, graph replay.
@@ -216,10 +216,12 @@ def defines_of(
 # ------------------------------------------------------------------------------------------------------------ launching
 
 _MOST_PLANS = 4096
-_plans: dict[tuple[int, bool, bool, bool], Plan] = {}
+_Key = tuple[int, bool, bool, bool]
+_plans: dict[_Key, Plan] = {}
+_plans_after: dict[_Key, Plan] = {}
 
 
-def _plan(key: tuple[int, bool, bool, bool], problem: Problem, index: int) -> Plan:
+def _plan(key: _Key, problem: Problem, index: int, plans: dict[_Key, Plan]) -> Plan:
     _, strided, vector_in, vector_out = key
     facts = torch.cuda.get_device_properties(index)
     shared_most: int = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
@@ -227,16 +229,20 @@ def _plan(key: tuple[int, bool, bool, bool], problem: Problem, index: int) -> Pl
         path = path_of(problem, facts.multi_processor_count, shared_most, cluster_most)
         vectors = vector_in and path.name == "independent" and path.steps > _STEPS_OF_ONE
         defines = defines_of(problem, path, strided=strided, vector_in=vectors, vector_out=vector_out)
+        cooperative = path.name in ("grid", "radix")
+        after = plans is _plans_after and facts.major >= 9 and not cooperative
+        if after:
+            defines = (*defines, ("AFTER", 1))
         compiled = kernel("align.cu", path.name, defines, index)
         if path.cluster == 1 or compiled.max_clusters(path.cluster, path.threads, path.shared_bytes):
             break  # part of a device may have no room for the largest clusters
-    mode = COOPERATIVE if path.name in ("grid", "radix") else PLAIN
+    mode = COOPERATIVE if cooperative else OVERLAP if after else PLAIN
     given = (problem.map_dtype, problem.has_num_valid_tokens, problem.has_error_word, problem.extras, strided)
     start = compiled.prepare(path.grid, path.threads, path.shared_bytes, mode)
     plan = Plan(problem, start, path.scratch, usual=not any(given))
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
     return plan
 
 
@@ -247,6 +253,7 @@ def align(
     num_valid_tokens: Tensor | None,
     error_word: Tensor | None,
     out: BlockLayout,
+    plans: dict[_Key, Plan] = _plans,
 ) -> None:
     """Fill `out`, on the current stream, in one launch.  Ids of more than two axes are copied unless they collapse."""
     s0 = s1 = 0
@@ -263,9 +270,9 @@ def align(
     ids, rows = topk_ids.data_ptr(), out.sorted_token_ids
     rows_at = rows.data_ptr()
     key = (id(problem), strided, not (ids & 15), not (rows_at & 15))
-    plan = _plans.get(key)
+    plan = plans.get(key)
     if plan is None:
-        plan = _plan(key, problem, topk_ids.device.index)
+        plan = _plan(key, problem, topk_ids.device.index, plans)
     scratch_at, scratch = 0, None
     if plan.scratch:
         # Freed when this returns: the allocator hands it on to later work of the same stream only.
@@ -297,8 +304,25 @@ def align(
     )
 
 
+def align_after(
+    problem: Problem,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    error_word: Tensor | None,
+    out: BlockLayout,
+) -> None:
+    """:func:`align` whose launch overlaps with the end of the kernel before it; for that it waits on the device."""
+    align(problem, topk_ids, expert_map, num_valid_tokens, error_word, out, _plans_after)
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Their addresses, 0 for None."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:

@@ -10,7 +10,7 @@
     k.max_blocks(block, shared_bytes)   # CTAs the whole device holds at once: the limit of a cooperative grid
     k.multiprocessors
 
-Conventions for a ``.cu`` file, which stands beside this one and includes nothing:
+Conventions for a ``.cu`` file, which stands beside this one and includes nothing but ``.cuh`` files there, by name:
 
 - Kernels are ``extern "C" __global__``, and **every parameter is 8 bytes**: a pointer or a ``long long``.  `args` are
   Python ints in that order, 0 for a null pointer; a wrong number of them raises ``struct.error``.
@@ -30,6 +30,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import struct
 import tempfile
 import threading
@@ -42,7 +43,8 @@ __all__ = ["COOPERATIVE", "OVERLAP", "PLAIN", "Kernel", "build", "cache_folder",
 
 Defines = tuple[tuple[str, int], ...]
 
-#: How a kernel is launched: alone, with all CTAs resident at once, or before the kernel ahead of it has drained.
+#: How a kernel is launched: alone, with all CTAs resident at once, or before the kernel ahead of it has drained (for
+#: which it has to wait itself: griddepcontrol.wait).
 PLAIN, COOPERATIVE, OVERLAP = range(3)
 
 _STANDARD = "c++17"
@@ -333,9 +335,14 @@ class Launch:
         return None
 
 
+_INCLUDE = re.compile(r'^#include "([a-z_]+\.cuh)"$', re.MULTILINE)
+
+
 @functools.cache
 def _source(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    """The text of a file beside this one with what it includes, each in the place of its line."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda found: _source(found[1]), text)
 
 
 _kernels: dict[tuple[str, str, Defines, int], Kernel] = {}
