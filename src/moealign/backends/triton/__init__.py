@@ -20,7 +20,20 @@ from torch import Tensor
 
 from moealign.layout import BlockLayout, Problem
 
-__all__ = ["Launch", "align", "align_batched", "launches", "launches_batched", "note", "refuses", "unavailable"]
+from .routing import refuses_route, route
+
+__all__ = [
+    "Launch",
+    "align",
+    "align_batched",
+    "launches",
+    "launches_batched",
+    "note",
+    "refuses",
+    "refuses_route",
+    "route",
+    "unavailable",
+]
 
 SMALL_ROUTES = 128  # more in a pairwise tile spill registers
 SMALL_LENGTH = 65_536  # rows that one program can fill in passing

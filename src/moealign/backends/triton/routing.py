@@ -1,0 +1,84 @@
+"""The router in Triton, on any GPU that Triton reaches: one launch; with the mean share, torch adds up shares behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moealign.layout import Routing
+
+__all__ = ["MOST_EXPERTS", "launch_of", "refuses_route", "route"]
+
+MOST_EXPERTS = 4096  #: what a program holds
+
+_kernels: Any = None
+
+
+def refuses_route(routing: Routing) -> str | None:
+    """Why there is no kernel for this router; None if there is."""
+    if routing.num_experts > MOST_EXPERTS:
+        return f"routes up to {MOST_EXPERTS} experts, these are {routing.num_experts}"
+    return None
+
+
+def _power(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def launch_of(
+    routing: Routing,
+    logits: Tensor,
+    bias: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    shares: Tensor | None,
+) -> tuple[tuple[Any, ...], dict[str, Any], int]:
+    """Arguments, constants and warps of the one launch."""
+    size = _power(routing.num_experts)
+    constants = {
+        "SIGMOID": routing.scoring == "sigmoid", "RENORM": routing.renormalize, "EXPERTS": routing.num_experts,
+        "TOP_K": routing.top_k, "GROUPS": routing.num_groups, "TOP_GROUPS": routing.topk_groups,
+        "SIZE": size, "LIST": _power(routing.top_k), "GROUP_ROOM": _power(routing.num_groups),
+    }  # fmt: skip
+    arguments = (logits, bias, num_valid_tokens, weights, ids, shares, routing.tokens, logits.stride(0), routing.scale)
+    return arguments, constants, 1 if size <= 512 else 4
+
+
+def route(
+    routing: Routing,
+    router_logits: Tensor,
+    correction_bias: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    weights: Tensor,
+    ids: Tensor,
+    mean_probability: Tensor | None,
+) -> None:
+    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` where it is wanted."""
+    global _kernels
+    if _kernels is None:
+        from moealign.backends.triton import routing_kernels
+
+        _kernels = routing_kernels
+    logits = router_logits.detach()
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    bias = None if correction_bias is None else correction_bias.detach().to(torch.float32).contiguous()
+    shares = None
+    if mean_probability is not None:
+        shares = torch.empty((routing.tokens, routing.num_experts), dtype=torch.float32, device=logits.device)
+    given, constants, warps = launch_of(routing, logits, bias, num_valid_tokens, weights, ids, shares)
+    if routing.tokens:
+        device = logits.device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # Triton launches on the current device
+                _kernels.choose[(routing.tokens,)](*given, **constants, num_warps=warps, enable_fp_fusion=False)
+        else:
+            _kernels.choose[(routing.tokens,)](*given, **constants, num_warps=warps, enable_fp_fusion=False)
+    if mean_probability is not None and shares is not None:
+        torch.sum(shares, 0, out=mean_probability)
+        if num_valid_tokens is None:
+            mean_probability.div_(max(routing.tokens, 1))
+        else:
+            mean_probability.div_(num_valid_tokens.clamp(1, max(routing.tokens, 1)))
