@@ -28,6 +28,7 @@ __all__ = [
     "raise_for_errors",
 ]
 
+_is_compiling = torch.compiler.is_compiling
 _SCATTER = ("scatter_idx",)
 _NONE: tuple[str, ...] = ()
 _ERRORS = {
@@ -54,6 +55,15 @@ def moe_align_block_size(
     Returns ``(sorted_token_ids [L], expert_ids [cdiv(L, B)], num_tokens_post_padded [1])``, all int32, and with
     `return_scatter_idx` ``scatter_idx [n, 1]`` as a fourth.  Arguments, values and errors are those of :func:`align`.
     """
+    if type(topk_ids) is Tensor and expert_map is None and not return_scatter_idx and not _is_compiling():
+        # The usual call, seen before: what _align does, without its other cases.
+        key = (topk_ids.shape, topk_ids.dtype, topk_ids.device, block_size, num_experts, pad_sorted_ids,
+               ignore_invalid_experts, _NONE, backend)  # fmt: skip
+        plan = _plans.get(key)
+        if plan is not None and type(block_size) is type(num_experts) is int:
+            made = _allocate(plan)
+            plan.backend.align(plan.problem, topk_ids, None, None, None, made)
+            return made.sorted_token_ids, made.expert_ids, made.num_tokens_post_padded
     layout = _align(
         topk_ids,
         block_size,
@@ -287,8 +297,8 @@ def _wanted(*flags: bool) -> tuple[str, ...]:
 
 def _traced(tensor: Tensor) -> bool:
     if type(tensor) is Tensor:
-        return tensor.is_meta or torch.compiler.is_compiling()
-    return torch.compiler.is_compiling() or _is_symbolic(tensor) or (isinstance(tensor, Tensor) and tensor.is_meta)
+        return tensor.is_meta or _is_compiling()
+    return _is_compiling() or _is_symbolic(tensor) or (isinstance(tensor, Tensor) and tensor.is_meta)
 
 
 def _is_symbolic(tensor: Tensor) -> bool:
