@@ -739,14 +739,16 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
 #define BEFORE(e) (table[AT(e)] >> 16)
 #endif
     scan_cta(blocks, routes, total, kept, room, ENDS != 0);
+    // Expert e is written by CTA e % G, as its e / G-th; one division, then counted on.
+    u32 nth = t * PER / G, turn = t * PER - nth * G;
 #pragma unroll (PER <= 4 ? PER : 1)
-    for (int k = 0; k < PER; k++) {
+    for (int k = 0; k < PER; k++, turn = turn + 1 == G ? nth++, 0u : turn + 1) {
         const u32 e = t * PER + k;
         if (e >= E) break;
         const u32 c = COUNT(e);
 #if COMPACT
         table[AT(e)] = blocks << 16 | table[AT(e)] >> 16;
-        if (e % G == g) written[e / G] = c;
+        if (turn == g) written[nth] = c;
 #else
         first_row[AT(e)] = blocks * B;
 #endif
@@ -754,7 +756,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
         base[e] += blocks * B;
 #endif
         routes += c;
-        if (e % G == g) {
+        if (turn == g) {
 #if COUNTS
             counts[e] = c;
 #endif
