@@ -3,8 +3,9 @@
     PYTHONPATH=src python3 benchmarks/transformers_model.py            # a GPU; layers of the real size
     PYTHONPATH=src python3 benchmarks/transformers_model.py --small    # anything, to see that it runs
 
-Decode at batch 1 and 16 behind a prompt of 64 tokens, and a prefill of 4,096: eager, wall time, as a user of
-Transformers has it; `graph` is the same decode step captured in a CUDA graph with a static cache, where that succeeds.
+`moealign-routers` has the routers replaced as well.  Decode at batch 1 and 16 behind a prompt of 64 tokens, and a
+prefill of 4,096: eager, wall time, as a user of Transformers has it; `graph` is the same decode step captured in a CUDA
+graph with a static cache, where that succeeds.
 Logits are compared with grouped_mm's first.  Writes benchmarks/results/transformers_<gpu>.csv.
 """
 
@@ -27,7 +28,8 @@ import align as bench  # noqa: E402  benchmarks/align.py: columns and CSV
 
 from moealign.integrations import transformers as integration  # noqa: E402
 
-IMPLS = ["moealign", "grouped_mm", "batched_mm"]
+ROUTED = "moealign-routers"  # and its routers too
+IMPLS = ["moealign", ROUTED, "grouped_mm", "batched_mm"]
 BATCHED_MOST = 64  # tokens: batched_mm copies the weights of every route
 
 
@@ -120,7 +122,10 @@ def main() -> int:
             for impl in sorted(IMPLS, key=lambda each: each != "grouped_mm"):
                 if impl == "batched_mm" and tokens > BATCHED_MOST:
                     continue
-                model.set_experts_implementation(impl)
+                integration.restore_routers(model)
+                model.set_experts_implementation("moealign" if impl == ROUTED else impl)
+                if impl == ROUTED:
+                    integration.replace_routers(model)
                 if kind == "prefill":
                     step = lambda: model(ids, use_cache=False, logits_to_keep=1)  # noqa: E731, B023
                 else:

@@ -41,6 +41,7 @@ HEAVY_ALLOWED = {
     "backends/cpu/kernels.py": {"numba"},
     "backends/cpu/routing_kernels.py": {"numba"},
     "backends/triton/kernels.py": {"triton"},
+    "backends/triton/routing_kernels.py": {"triton"},
     "backends/triton/gemm.py": {"triton"},
     "integrations/vllm_kernels.py": {"triton"},
 }

@@ -320,3 +320,52 @@ def test_capture_says_what_is_wrong():
         pass
     with pytest.raises(moealign.InvalidInput, match="at least one call"):
         seen.trace()
+
+
+# ---- routers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_routers_choose_by_the_kernel_and_logits_stay(name):
+    eager, ours = make(name)
+    layers = sum(type(module).__name__ in integration._ROUTERS for module in ours.modules())
+    assert layers > 0
+    assert integration.replace_routers(ours) == layers
+    assert integration.replace_routers(ours) == 0  # twice is as good as once
+    with torch.no_grad():
+        want, got = eager(TEXT).logits, ours(TEXT).logits
+        again = copy.deepcopy(ours)(TEXT).logits
+    close(got, want, 2e-6)
+    assert torch.equal(again, got)
+    assert integration.restore_routers(ours) == layers
+    assert not any("forward" in vars(module) for module in ours.modules())
+
+
+def test_training_through_a_replaced_router():
+    eager, ours = make("qwen3-moe")
+    integration.replace_routers(ours)
+    for model in (eager, ours):
+        model.train()
+        model(TEXT, labels=TEXT).loss.backward()
+    for (name, theirs), (_, mine) in zip(eager.named_parameters(), ours.named_parameters(), strict=True):
+        if "gate.weight" in name:
+            close(mine.grad, theirs.grad, 1e-5)
+
+
+def test_a_router_that_chooses_otherwise_is_left_alone():
+    _, ours = make("qwen3-moe")
+
+    class Qwen3MoeTopKRouter(torch.nn.Module):
+        def __init__(self, other):
+            super().__init__()
+            self.__dict__.update(other.__dict__)
+
+        def forward(self, hidden_states):
+            logits = torch.nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+            values, ids = torch.topk(-logits, self.top_k, dim=-1)
+            return logits, values, ids
+
+    mlp = ours.model.layers[0].mlp
+    mlp.gate = Qwen3MoeTopKRouter(mlp.gate)
+    assert integration.replace_routers(ours) == 1  # the other layer's
+    assert "forward" not in vars(mlp.gate)

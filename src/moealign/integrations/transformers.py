@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import routing as _routing  # the operator moealign::route
 from ..errors import BackendUnavailable
 from ..fused_moe import fused_moe
 
-__all__ = ["NAME", "experts_forward", "install", "uninstall"]
+assert _routing
+
+__all__ = ["NAME", "experts_forward", "install", "replace_routers", "restore_routers", "uninstall"]
 
 #: What ``experts_implementation`` is called.
 NAME = "moealign"
@@ -120,3 +123,109 @@ def _post_norm(module: Any) -> Any:
     if not getattr(module, "has_post_expert_norm", False):
         return None
     return getattr(module, "_apply_post_norm", None) or module.post_expert_norm
+
+
+# ---- routers ---------------------------------------------------------------------------------------------------------
+
+#: How Transformers' routers choose, by the name of their class.  Each still has to show that it does.
+_SOFTMAX = {"scoring": "softmax"}
+_SIGMOID = {"scoring": "sigmoid"}
+_ROUTERS = {
+    "MixtralTopKRouter": _SOFTMAX,
+    "Qwen2MoeTopKRouter": _SOFTMAX,
+    "Qwen3MoeTopKRouter": _SOFTMAX,
+    "OlmoeTopKRouter": _SOFTMAX,
+    "GptOssTopKRouter": _SOFTMAX,
+    "DeepseekV3TopkRouter": _SIGMOID,
+    "Glm4MoeTopkRouter": _SIGMOID,
+}
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def replace_routers(model: torch.nn.Module) -> int:
+    """Let routers of `model` that this library knows choose by :func:`moealign.route`'s kernel; how many did.
+
+    One kernel then stands where Transformers has a softmax, a top-k, a sum and a division or more.  A router is
+    replaced only if, on random rows, it chooses as its own ``forward`` does.  Weights stay in float32.  The ids are
+    int32, which the experts of this library take: set ``experts_implementation="moealign"`` as well.
+    """
+    replaced = 0
+    for module in model.modules():
+        how = _ROUTERS.get(type(module).__name__)
+        if how is None or "forward" in vars(module):
+            continue
+        facts = _facts(module, how)
+        if facts is None or not _agree(module, facts):
+            continue
+        module.forward = _Router(module, facts)
+        replaced += 1
+    return replaced
+
+
+def restore_routers(model: torch.nn.Module) -> int:
+    """Give the routers of `model` their own ``forward`` back; how many had lost it."""
+    replaced = [module for module in model.modules() if isinstance(vars(module).get("forward"), _Router)]
+    for module in replaced:
+        del module.forward
+    return len(replaced)
+
+
+def _facts(module: Any, how: dict[str, str]) -> tuple[Any, ...] | None:
+    """What the operator takes behind the logits, up to the bias; None where something is missing."""
+    try:
+        if how is _SOFTMAX:
+            renormalize = bool(getattr(module, "norm_topk_prob", True))
+            return (module.top_k, "softmax", renormalize, 1, 1, 1.0)
+        return (
+            module.top_k, "sigmoid", bool(module.norm_topk_prob), module.num_group, module.topk_group,
+            float(module.routed_scaling_factor),
+        )  # fmt: skip
+    except AttributeError:
+        return None
+
+
+class _Router:
+    """A router's ``forward``: logits as its own, weights and ids from one kernel."""
+
+    def __init__(self, module: Any, facts: tuple[Any, ...]) -> None:
+        self.module, self.facts = module, facts
+
+    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        module = self.module
+        top_k, scoring, renormalize, groups, topk_groups, scale = self.facts
+        hidden_states = hidden_states.reshape(-1, module.hidden_dim)
+        weight, bias = module.weight, None
+        if scoring == "sigmoid":
+            hidden_states, weight = hidden_states.to(torch.float32), weight.to(torch.float32)
+            bias = module.e_score_correction_bias
+        logits = torch.nn.functional.linear(hidden_states, weight, getattr(module, "bias", None))
+        weights, ids, _ = torch.ops.moealign.route(
+            logits, top_k, scoring, renormalize, bias, groups, topk_groups, scale, None, False, None
+        )
+        return logits, weights, ids
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        import copy
+
+        return _Router(copy.deepcopy(self.module, memo), self.facts)
+
+
+def _agree(module: Any, facts: tuple[Any, ...]) -> bool:
+    """Whether both choose the same experts with the same weights for 64 random rows."""
+    weight = module.weight
+    if weight.device.type == "meta":
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, module.hidden_dim, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            (_, theirs, which), (_, ours, ids) = type(module).forward(module, rows), _Router(module, facts)(rows)
+        except Exception:
+            return False
+    if which.shape != ids.shape or theirs.shape != ours.shape:
+        return False
+    # Of equal scores, which a router of zeros has everywhere, theirs may choose others: weights alone then agree.
+    most = _TOLERANCE.get(weight.dtype, 1e-5) * max(1.0, float(ours.abs().max()))
+    close = (theirs.float().sort(1).values - ours.sort(1).values).abs().max() <= most
+    alike = (which.long().sort(1).values == ids.long().sort(1).values).all(1).float().mean()
+    return bool(close) and (float(alike) > 0.9 or not bool(weight.any()))

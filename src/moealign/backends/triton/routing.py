@@ -1,4 +1,4 @@
-"""The router in Triton, on any GPU that Triton reaches: one launch; with the mean share, torch adds up shares behind it."""
+"""The router in Triton, on any GPU that Triton reaches: one launch; with the mean, torch adds up shares behind it."""
 
 from __future__ import annotations
 
