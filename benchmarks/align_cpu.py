@@ -77,12 +77,12 @@ def build_cpp() -> Align | None:
     return align
 
 
-def one_thread(ids: torch.Tensor, num_experts: int) -> moealign.BlockLayout:
-    return moealign.align(ids, block_size=BLOCK, num_experts=num_experts, backend="cpu")
+def one_thread(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    return moealign.moe_align_block_size(ids, BLOCK, num_experts, backend="cpu")
 
 
-def two_threads(ids: torch.Tensor, num_experts: int) -> moealign.BlockLayout:
-    return moealign.align(ids, block_size=BLOCK, num_experts=num_experts, backend="cpu")
+def two_threads(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+    return moealign.moe_align_block_size(ids, BLOCK, num_experts, backend="cpu")
 
 
 def reference(ids: torch.Tensor, num_experts: int) -> moealign.BlockLayout:
@@ -209,7 +209,7 @@ def show(medians: list[tuple[Case, dict[str, float]]]) -> None:
     from rich.table import Table
 
     table = Table(
-        title="median us of a call of moealign.align on one thread, and how many times as long the others take"
+        title="median us of a call of moealign.moe_align_block_size on one thread, and how many times as long the others take"
     )
     others = ["torch-argsort", "moealign-reference", "cpp-counting-sort", "moealign-cpu-2t", "floor-memcpy"]
     for column in ("case", "routes", "E", "moealign-cpu", *others):

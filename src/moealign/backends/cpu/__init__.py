@@ -43,6 +43,8 @@ _CODES = {
     torch.uint8: -1, torch.uint16: -2, torch.uint32: -4, torch.uint64: -8,
 }  # fmt: skip
 
+_SHARED = struct.Struct("29q").pack
+
 _kernels: Any = None
 
 
@@ -255,24 +257,25 @@ def align(
     # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
     chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * MIN_ROUTES_AN_EXPERT))))
     rows = 3 + chunks * (4 if experts <= kernels.LANES_MAX_EXPERTS else 1)
-    memory = torch.empty(kernels.CONTROL_BYTES // 4 + rows * row_ints, dtype=torch.int32)
-    memory[: kernels.CONTROL_BYTES // 4] = 0
+    head = kernels.CONTROL_BYTES + 8 * kernels.SHARED_ARGUMENTS
+    memory = torch.empty(head // 4 + rows * row_ints, dtype=torch.int32)
     control = memory.data_ptr()
-    scratch = control + kernels.CONTROL_BYTES
+    scratch = control + head
     valid = kernels.prepare(
         map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, scratch
     )
-    shared = (
-        control, chunks, valid, scratch, row_ints,
+    told = bytes(kernels.CONTROL_BYTES) + _SHARED(
+        chunks, valid, scratch, row_ints,
         ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
         map_address, map_code, map_stride, ignore, error,
         routes, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
         sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
         counts, offsets, ends, positions, block_rows, scatter_idx,
     )  # fmt: skip
+    ctypes.memmove(control, told, head)
     task = kernels.shared[width]
-    _helpers.ask(threads - 1, task, (0, *shared), memory)
-    task(1, *shared)
+    _helpers.ask(threads - 1, task, (0, control), memory)
+    task(1, control)
 
 
 def align_batched(

@@ -27,6 +27,7 @@ __all__ = [
     "CONTROL_BYTES",
     "LANES_MAX_EXPERTS",
     "SERIAL_ARGUMENTS",
+    "SHARED_ARGUMENTS",
     "batched_fill",
     "batched_scan",
     "prepare",
@@ -45,6 +46,8 @@ AHEAD_MIN_EXPERTS = 96
 FILL_FIRST = 32
 # int64 that `serial` reads.
 SERIAL_ARGUMENTS = 29
+# int64 that `shared` reads, behind what its threads tell each other.
+SHARED_ARGUMENTS = 29
 # What threads of a call tell each other: six int64, each in a cache line of its own.
 CONTROL_BYTES = 384
 
@@ -506,18 +509,23 @@ def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes,
 
 def _make_shared(width):  # type: ignore[no-untyped-def]
     @njit(**_JIT)
-    def shared(  # type: ignore[no-untyped-def]
-        leader, control, chunks, valid, scratch, row_ints,
-        ids_address, cols, row_stride, col_stride, bound_, signed,
-        map_address, map_code, map_stride, ignore, error,
-        routes, experts, block_size, length, num_blocks,
-        sorted_ids, expert_ids, total_out, counts_out, offsets_out, ends_out, positions, block_rows, scatter_idx,
-    ):  # fmt: skip
-        """What every thread of a call runs: chunks are taken from counters in `control` until none is left.
+    def shared(leader, control):  # type: ignore[no-untyped-def]
+        """What every thread of a call runs: chunks are taken from counters at `control` until none is left.
 
-        The leader can do all the work alone, and nobody waits for a thread that has not taken a chunk.  A helper that
-        comes too late finds none left: it reads `control` and leaves.
+        Behind the counters, from CONTROL_BYTES on, stand SHARED_ARGUMENTS int64.  The leader can do all the work alone,
+        and nobody waits for a thread that has not taken a chunk.  A helper that comes too late finds none left: it
+        reads `control` and leaves.
         """
+        given = _i64(control + CONTROL_BYTES)
+        chunks, valid, scratch, row_ints = given[0], given[1], given[2], given[3]
+        ids_address, cols, row_stride, col_stride, bound_, signed = (
+            given[4], given[5], given[6], given[7], given[8], given[9],
+        )  # fmt: skip
+        map_address, map_code, map_stride, ignore, error = given[10], given[11], given[12], given[13], given[14]
+        routes, experts, block_size, length, num_blocks = given[15], given[16], given[17], given[18], given[19]
+        sorted_ids, expert_ids, total_out = given[20], given[21], given[22]
+        counts_out, offsets_out, ends_out = given[23], given[24], given[25]
+        positions, block_rows, scatter_idx = given[26], given[27], given[28]
         count_next, count_done, scanned = control, control + 64, control + 128
         fill_next, fill_done, bad_ids = control + 192, control + 256, control + 320
         ids = _ids_pointer(ids_address, width)
