@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import moealign
 from moealign.backends import reference_routing

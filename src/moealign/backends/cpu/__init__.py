@@ -1,8 +1,8 @@
 """Counting sort on the CPU, compiled by numba at the first call and cached on disk.
 
 Passes: count, scan, scatter, in one compiled call; from `PARALLEL_ROUTES` on several threads run it together.
-Bytes: ids are read twice, every output is written once; scratch is one int32 counter a bin and chunk of routes (four up
-to 2,048 experts), with `CHUNKS_A_THREAD` chunks a thread.
+Bytes: ids are read twice, every output is written once; scratch is one int32 counter a bin and chunk of routes,
+with `CHUNKS_A_THREAD` chunks a thread, and three tables.
 
 Ids of any integer dtype and of any strides that collapse to two dimensions are read in place; only other
 strides are copied.  Nothing here imports numba before the first call.
@@ -34,7 +34,7 @@ __all__ = ["align", "align_batched", "note", "num_threads", "refuses", "route", 
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
 MIN_ROUTES_AN_EXPERT = 2  # a chunk's counters must not cost more than its routes
-CHUNKS_A_THREAD = 8
+CHUNKS_A_THREAD = 4
 MAX_THREADS = 64
 
 # Width in bytes, negative if unsigned.
@@ -256,7 +256,7 @@ def align(
 
     # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
     chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * MIN_ROUTES_AN_EXPERT))))
-    rows = 3 + chunks * (4 if experts <= kernels.LANES_MAX_EXPERTS else 1)
+    rows = 3 + chunks
     head = kernels.CONTROL_BYTES + 8 * kernels.SHARED_ARGUMENTS
     memory = torch.empty(head // 4 + rows * row_ints, dtype=torch.int32)
     control = memory.data_ptr()

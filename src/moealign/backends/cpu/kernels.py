@@ -4,8 +4,8 @@ What it computes: every output of :class:`moealign.layout.BlockLayout`, to the l
 Passes: count the routes of each bin; scan the bins (offsets, blocks, padding); scatter the routes.  One thread does
 them in one call, `serial`.  Several run `shared` and take chunks of the routes, which have counters of their own: the
 bits depend neither on the number of threads nor on who took which chunk.
-Bytes: ids are read twice, every element of an output is written once; scratch is one counter a bin and chunk (four up
-to LANES_MAX_EXPERTS) and three tables.
+Bytes: ids are read twice, every element of an output is written once; scratch is one counter a bin and chunk and
+three tables.
 
 Arguments are addresses and sizes, not arrays: an array costs numba 0.3 us to unbox and torch 0.5 us to make.  An
 address of 0 means "not wanted".  Ids are read as unsigned integers of their width, and a signed dtype only lowers
@@ -48,8 +48,8 @@ FILL_FIRST = 32
 SERIAL_ARGUMENTS = 29
 # int64 that `shared` reads, behind what its threads tell each other.
 SHARED_ARGUMENTS = 29
-# What threads of a call tell each other: six int64, each in a cache line of its own.
-CONTROL_BYTES = 384
+# What threads of a call tell each other: seven int64, each in a cache line of its own.
+CONTROL_BYTES = 448
 
 _JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
 _PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
@@ -527,7 +527,7 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
         counts_out, offsets_out, ends_out = given[23], given[24], given[25]
         positions, block_rows, scatter_idx = given[26], given[27], given[28]
         count_next, count_done, scanned = control, control + 64, control + 128
-        fill_next, fill_done, bad_ids = control + 192, control + 256, control + 320
+        fill_next, fill_done, bad_ids, threads_here = control + 192, control + 256, control + 320, control + 384
         ids = _ids_pointer(ids_address, width)
         bound, missing = np.uint64(bound_), _missing(signed, width)
         mapped = ignore != 0
@@ -535,12 +535,13 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
         step = 4 * row_ints
         table, counts, offsets = _i32(scratch), _i32(scratch + step), _i32(scratch + 2 * step)
         counters = scratch + 3 * step
-        lanes = counters + chunks * step
+        # Nobody writes rows before all have counted: until then that memory holds each thread's further counters.
+        own_lanes = _i32(sorted_ids + 3 * step * _add(threads_here, 1))
 
         chunk = _add(count_next, 1)
         while chunk < chunks:
             lo, hi = valid * chunk // chunks, valid * (chunk + 1) // chunks
-            own, own_lanes = _i32(counters + chunk * step), _i32(lanes + 3 * chunk * step)
+            own = _i32(counters + chunk * step)
             _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, own, own_lanes)
             if error != 0 and _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):
                 _add(bad_ids, 1)
