@@ -209,7 +209,7 @@ def show(medians: list[tuple[Case, dict[str, float]]]) -> None:
     from rich.table import Table
 
     table = Table(
-        title="median us of a call of moealign.moe_align_block_size on one thread, and how many times as long the others take"
+        title="median us of a call of moe_align_block_size on one thread, and how many times as long the others take"
     )
     others = ["torch-argsort", "moealign-reference", "cpp-counting-sort", "moealign-cpu-2t", "floor-memcpy"]
     for column in ("case", "routes", "E", "moealign-cpu", *others):

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from moealign import InvalidInput, RankFailed, fused_moe
 from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
 
 EXPERTS, HIDDEN, INNER, TOP_K = 10, 6, 5, 3
+DEVICE = torch.device("cpu")  # with NCCL this rank's GPU
 
 
 def layer(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     up = torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator, dtype=dtype)
-    return up, torch.randn(EXPERTS, HIDDEN, INNER, generator=generator, dtype=dtype)
+    return up.to(DEVICE), torch.randn(EXPERTS, HIDDEN, INNER, generator=generator, dtype=dtype).to(DEVICE)
 
 
 def tokens_of(seed: int, count: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,7 +37,7 @@ def tokens_of(seed: int, count: int, kind: str) -> tuple[torch.Tensor, torch.Ten
         ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, -1, ids)
     elif kind == "nothing":
         ids.fill_(-1)
-    return hidden, weights, ids
+    return hidden.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
 
 
 def placements(ranks: int) -> dict[str, ExpertPlacement]:
@@ -49,7 +51,8 @@ def placements(ranks: int) -> dict[str, ExpertPlacement]:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    most = 1e-12 if DEVICE.type == "cpu" else 1e-11
+    torch.testing.assert_close(a, b, rtol=most, atol=most)
 
 
 def shards(placement: ExpertPlacement, rank: int, grad: bool) -> list[torch.Tensor]:
@@ -114,7 +117,7 @@ def check_dispatched(rank: int, ranks: int) -> None:
 
 
 def check_mesh(rank: int, ranks: int) -> None:
-    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
+    mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (ranks,))
     placement = ExpertPlacement.linear(EXPERTS, ranks)
     hidden, weights, ids = tokens_of(3, 9, "uniform")
     up, down = shards(placement, rank, False)
@@ -148,24 +151,65 @@ def check_refusals(rank: int, ranks: int) -> None:
             call()
 
 
+def check_half_precision(rank: int, ranks: int) -> None:
+    """The kernels' own dtype and sizes that they take, against one rank's layer; the one wait is counted."""
+    experts, hidden, inner, top_k = 16, 256, 128, 4
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(DEVICE, torch.bfloat16)
+
+    up, down = randn(experts, 2 * inner, hidden), randn(experts, hidden, inner)
+    placement = ExpertPlacement.balanced(torch.arange(experts) + 1, ranks, replicas=ranks)
+    mine = (placement.shard(up, rank), placement.shard(down, rank))
+    for tokens in (1, 16, 300):
+        x = randn(tokens, hidden) * 16
+        weights = torch.rand(tokens, top_k, generator=generator).to(DEVICE)
+        ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.to(DEVICE)
+        expected = fused_moe(x, up, down, weights, ids).double()
+        scale = float(expected.norm())
+        got = replicated_moe(x, *mine, weights, ids, placement).double()
+        assert float((got - expected).norm()) < 1e-2 * scale, tokens
+        span = slice(tokens * rank // ranks, tokens * (rank + 1) // ranks)
+        for chunks in (1, 2):
+            own = (x[span], *mine, weights[span], ids[span], placement)
+            dispatched_moe(*own, chunks=chunks)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                got = dispatched_moe(*own, chunks=chunks)
+                torch.cuda.set_sync_debug_mode("default")
+            waits = [
+                each for each in seen if "synchroniz" in str(each.message) and "prototype" not in str(each.message)
+            ]
+            assert len(waits) <= 1, [str(each.message) for each in waits]
+            assert float((got.double() - expected[span]).norm()) < 1e-2 * scale, (tokens, chunks)
+
+
 def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
     """The last rank leaves; the others are told so when the group's time is over."""
     placement = ExpertPlacement.linear(EXPERTS, ranks)
     hidden, weights, ids = tokens_of(0, 4, "uniform")
+    dist.all_reduce(torch.zeros(1, device=DEVICE))  # the ranks have met
     if rank == ranks - 1:
-        time.sleep(8)
+        time.sleep(8 if DEVICE.type == "cpu" else 20)
         return
     start = time.monotonic()
     with pytest.raises(RankFailed, match=f"rank {rank} of {ranks}: .* is late, has stopped"):
         dispatched_moe(hidden, *shards(placement, rank, False), weights, ids, placement)
-    assert time.monotonic() - start < 7
+    assert time.monotonic() - start < (7 if DEVICE.type == "cpu" else 18)
 
 
 def main() -> None:
+    global DEVICE
     rank, ranks, store, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    backend = sys.argv[5] if len(sys.argv) > 5 else "gloo"
     torch.set_num_threads(1)
+    if backend == "nccl":
+        DEVICE = torch.device("cuda", rank)
+        torch.cuda.set_device(DEVICE)
     patience = datetime.timedelta(seconds=2 if name == "check_a_rank_that_never_comes" else 60)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
     try:
         for each in name.split(","):
             globals()[each](rank, ranks)

@@ -21,12 +21,14 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_refusals"
 
 
-def run(ranks: int, name: str, tmp_path: Path) -> None:
+def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
     """Fails with the output of the first rank that failed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    if backend == "nccl":  # a wait that ends in an error, where NCCL's watchdog would end the process
+        environment |= {"TORCH_NCCL_BLOCKING_WAIT": "1", "NCCL_NVLS_ENABLE": "0"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(ranks), str(tmp_path / "store"), name],
+            [sys.executable, str(WORKER), str(rank), str(ranks), str(tmp_path / "store"), name, backend],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -35,7 +37,7 @@ def run(ranks: int, name: str, tmp_path: Path) -> None:
         for rank in range(ranks)
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=240 if backend == "gloo" else 90)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -50,6 +52,24 @@ def test_both_modes_are_the_single_layer(ranks, tmp_path):
 
 def test_a_rank_that_never_comes_is_noticed(tmp_path):
     run(2, "check_a_rank_that_never_comes", tmp_path)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+
+
+@two_gpus
+def test_both_modes_are_the_single_layer_with_nccl(tmp_path):
+    run(2, CHECKS, tmp_path, "nccl")
+
+
+@two_gpus
+def test_half_precision_and_the_one_wait_with_nccl(tmp_path):
+    run(2, "check_half_precision", tmp_path, "nccl")
+
+
+@two_gpus
+def test_a_rank_that_never_comes_is_noticed_with_nccl(tmp_path):
+    run(2, "check_a_rank_that_never_comes", tmp_path, "nccl")
 
 
 # ----------------------------------------------------------------------------------------------------------- placement
