@@ -5,16 +5,19 @@
     python benchmarks/figures.py --check    # write nothing, fail if the README's tables are not those of the CSV files
 
 ``benchmarks/results/align_<gpu>.csv`` fills the README between ``<!-- performance:begin -->`` and
-``<!-- performance:end -->``, ``align_cpu.csv`` between ``<!-- performance-cpu:begin -->`` and its end.
+``<!-- performance:end -->``, ``align_cpu.csv`` between ``<!-- performance-cpu:begin -->`` and its end.  In the same way
+``parallel_<gpu>.csv`` fills docs/parallel.md, with what was measured and with a model of more ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
@@ -129,6 +132,112 @@ def cpu_table(rows: Sequence[Row], source: str = "benchmarks/results/align_cpu.c
     return f"{caption(rows, 'wall time on one thread', source)}\n\n{table}"
 
 
+# ---- expert parallelism ----------------------------------------------------------------------------------------------
+
+NODE = 8  # ranks that NVLink joins
+NETWORK_GB_S, NETWORK_US = (
+    50.0,
+    20.0,
+)  # an assumption: one 400 Gb/s adapter a GPU, and what a message between nodes takes
+MODEL_RANKS, MODEL_TOKENS = (8, 64, 512), (64, 4096)  # tokens of a rank
+SHAPE = re.compile(r"T(\d+)-k(\d+)-E(\d+)-H(\d+)-I(\d+)")
+
+
+def parallel_table(rows: Sequence[Row]) -> str:
+    """Both modes on two GPUs, and the part of each that its collectives alone take."""
+    lines = []
+    for row, times in cases_of(rows, "parallel"):
+        found = SHAPE.match(row["case"])
+        assert found is not None
+        tokens, top_k, experts, hidden, inner = map(int, found.groups())
+        if tokens not in (1, 64, 1024, 4096):
+            continue
+        one, two, part = (times[f"{name}-graph"] for name in ("one-gpu", "replicated", "exchange-replicated"))
+        eager, sent, moved = times["one-gpu"], times["dispatched"], times["exchange-dispatched"]
+        lines.append([
+            f"{experts}, {top_k}, {hidden}, {inner}", f"{tokens:,}", microseconds(one), microseconds(two),
+            f"{one / two:.2f}x", f"{part / two:.0%}", microseconds(eager), microseconds(sent), f"{moved / sent:.0%}",
+        ])  # fmt: skip
+    return markdown(
+        ["E, k, H, I", "tokens", "one GPU", "replicated", "gain", "exchange", "one GPU, eager", "dispatched, eager",
+         "exchange"],
+        lines,
+    )  # fmt: skip
+
+
+class Terms(NamedTuple):
+    """What the model takes from the measurement, in microseconds and bytes a microsecond."""
+
+    latency: float
+    reduce_rate: float  # of an all-reduce: bytes that leave a rank
+    exchange_rate: float  # of an all-to-all
+    memory_rate: float  # at which a layer reads its weights
+    flop_rate: float
+
+
+def model_terms(rows: Sequence[Row], shape: tuple[int, int, int, int]) -> Terms:
+    experts, top_k, hidden, inner = shape
+    collective = {int(row["routes"]): times for row, times in cases_of(rows, "collective")}
+    least, most = min(collective), max(collective)
+    layer = {int(row["routes"]) // top_k: times for row, times in cases_of(rows, "parallel")
+             if f"-E{experts}-H{hidden}-I{inner} " in row["case"]}  # fmt: skip
+    weights = 3 * experts * hidden * inner * 2
+    flops = 6 * 4096 * top_k * hidden * inner
+    return Terms(
+        latency=max(collective[least].values()),
+        reduce_rate=most / collective[most]["all-reduce"],  # two ranks: half of the data goes each of two ways
+        exchange_rate=most / 2 / collective[most]["all-to-all"],
+        memory_rate=weights / layer[256]["one-gpu-graph"],
+        flop_rate=flops / layer[4096]["one-gpu-graph"],
+    )
+
+
+def parallel_model(rows: Sequence[Row], shape: tuple[int, int, int, int] = (256, 8, 7168, 1024)) -> str:
+    """Microseconds of a layer over many ranks by the equations of docs/parallel.md."""
+    experts, top_k, hidden, inner = shape
+    terms = model_terms(rows, shape)
+    lines = []
+    for ranks in MODEL_RANKS:
+        nodes = max(ranks // NODE, 1)
+        latency = terms.latency + (NETWORK_US if nodes > 1 else 0)
+        slots = -(-experts // ranks)
+        for tokens in MODEL_TOKENS:
+            routes = tokens * top_k  # of a rank, which as many reach
+            computing = max(
+                3 * slots * hidden * inner * 2 / terms.memory_rate, 6 * routes * hidden * inner / terms.flop_rate
+            )
+            every = tokens * ranks * hidden * 2
+            rate = terms.reduce_rate if nodes == 1 else NETWORK_GB_S * 1e3 * NODE  # all adapters of a node together
+            replicated = 2 * every * (nodes - 1 if nodes > 1 else ranks - 1) / (nodes if nodes > 1 else ranks) / rate
+            replicated += 2 * latency
+            sent = routes * hidden * 2
+            near = sent * (min(ranks, NODE) - 1) / ranks / terms.exchange_rate
+            far = sent * (ranks - min(ranks, NODE)) / ranks / (NETWORK_GB_S * 1e3)
+            dispatched = 2 * max(near, far) + 3 * latency
+            lines.append([
+                f"{ranks}", f"{tokens:,}", f"{computing:,.0f}", f"{replicated:,.0f}", f"{dispatched:,.0f}",
+                f"{dispatched / (computing + dispatched):.0%}",
+            ])  # fmt: skip
+    said = (
+        f"Terms: latency {terms.latency:.0f} us, all-reduce {terms.reduce_rate / 1e3:.0f} GB/s, all-to-all "
+        f"{terms.exchange_rate / 1e3:.0f} GB/s, weights read at {terms.memory_rate / 1e6:.1f} TB/s, "
+        f"{terms.flop_rate / 1e6:.0f} TFLOP/s, all of the shape {', '.join(map(str, shape))} or of plain collectives."
+    )
+    header = ["ranks", "tokens a rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
+    return f"{said}\n\n{markdown(header, lines)}"
+
+
+def page_with_tables(text: str, results: Path, gpu: str = "h200") -> str:
+    """docs/parallel.md with the tables of the CSV file, if there is one."""
+    path = results / f"parallel_{gpu}.csv"
+    if not path.exists():
+        return text
+    rows = read(path)
+    how = "graph replay or wall time between barriers"
+    measured = f"{caption(rows, how, f'benchmarks/results/{path.name}')}\n\n{parallel_table(rows)}"
+    return replace_between(replace_between(text, "parallel", measured), "parallel-model", parallel_model(rows))
+
+
 def replace_between(text: str, marker: str, body: str) -> str:
     """`text` with `body` between the two comments of `marker`.
 
@@ -173,11 +282,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{args.readme}: {error}")
         return 2
+    page = ROOT / "docs" / "parallel.md"
+    page_fresh = page_with_tables(page.read_text(), args.results)
     if args.check:
-        if fresh != text:
-            print(f"{args.readme}: its tables are not those of {args.results}; run benchmarks/figures.py")
-        return int(fresh != text)
+        stale = [path for path, now in ((args.readme, fresh), (page, page_fresh)) if now != path.read_text()]
+        for path in stale:
+            print(f"{path}: its tables are not those of {args.results}; run benchmarks/figures.py")
+        return int(bool(stale))
     args.readme.write_text(fresh)
+    if args.results == ROOT / "benchmarks" / "results":
+        page.write_text(page_fresh)
     print(f"{args.readme}: tables written")
     if found is not None:
         draw(read(found), args.image, DRAWN)

@@ -165,7 +165,7 @@ def work(here: Ranks, small: bool, out: Path | None) -> None:
     session = bench.Session(here.device, gpu, [])
     say: Callable[[str], None] = bench.say if here.rank == 0 else lambda line: None
     for size in SIZES[: 2 if small else None]:
-        case = bench.Work("collective", f"{size} bytes, {here.ranks} ranks", (size, 1, 0, 0), [torch.zeros(1)])
+        case = bench.Work("collective", f"{size} bytes {here.ranks} ranks", (size, 1, 0, 0), [torch.zeros(1)])
         for impl, times in collective_times(here, size).items():
             session.add(case, impl, times)
             say(f"{impl} of {size:>11,} bytes: {statistics.median(times):9.1f} us")
@@ -181,7 +181,7 @@ def work(here: Ranks, small: bool, out: Path | None) -> None:
         own = [placement.shard(each, here.rank) for each in whole]
         for tokens in SMALL_TOKENS if small else TOKENS:
             times = layer_times(here, shape, tokens, whole, own, placement)
-            name = f"T{tokens}-k{top_k}-E{experts}-H{hidden}-I{inner}, {here.ranks} ranks"
+            name = f"T{tokens}-k{top_k}-E{experts}-H{hidden}-I{inner} {here.ranks} ranks"
             case = bench.Work("parallel", name, (tokens, top_k, experts, 0), [torch.zeros(1)])
             for impl, each in times.items():
                 session.add(case, impl, each)

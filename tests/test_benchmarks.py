@@ -238,3 +238,36 @@ def test_the_readmes_tables_are_those_of_the_tracked_results() -> None:
         pytest.skip("no results are tracked")
     readme = (ROOT / "README.md").read_text()
     assert figures.readme_with_tables(readme, RESULTS) == readme, "run benchmarks/figures.py"
+
+
+# ---- expert parallelism ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_about_ranks_has_the_tables_of_its_file():
+    results = ROOT / "benchmarks" / "results"
+    page = (ROOT / "docs" / "parallel.md").read_text()
+    assert figures.page_with_tables(page, results) == page
+    assert figures.page_with_tables("no markers", results / "nowhere") == "no markers"
+
+
+def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
+    rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h200.csv")
+    slower = [
+        {**row, "median_us": str(2 * float(row["median_us"]))} if row["bench"] == "collective" else row for row in rows
+    ]
+    terms, halved = (figures.model_terms(each, (256, 8, 7168, 1024)) for each in (rows, slower))
+    assert halved.exchange_rate == terms.exchange_rate / 2
+    assert halved.flop_rate == terms.flop_rate
+    assert 1e5 < terms.reduce_rate < 1e6  # bytes a microsecond: what NVLink reaches
+    assert figures.parallel_model(slower) != figures.parallel_model(rows)
+
+
+def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
+    out = tmp_path / "parallel.csv"
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "parallel.py"), "--small", "--out", str(out), "--limit", "200"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    impls = {row["impl"] for row in figures.read(out)}
+    assert {"one-gpu", "replicated", "dispatched", "exchange-dispatched", "all-to-all"} <= impls
