@@ -189,7 +189,7 @@ def test_lora_through_vllm_s_wrapper(installed, case):
         wrapper, ids, tokens, block_size, experts, slots, enabled, expert_map
     )
     expected = lora_case(tokens, top_k, experts, block_size, slots, 0, mapped)[2]
-    assert_lora(result[1:], expected)
+    assert_lora(result[1:], expected, poisoned=False)
     assert drop_in.calls() == {"_custom_ops.moe_lora_align_block_size": {"moealign": 1, "vllm": 0}}
 
 
@@ -326,7 +326,7 @@ def test_lora_as_vllm_s_operator(vllm, tokens, experts):
             ops.moe_lora_align_block_size(*arguments[:-1])
         finally:
             drop_in.uninstall()
-        enabled, listed = (tensor.tolist() for tensor in arguments[-3:-1])
+        enabled, listed = arguments[-3].tolist(), arguments[-2].tolist()[: slots + 1]
         rows, blocks = out[0].view(slots, -1).tolist(), out[1].view(slots, -1).tolist()
         found = {}
         for slot in range(slots):
