@@ -19,7 +19,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_docs import ROOT, run_page
 from test_integrations import LORA, assert_lora, lora_case, rows_of, sglang_oracle
 
 from moealign.integrations import vllm as drop_in
@@ -49,21 +48,8 @@ with_sglang = pytest.mark.skipif(not SGLANG, reason="SGLang's files are not here
 
 @pytest.fixture(scope="session", autouse=True)
 def vllm():
-    """The layers that hold our functions, imported, with the compiled library where there is one."""
-    if GPU:
-        torch.ops.load_library(LIBRARY)
-        if not hasattr(torch.ops._C, "silu_and_mul"):  # of another library; the same in both runs that are compared
-            library = torch.library.Library("_C", "FRAGMENT")
-            library.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
-
-            def silu_and_mul(result, given):
-                left, right = given.chunk(2, dim=-1)
-                result.copy_(torch.nn.functional.silu(left) * right)
-
-            library.impl("silu_and_mul", silu_and_mul, "CUDA")
-            vllm.kept = library
-    for name in IMPORTERS:
-        importlib.import_module(name)
+    """vLLM and its fused layer; on a GPU its own import of a compiled library brings vllm_parts."""
+    importlib.import_module(f"{LAYER}.fused_moe")
     return importlib.import_module("vllm")
 
 
@@ -84,9 +70,16 @@ def test_the_release_is_the_one_meant(vllm):
 
     assert version("vllm").startswith("0.33."), version("vllm")
     assert not drop_in.installed()
+    if GPU:
+        from vllm.platforms import current_platform
+
+        assert current_platform.is_cuda(), f"{current_platform}; is libnvidia-ml.so.1 in LD_LIBRARY_PATH?"
+        assert torch.ops._moe_C.moe_align_block_size
 
 
 def test_all_seven_importers_and_the_operators_are_replaced_and_put_back(vllm):
+    for name in IMPORTERS:
+        importlib.import_module(name)
     align, batched = own("moe_align_block_size"), own("batched_moe_align_block_size")
     before = {name: sys.modules[name].__dict__["moe_align_block_size"] for name in IMPORTERS}
     assert all(function is align for function in before.values())
@@ -189,7 +182,7 @@ def test_lora_through_vllm_s_wrapper(installed, case):
         wrapper, ids, tokens, block_size, experts, slots, enabled, expert_map
     )
     expected = lora_case(tokens, top_k, experts, block_size, slots, 0, mapped)[2]
-    assert_lora(result[1:], expected)
+    assert_lora(result[1:], expected, poisoned=False)
     assert drop_in.calls() == {"_custom_ops.moe_lora_align_block_size": {"moealign": 1, "vllm": 0}}
 
 
@@ -217,8 +210,9 @@ def test_a_refused_call_reaches_vllm_s_own(installed):
 
 
 def test_the_session_of_the_page_runs(vllm):
+    page = pytest.importorskip("test_docs").ROOT / "docs" / "integrations.md"
     drop_in.counted.clear()
-    outcome = run_page(ROOT / "docs" / "integrations.md")
+    outcome = sys.modules["test_docs"].run_page(page)
     assert outcome.failed == 0
     assert outcome.attempted > 8
     assert not drop_in.installed()
@@ -231,7 +225,6 @@ def test_the_session_of_the_page_runs(vllm):
 @pytest.mark.parametrize("tokens", [1, 16, 100, 1000, 4096])
 @pytest.mark.parametrize("expert_parallel", [False, True])
 def test_fused_experts_gives_the_same_with_and_without(vllm, tokens, expert_parallel):
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts
 
     torch.manual_seed(tokens)
@@ -253,8 +246,7 @@ def test_fused_experts_gives_the_same_with_and_without(vllm, tokens, expert_para
         named = {"expert_map": expert_map}
 
     def run():
-        with set_current_vllm_config(VllmConfig()):
-            return fused_experts(states, w1, w2, weights, ids, global_num_experts=experts, **named)
+        return fused_experts(states, w1, w2, weights, ids, global_num_experts=experts, **named)
 
     without = run()
     assert without.abs().max() > 0.01, "an output worth comparing"
@@ -326,7 +318,7 @@ def test_lora_as_vllm_s_operator(vllm, tokens, experts):
             ops.moe_lora_align_block_size(*arguments[:-1])
         finally:
             drop_in.uninstall()
-        enabled, listed = (tensor.tolist() for tensor in arguments[-3:-1])
+        enabled, listed = arguments[-3].tolist(), arguments[-2].tolist()[: slots + 1]
         rows, blocks = out[0].view(slots, -1).tolist(), out[1].view(slots, -1).tolist()
         found = {}
         for slot in range(slots):
@@ -340,6 +332,58 @@ def test_lora_as_vllm_s_operator(vllm, tokens, experts):
         results.append(found)
     assert results[0] == results[1]
     assert results[0], "an active slot"
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 37, 500])  # one program and many, in vLLM
+@pytest.mark.parametrize("given", ["none", "some", "all"])
+def test_globalize_as_vllm_s_operator(vllm, tokens, given):
+    from vllm.model_executor.layers.fused_moe.fused_globalize_align_block_size import fused_globalize_align_block_size
+
+    torch.manual_seed(tokens)
+    ids = torch.randint(-1, 30, (tokens, 6), device="cuda")  # 28 and 29 are no experts of this rank
+    number = {"none": 0, "some": (tokens + 1) // 2, "all": tokens}[given]
+    psum = torch.tensor([0, number // 2, number], device="cuda", dtype=torch.int32)
+    results = []
+    for ours in (False, True):
+        if ours:
+            drop_in.install()
+        try:
+            made, rows, blocks, total, scatter = fused_globalize_align_block_size(
+                ids.clone(), psum, 56, 112, 28, 16, return_scatter_idx=True
+            )
+        finally:
+            drop_in.uninstall()
+        used = total.item()
+        grouped = {}
+        for block, expert in zip(rows[:used].view(-1, 16).tolist(), blocks[: used // 16].tolist(), strict=True):
+            grouped.setdefault(expert, []).extend(block)
+        results.append(
+            (
+                {expert: sorted(routes) for expert, routes in grouped.items()},
+                rows[used:].tolist(),
+                blocks.tolist(),
+                used,
+                made.tolist(),
+                scatter.tolist(),
+            )
+        )
+    assert results[0] == results[1]
+
+
+@on_gpu
+@pytest.mark.parametrize("batches", [1, 32, 300])
+def test_batched_as_vllm_s_operator(vllm, batches):
+    counts = torch.randint(0, 65, (batches,), device="cuda", dtype=torch.int32)
+    results = []
+    for ours in (False, True):
+        if ours:
+            drop_in.install()
+        try:
+            results.append([tensor.tolist() for tensor in own("batched_moe_align_block_size")(64, 16, counts)])
+        finally:
+            drop_in.uninstall()
+    assert results[0] == results[1]
 
 
 # ---- SGLang ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@
     python tests/real_vllm.py --unpacked DIR # there: test what was unpacked into DIR, on its GPU
     ... --own FILE...                        # run these tests of vLLM's own with our functions in place, instead
 
-On a GPU, MOEALIGN_VLLM_LIBRARY names vLLM's compiled _moe_C library, as benchmarks/align.py unpacks it.
+On a GPU, MOEALIGN_VLLM_LIBRARY names vLLM's compiled _moe_C library, as benchmarks/align.py unpacks it.  vLLM's own
+tests come with its source distribution, not with its wheels; --pack takes those in .real/vllm_tests along.
 
 Needs pip and the package index, about 110 MB of downloads and no GPU.  Of the engines' wheels only the Python files
 are downloaded (13 of vLLM's 321 MB), by range requests; nothing is compiled and no second torch is installed: the
@@ -48,7 +49,18 @@ ONLY_SGLANG = {
     "asttokens", "executing", "ipython", "ipython_pygments_lexers", "jedi", "matplotlib-inline", "orjson", "parso",
     "pexpect", "prompt_toolkit", "ptyprocess", "pure_eval", "stack-data", "traitlets", "wcwidth",
 }  # fmt: skip
-OF_BASE = ("annotated-types", "pydantic", "pydantic-core", "sniffio", "typing-inspection")
+OF_BASE = (
+    "annotated-doc", "annotated-types", "anyio", "attrs", "h11", "idna", "pydantic", "pydantic-core", "sniffio",
+    "typing-extensions", "typing-inspection",
+)  # fmt: skip
+#: What is put where vLLM's compiled libraries would be; its Python files import them on a GPU.
+STAND_INS = {
+    "_C_stable_libtorch.py": "import vllm_parts  # of moealign's tests\n",
+    "vllm_flash_attn/_vllm_fa2_C.py": "",
+}
+#: Of vLLM, what --pack leaves out: whole models, and kernels of other libraries.
+LEFT_OUT = ("__pycache__", "vllm/models/", "vllm_flash_attn/cute", "third_party/fmha", "third_party/tml")
+FILES = (".py", "device_name=NVIDIA_H200.json")  # the sources, and the tuned configurations of the GPU we test on
 NEAR = 1 << 20  # bytes between two wanted files for which a second request does not pay
 
 
@@ -110,7 +122,7 @@ class Remote(io.RawIOBase):
         return self.fetch(start, end) if end > start else b""
 
 
-def fetch_python(requirement: str, target: Path, suffix: str = ".py") -> None:
+def fetch_python(requirement: str, target: Path, suffix: str | tuple[str, ...] = FILES) -> None:
     """Members of a wheel that end in `suffix`, and its metadata, into `target`."""
     remote = Remote(wheel_url(requirement))
     remote.hold(max(0, remote.size - (4 << 20)), remote.size)
@@ -140,6 +152,8 @@ def fetched(name: str, version: str) -> Path:
     if not (target / ".complete").exists():
         fetch_python(f"{name}=={version}", target)
         (target / ".complete").touch()
+    for stand_in, text in STAND_INS.items() if name == "vllm" else ():
+        (target / "vllm" / stand_in).write_text(text)
     return target
 
 
@@ -183,20 +197,27 @@ def compare_calls(versions: list[str]) -> int:
 
 
 def pack() -> None:
-    """vLLM's files and what they need for Python 3.12 without torch, in one archive."""
+    """vLLM's files and what they need for Python 3.12 without torch, in one archive; moealign by its metadata alone."""
     site = REAL / "site312"
+    venv_site = next((REAL / "venv/lib").glob("python*/site-packages"))
     if not site.exists():
         listed = [sys.executable, "-m", "pip", "list", "--format=json", "--path"]
-        venv_site = next((REAL / "venv/lib").glob("python*/site-packages"))
         found = json.loads(subprocess.run([*listed, str(venv_site)], check=True, capture_output=True).stdout)
         found = [each for each in found if each["name"] not in {"pip", "setuptools", "moealign"} | ONLY_SGLANG]
         names = [f"{each['name']}=={each['version']}" for each in found]
         names += [f"{name}=={importlib.metadata.version(name)}" for name in OF_BASE]
         pip("install", "--no-deps", "--target", str(site), *foreign(), *names)
-    with tarfile.open(REAL / "pack.tar.xz", "w:xz", preset=6) as archive:
+        subprocess.run(["strip", "--strip-unneeded", *map(str, site.rglob("*.so"))], check=True)
+
+    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if any(part in member.name for part in LEFT_OUT) else member
+
+    with tarfile.open(REAL / "pack.tar.xz", "w:xz", preset=9) as archive:
         for folder in (fetched("vllm", VLLM), site, REAL / "vllm_tests"):
             if folder.exists():
-                archive.add(folder, folder.name, filter=lambda member: None if "__pycache__" in member.name else member)
+                archive.add(folder, folder.name, filter=kept)
+        for folder in venv_site.glob("moealign-*.dist-info"):  # the entry points
+            archive.add(folder, f"{site.name}/{folder.name}")
     print(f".real/pack.tar.xz: {(REAL / 'pack.tar.xz').stat().st_size / 2**20:.1f} MiB")
 
 
@@ -205,8 +226,9 @@ def check(python: str, paths: list[Path], own: list[str], arguments: list[str]) 
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "SETUPTOOLS_USE_DISTUTILS": "stdlib",  # the other one refuses where distutils is imported already
     }
+    if sys.version_info < (3, 12):  # the standard library's; setuptools' refuses where that is imported already
+        known["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
     known["PYTHONPATH"] += os.pathsep + str(Path(__file__).parent)
     tests = ["-p", "vllm_own_tests", *own] if own else [str(Path(__file__).with_name("real_checks.py"))]
     return subprocess.run([python, "-m", "pytest", "-q", *tests, *arguments], env=known, cwd=ROOT).returncode
@@ -223,6 +245,8 @@ def main() -> int:
     if options.calls:
         return compare_calls(options.calls)
     if options.unpacked:
+        for name in ("torch", "triton", "transformers"):
+            print(name, importlib.metadata.version(name), flush=True)
         unpacked = [options.unpacked / name for name in (f"vllm-{VLLM}", "site312")]
         return check(sys.executable, [ROOT / "src", *unpacked], options.own, rest)
     if options.pack:

@@ -2,7 +2,7 @@
 """The steps around an alignment that vLLM's operators need besides, a Triton launch each.  Imported at a first call.
 
 `_virtual_ids`  a program 256 routes: the bin of a route among all adapters' experts
-`_segments`     programs of one slot: its segment of the packed layout to its own row, tails written
+`_segments`     programs of one active slot: its segment of the packed layout to its own row, tails written
 `_globalize`    a program 1024 routes: local expert ids to global ones, in place
 """
 
@@ -49,10 +49,17 @@ def _virtual_ids(
 
 @triton.jit
 def _segments(
-    packed_rows, packed_experts, offsets, rows, blocks, totals, num_experts, block_size, length, num_blocks, routes,
-    ROWS: tl.constexpr,
+    packed_rows, packed_experts, offsets, enabled, active, rows, blocks, totals, num_experts, block_size, length,
+    num_blocks, routes, num_active,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     slot, part = tl.program_id(0), tl.program_id(1)
+    listed = tl.zeros((SLOTS,), tl.int32)
+    for one in range(0, num_active, SLOTS):
+        each = one + tl.arange(0, SLOTS)
+        listed += (tl.load(active + each, mask=each < num_active, other=-1) == slot).to(tl.int32)
+    if (tl.sum(listed, axis=0) == 0) | (tl.load(enabled + slot) == 0):
+        return
     first = tl.load(offsets + slot * num_experts)
     size = tl.load(offsets + (slot + 1) * num_experts) - first
     if part == 0:
@@ -103,14 +110,23 @@ def virtual_ids(
     return out
 
 
-def segments(packed: Any, rows: Tensor, blocks: Tensor, totals: Tensor, num_experts: int) -> None:
-    """Copy each slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
+def segments(
+    packed: Any,
+    rows: Tensor,
+    blocks: Tensor,
+    totals: Tensor,
+    num_experts: int,
+    adapter_enabled: Tensor,
+    lora_ids: Tensor,
+) -> None:
+    """Copy each active slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
     slots, length = rows.shape
     parts = max(1, triton.cdiv(max(length, blocks.shape[1]), _ROWS))
     with _on(rows):
         _segments[(slots, parts)](
-            packed.sorted_token_ids, packed.expert_ids, packed.expert_offsets, rows, blocks, totals, num_experts,
-            packed.block_size, length, blocks.shape[1], packed.num_routes, ROWS=_ROWS,
+            packed.sorted_token_ids, packed.expert_ids, packed.expert_offsets, adapter_enabled, lora_ids, rows, blocks,
+            totals, num_experts, packed.block_size, length, blocks.shape[1], packed.num_routes, lora_ids.numel(),
+            ROWS=_ROWS, SLOTS=_SLOTS,
         )  # fmt: skip
 
 

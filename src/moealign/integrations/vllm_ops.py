@@ -170,8 +170,8 @@ def align_lora(
     """``_custom_ops.moe_lora_align_block_size``: a segment per adapter slot, each the layout of that adapter's tokens.
 
     One alignment over ``max_loras * num_experts`` bins gives every segment its routes, stable, and its offsets; the
-    segments are then copied to their slots.  A slot is active if it stands in `lora_ids` and `adapter_enabled` is not
-    zero there; the others, which vLLM leaves as they are, are written as empty ones.
+    segments are then copied to their slots.  A slot is active if it stands in the first ``max_loras + 1`` of `lora_ids`
+    and `adapter_enabled` is not zero there; nothing is written to the others.
     """
     require_kernels(topk_ids)
     routes, bins = topk_ids.numel(), max_loras * num_experts
@@ -199,6 +199,7 @@ def align_lora(
     ):
         _buffer(name, tensor, least)
 
+    lora_ids = lora_ids[: max_loras + 1]
     step: Any = _kernels() if _triton(topk_ids) else _Plain
     ids = step.virtual_ids(topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, num_experts, max_loras)
     packed = _fill(ids, block_size=block_size, num_experts=bins, expert_offsets=True)
@@ -208,6 +209,8 @@ def align_lora(
         experts_ids[: max_loras * max_num_m_blocks].view(max_loras, max_num_m_blocks),
         num_tokens_post_pad,
         num_experts,
+        adapter_enabled,
+        lora_ids,
     )
 
 
@@ -225,6 +228,12 @@ class _Plain:
     """The two steps around the alignment of adapters in torch, to be read; vllm_kernels has each in one launch."""
 
     @staticmethod
+    def active(adapter_enabled: Tensor, lora_ids: Tensor, max_loras: int) -> Tensor:
+        """bool ``[max_loras]``"""
+        slots = torch.arange(max_loras, device=lora_ids.device)
+        return (slots[:, None] == lora_ids[None, :]).any(1) & (adapter_enabled[:max_loras] != 0)
+
+    @staticmethod
     def virtual_ids(
         topk_ids: Tensor,
         token_lora_mapping: Tensor,
@@ -235,8 +244,7 @@ class _Plain:
         max_loras: int,
     ) -> Tensor:
         """int32 ``[tokens, top_k]``: ``slot * num_experts + expert``, -1 for a route that no active slot takes."""
-        slots = torch.arange(max_loras, device=topk_ids.device)
-        active = (slots[:, None] == lora_ids[None, :]).any(1) & (adapter_enabled[:max_loras] != 0)
+        active = _Plain.active(adapter_enabled, lora_ids, max_loras)
         slot = token_lora_mapping[: topk_ids.shape[0], None].long()
         kept = (slot >= 0) & (slot < max_loras) & active[slot.clamp(0, max_loras - 1)]
         kept = kept & (topk_ids >= 0) & (topk_ids < num_experts)
@@ -247,21 +255,29 @@ class _Plain:
         return torch.where(kept, slot * num_experts + expert, -1).int()
 
     @staticmethod
-    def segments(packed: Any, rows: Tensor, blocks: Tensor, totals: Tensor, num_experts: int) -> None:
-        """Copy each slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
+    def segments(
+        packed: Any,
+        rows: Tensor,
+        blocks: Tensor,
+        totals: Tensor,
+        num_experts: int,
+        adapter_enabled: Tensor,
+        lora_ids: Tensor,
+    ) -> None:
+        """Copy each active slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
         slots = rows.shape[0]
+        active = _Plain.active(adapter_enabled, lora_ids, slots)
         edges = packed.expert_offsets[::num_experts].long()  # [slots + 1]
         first, size = edges[:-1, None], (edges[1:] - edges[:-1])[:, None]
-        totals[:slots] = size[:, 0].int()
+        totals[:slots] = torch.where(active, size[:, 0].int(), totals[:slots])
         for target, source, unit, empty in (
             (rows, packed.sorted_token_ids, 1, packed.num_routes),
             (blocks, packed.expert_ids, packed.block_size, -1),
         ):
             at = torch.arange(target.shape[1], device=target.device)[None, :]
-            if source.numel() == 0:
-                target.fill_(empty)
-                continue
-            taken = source[(first // unit + at).clamp(max=source.numel() - 1)]
+            taken = torch.full_like(target, empty)
+            if source.numel():
+                taken = source[(first // unit + at).clamp(max=source.numel() - 1)]
             if target is blocks:
                 taken = taken - torch.arange(slots, device=target.device)[:, None] * num_experts
-            target.copy_(torch.where(at < size // unit, taken, empty))
+            target.copy_(torch.where(active[:, None], torch.where(at < size // unit, taken, empty), target))
