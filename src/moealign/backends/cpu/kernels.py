@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "CONTROL_BYTES",
-    "LANES_MAX_EXPERTS",
+    "PAIRS_MAX_EXPERTS",
     "SERIAL_ARGUMENTS",
     "SHARED_ARGUMENTS",
     "batched_fill",
@@ -35,8 +35,8 @@ __all__ = [
     "shared",
 ]
 
-# Up to here the count uses four counter tables side by side: a run of equal ids does not wait for its own stores.
-LANES_MAX_EXPERTS = 2048
+# Up to here the count uses two tables of counters side by side.
+PAIRS_MAX_EXPERTS = 2048
 # The scatter asks for the cache line of a route this many routes before it writes there...
 AHEAD = 24
 # ...if all rows do not fit into a second-level cache, and the bins being filled not into the first.
@@ -246,38 +246,43 @@ def _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, ta
 
 
 @njit(**_PART)
-def _count_lanes(ids, lo, hi, stride, bound, experts, counters, lanes):  # type: ignore[no-untyped-def]
-    """_count for one long row without a map, LANES counter tables side by side; their sum ends in the first."""
+def _count_pairs(ids, lo, hi, stride, bound, experts, counters, second):  # type: ignore[no-untyped-def]
+    """_count for one long row without a map: two tables in turn, since a run of equal ids waits for its own stores;
+    four ids a step, with one branch.  The sum ends in `counters`."""
     nowhere = np.uint64(experts)
-    width = experts + 1
-    for e in range(3 * width):
-        lanes[e] = 0
-    second, third = np.uint64(width), np.uint64(2 * width)
+    for e in range(experts + 1):
+        second[e] = 0
     at = lo * stride
     for _ in range((hi - lo) // 4):
         a = np.uint64(ids[at])
         b = np.uint64(ids[at + stride])
         c = np.uint64(ids[at + 2 * stride])
         d = np.uint64(ids[at + 3 * stride])
-        counters[a if a < bound else nowhere] += np.int32(1)
-        lanes[b if b < bound else nowhere] += np.int32(1)
-        lanes[second + (c if c < bound else nowhere)] += np.int32(1)
-        lanes[third + (d if d < bound else nowhere)] += np.int32(1)
+        if (a < bound) & (b < bound) & (c < bound) & (d < bound):
+            counters[a] += np.int32(1)
+            second[b] += np.int32(1)
+            counters[c] += np.int32(1)
+            second[d] += np.int32(1)
+        else:
+            counters[a if a < bound else nowhere] += np.int32(1)
+            second[b if b < bound else nowhere] += np.int32(1)
+            counters[c if c < bound else nowhere] += np.int32(1)
+            second[d if d < bound else nowhere] += np.int32(1)
         at += 4 * stride
     for _ in range((hi - lo) % 4):
         a = np.uint64(ids[at])
         counters[a if a < bound else nowhere] += np.int32(1)
         at += stride
-    for e in range(width):
-        counters[e] += lanes[e] + lanes[e + width] + lanes[e + 2 * width]
+    for e in range(experts + 1):
+        counters[e] += second[e]
 
 
 @njit(**_PART)
-def _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters, lanes):  # type: ignore[no-untyped-def]
+def _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters, second):  # type: ignore[no-untyped-def]
     for e in range(experts + 1):
         counters[e] = 0
-    if not mapped and row_stride == 0 and cols >= hi and experts <= LANES_MAX_EXPERTS and hi - lo >= 16 * experts:
-        _count_lanes(ids, lo, hi, col_stride, bound, experts, counters, lanes)
+    if not mapped and row_stride == 0 and cols >= hi and experts <= PAIRS_MAX_EXPERTS and hi - lo >= 4 * experts:
+        _count_pairs(ids, lo, hi, col_stride, bound, experts, counters, second)
     else:
         _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters)
 
@@ -296,9 +301,10 @@ def _place(value, kept, route, routes, cursor, sorted_ids, positions, scatter_id
 @njit(**_PART)
 def _scatter(  # type: ignore[no-untyped-def]
     ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, cursor,
-    sorted_ids, positions, scatter_idx, routes, length,
+    sorted_ids, positions, scatter_idx, routes, length, dropped,
 ):  # fmt: skip
-    """Routes [lo, hi) to their rows; cursor[bin] is the next free one."""
+    """Routes [lo, hi) to their rows; cursor[bin] is the next free one.  Where none is dropped a branch is never wrong,
+    and cheaper than two selections."""
     nowhere = np.uint64(experts)
     target = _i32(sorted_ids)
     simple = not mapped and positions == 0 and scatter_idx == 0
@@ -309,7 +315,28 @@ def _scatter(  # type: ignore[no-untyped-def]
         col = i - row * cols
         stop = min(hi, i + cols - col)
         at = row * row_stride + col * col_stride
-        if simple:
+        if simple and not dropped:
+            if far:
+                ahead = AHEAD * col_stride
+                for route in range(i, stop - AHEAD):
+                    value = np.uint64(ids[at + ahead])
+                    if value < bound:
+                        _prefetch(sorted_ids + 4 * np.int64(cursor[value]))
+                    value = np.uint64(ids[at])
+                    if value < bound:
+                        place = cursor[value]
+                        cursor[value] = place + np.int32(1)
+                        target[np.uint64(place)] = np.int32(route)
+                    at += col_stride
+                i = max(stop - AHEAD, i)
+            for route in range(i, stop):
+                value = np.uint64(ids[at])
+                if value < bound:
+                    place = cursor[value]
+                    target[np.uint64(place)] = np.int32(route)
+                    cursor[value] = place + np.int32(1)
+                at += col_stride
+        elif simple:
             if far:
                 ahead = AHEAD * col_stride
                 for route in range(i, stop - AHEAD):
@@ -426,6 +453,7 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
         _count_best(ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters, _i32(work))
 
         names = np.int64(0) if mapped else map_address
+        dropped = counters[experts] > 0
         first = np.int64(0)
         end = np.int64(0)
         # Few routes a bin: one long fill of everything is cheaper than a short one behind each bin.
@@ -462,7 +490,7 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
 
         _scatter(
             ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters,
-            sorted_ids, positions, scatter_idx, routes, length,
+            sorted_ids, positions, scatter_idx, routes, length, dropped,
         )  # fmt: skip
         _unwanted(positions, scatter_idx, valid, routes)
 
@@ -536,13 +564,13 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
         table, counts, offsets = _i32(scratch), _i32(scratch + step), _i32(scratch + 2 * step)
         counters = scratch + 3 * step
         # Nobody writes rows before all have counted: until then that memory holds each thread's further counters.
-        own_lanes = _i32(sorted_ids + 3 * step * _add(threads_here, 1))
+        own_second = _i32(sorted_ids + step * _add(threads_here, 1))
 
         chunk = _add(count_next, 1)
         while chunk < chunks:
             lo, hi = valid * chunk // chunks, valid * (chunk + 1) // chunks
             own = _i32(counters + chunk * step)
-            _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, own, own_lanes)
+            _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, own, own_second)
             if error != 0 and _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):
                 _add(bad_ids, 1)
             _add(count_done, 1)
@@ -577,7 +605,7 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
                 _fill_rest(total // block_size, num_blocks, 0, chunk, chunks, block_rows)
             _scatter(
                 ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, _i32(counters + chunk * step),
-                sorted_ids, positions, scatter_idx, routes, length,
+                sorted_ids, positions, scatter_idx, routes, length, counts[experts] > 0,
             )  # fmt: skip
             _add(fill_done, 1)
             chunk = _add(fill_next, 1)
