@@ -11,6 +11,8 @@ A backend is a module with these functions; it fills the tensors of `out` and ne
 ``align(problem, topk_ids, expert_map, num_valid_tokens, error_word, out) -> None``
 ``align_batched(problem, expert_num_tokens, error_word, out) -> None``
     Fill every tensor of `out` (a BlockLayout) that is not None, to the last element.
+``align_three(problem, topk_ids, sorted_token_ids, expert_ids, num_tokens_post_padded) -> None``
+    Only where a call without options into the first three outputs has a shorter way.
 ``route(routing, router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability) -> None``
     Only those that have a router: fill the last three (the last may be None).
 ``refuses_route(routing) -> str | None``

@@ -29,7 +29,7 @@ from moealign.layout import BlockLayout, Problem
 
 from .routing import route
 
-__all__ = ["align", "align_batched", "note", "num_threads", "refuses", "route", "unavailable"]
+__all__ = ["align", "align_batched", "align_three", "note", "num_threads", "refuses", "route", "unavailable"]
 
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
@@ -215,20 +215,6 @@ def align(
 ) -> None:
     """Fill `out`; see the package's text for how."""
     own = _own
-    usual = own.usual.pop(id(problem), None)  # a call inside this one finds none
-    if usual is not None and topk_ids.is_contiguous():
-        arguments = usual[1]
-        _IDS(arguments.buffer, 0, topk_ids.data_ptr())
-        _OUTPUTS(
-            arguments.buffer,
-            _OUTPUTS_AT,
-            out.sorted_token_ids.data_ptr(),
-            out.expert_ids.data_ptr(),
-            out.num_tokens_post_padded.data_ptr(),
-        )
-        usual[2](arguments.address)
-        own.usual[id(problem)] = usual
-        return
     kernels = _kernels or _load()
     routes, experts, block_size = problem.routes, problem.num_experts, problem.block_size
     code = _CODES[problem.dtype]
@@ -307,6 +293,21 @@ def align(
     task = kernels.shared[width]
     _helpers.ask(threads - 1, task, (0, control), memory)
     task(1, control)
+
+
+def align_three(
+    problem: Problem, topk_ids: torch.Tensor, rows: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor
+) -> None:
+    """:func:`align` without options into the first three outputs."""
+    usual = _own.usual.pop(id(problem), None)  # a call inside this one finds none
+    if usual is None or not topk_ids.is_contiguous():
+        align(problem, topk_ids, None, None, None, BlockLayout(rows, blocks, total))
+        return
+    arguments = usual[1]
+    _IDS(arguments.buffer, 0, topk_ids.data_ptr())
+    _OUTPUTS(arguments.buffer, _OUTPUTS_AT, rows.data_ptr(), blocks.data_ptr(), total.data_ptr())
+    usual[2](arguments.address)
+    _own.usual[id(problem)] = usual
 
 
 def align_batched(
