@@ -172,6 +172,46 @@ def run_batched(case: tuple[Any, ...], backend: str, device: torch.device, draw:
     return found
 
 
+#: tokens, experts, top_k, dtype and options of route: one launch without and with a barrier, two launches, the mean.
+ROUTED: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
+    (1, 256, 8, torch.bfloat16, {}),
+    (1, 60, 4, torch.float32, {"renormalize": False}),
+    (3, 128, 8, torch.float32, {"expert_counts": True, "positions": True}),
+    (8, 256, 8, torch.float16, {}),
+    (40, 256, 8, torch.bfloat16, {"block_rows": True}),
+    (300, 64, 8, torch.float32, {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "bias": True, "scale": 2.5}),
+    (33, 384, 32, torch.float32, {"mean_probability": True}),
+]
+
+
+def run_routed(case: tuple[Any, ...], backend: str, device: torch.device, draw: random.Random) -> str | None:
+    tokens, experts, top_k, dtype, options = case
+    options = dict(options)
+    generator = torch.Generator().manual_seed(draw.randint(0, 2**31))
+    logits = torch.randn(tokens, experts, generator=generator).to(dtype)
+    bias = torch.rand(experts, generator=generator) if options.pop("bias", False) else None
+    valid = torch.tensor([tokens - tokens // 4], dtype=torch.int32)
+    call = {"block_size": 16, **options}
+    places = ((backend, device), ("reference", torch.device("cpu")))
+    (weights, ids, layout, *_), (want, want_ids, want_layout, *_) = (
+        moealign.route(
+            logits.to(where),
+            top_k,
+            num_valid_tokens=valid.to(where),
+            correction_bias=None if bias is None else bias.to(where),
+            **call,
+            backend=name,
+        )
+        for name, where in places
+    )
+    if not torch.equal(ids.cpu(), want_ids):
+        return "ids differ"
+    if not torch.allclose(weights.cpu(), want, rtol=2e-6, atol=1e-9):
+        return "weights differ"
+    same = all(torch.equal(a.cpu(), b) for a, b in zip(layout, want_layout, strict=True))
+    return None if same else "layouts differ"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--device", default="cuda")
@@ -192,6 +232,7 @@ def main() -> int:
         draw = random.Random(20261123)
         cases: list[tuple[str, Any, Any]] = [(case.path, run_align, case) for case in CASES]
         cases += [(f"batched, {batch[0]} x {batch[1]}", run_batched, batch) for batch in BATCHED]
+        cases += [(f"route, {each[0]} x {each[1]}, top {each[2]}", run_routed, each) for each in ROUTED]
         for name, run, case in cases:
             if args.only not in name:
                 continue
