@@ -238,7 +238,7 @@ DEV int route_token(const raw_t *logits, const float *bias, float *weights, int 
                     u32 token, u32 limit, bool writes) {
     const u32 lane = lane_id(), i = token * TOP_K + lane;
     const raw_t *row = logits + (i64)token * row_stride;
-    raw_t raw[PER_LANE];
+    __align__(16) raw_t raw[PER_LANE];
     load_logits(row, lane, raw);
     const Chosen chosen = choose_experts(raw, bias, lane);
     const bool live = token * TOP_K < limit;

@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose(
     const u32 lane = threadIdx.x & 31, token = blockIdx.x * WARPS + (threadIdx.x >> 5), tokens = (u32)tokens64;
     if (token >= tokens) return;
     const raw_t *row = logits + (i64)token * row_stride;
-    raw_t raw[PER_LANE];
+    __align__(16) raw_t raw[PER_LANE];
     load_logits(row, lane, raw);
     const Chosen chosen = choose_experts(raw, bias, lane);
     if (!EARLY) let_the_next_begin();
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) choose_mean(
 #pragma unroll 1
     for (u32 token = blockIdx.x * WARPS + warp; token < tokens; token += gridDim.x * WARPS) {
         const raw_t *row = logits + (i64)token * row_stride;
-        raw_t raw[PER_LANE];
+        __align__(16) raw_t raw[PER_LANE];
         load_logits(row, lane, raw);
         const Chosen chosen = choose_experts(raw, bias, lane);
         float every[PER_LANE], weight = weigh(raw, row, chosen, __int_as_float((int)scale_bits), lane, every);

@@ -95,7 +95,7 @@ template <int LANES> DEV float sum_lanes(float x) {
 }
 static __device__ constexpr int power_of_two(int v) { return v <= 1 ? 1 : 2 * power_of_two((v + 1) / 2); }
 
-// The PER_LANE logits of lane `lane`; what is past E does not count.
+// The PER_LANE logits of lane `lane`, into an array that is aligned to 16 bytes; what is past E does not count.
 DEV void load_logits(const raw_t *row, u32 lane, raw_t raw[PER_LANE]) {
 #if LOGITS_VECTOR
     constexpr int BYTES = PER_LANE * sizeof(raw_t);
@@ -199,7 +199,7 @@ struct Chosen {
 
 DEV void take_best(Keys &keys, u32 lane, Chosen &chosen) {
     chosen.key = chosen.expert = 0;
-#pragma unroll (TOP_K <= 8 && RUNS == 1 ? TOP_K : 1)
+#pragma unroll (TOP_K <= 8 && RUNS <= 2 ? TOP_K : 1)
     for (u32 k = 0; k < TOP_K; k++) {
         u32 top = keys.key[0];
 #pragma unroll

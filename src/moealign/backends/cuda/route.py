@@ -252,13 +252,13 @@ def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int
         routing(2048, 8, torch.bfloat16),
     ]
     for each in routers:
-        for vector in (False, each.num_experts % 128 == 0):
-            macros = (("EXPERTS", each.num_experts), *_macros(each, vector), ("NVALID", int(each.has_num_valid_tokens)))
-            for name in ("choose", "choose_mean"):
-                yield "choose.cu", name, (*macros, ("THREADS", 32 * _WARPS), ("EARLY", int(vector)))
-        for tokens in (1, 3, 8):
+        vector = each.num_experts % 128 == 0
+        macros = (("EXPERTS", each.num_experts), *_macros(each, vector), ("NVALID", int(each.has_num_valid_tokens)))
+        for name in ("choose", "choose_mean"):
+            yield "choose.cu", name, (*macros, ("THREADS", 32 * _WARPS), ("EARLY", int(vector)))
+        for tokens in (1, _FUSED_TOKENS):
             of = each._replace(tokens=tokens)
             problem = Problem("align", device, torch.int32, tokens * each.top_k, each.top_k, each.num_experts, 16)
             path = fused_path(of, problem, path_of(problem, 108, 99 * 1024, 8))
             if path is not None:
-                yield "align.cu", path.name, _fused_defines(of, problem, path, each.num_experts % 128 == 0, True)
+                yield "align.cu", path.name, _fused_defines(of, problem, path, vector, True)
