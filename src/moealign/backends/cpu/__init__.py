@@ -244,7 +244,7 @@ def align(
         threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
     else:
         threads = 1
-    row_ints = (experts + 1 + 31) // 32 * 32  # whole cache lines: threads must not share one
+    row_ints = (experts + 1 + 63) // 64 * 64  # two pairs of cache lines: threads must share none, nor its neighbour
     if threads <= 1:
         if own.row_ints < row_ints:
             own.grow(row_ints)
@@ -274,9 +274,9 @@ def align(
     # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
     chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * MIN_ROUTES_AN_EXPERT))))
     rows = 3 + chunks
-    head = kernels.CONTROL_BYTES + 8 * kernels.SHARED_ARGUMENTS
-    memory = torch.empty(head // 4 + rows * row_ints, dtype=torch.int32)
-    control = memory.data_ptr()
+    head = (kernels.CONTROL_BYTES + 8 * kernels.SHARED_ARGUMENTS + 255) // 256 * 256
+    memory = torch.empty((head + 256) // 4 + rows * row_ints, dtype=torch.int32)
+    control = (memory.data_ptr() + 255) // 256 * 256
     scratch = control + head
     valid = kernels.prepare(
         map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, scratch
@@ -289,7 +289,7 @@ def align(
         sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
         counts, offsets, ends, positions, block_rows, scatter_idx,
     )  # fmt: skip
-    ctypes.memmove(control, told, head)
+    ctypes.memmove(control, told, len(told))
     task = kernels.shared[width]
     _helpers.ask(threads - 1, task, (0, control), memory)
     task(1, control)
