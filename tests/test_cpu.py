@@ -194,3 +194,14 @@ print("then", cpu.note(problem))
 
 def test_every_output_has_a_place_in_the_kernels() -> None:
     assert len(OUTPUTS) == 9  # a new field needs an argument in kernels.serial, kernels.shared and kernels.batched_*
+
+
+def test_helpers_go_home_before_the_interpreter_ends() -> None:
+    helpers = cpu._Helpers()
+    done = []
+    helpers.ask(3, lambda number: done.append(number), (7,), None)
+    helpers.close()
+    assert done == [7, 7, 7]
+    assert not any(thread.is_alive() for thread in helpers.threads)
+    helpers.ask(1, lambda number: done.append(number), (8,), None)  # the caller does it all
+    assert done == [7, 7, 7]

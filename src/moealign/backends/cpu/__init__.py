@@ -10,6 +10,7 @@ strides are copied.  Nothing here imports numba before the first call.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import glob
 import importlib.util
@@ -130,26 +131,43 @@ class _Helpers:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.queue: SimpleQueue[tuple[Callable[..., Any], tuple[int, ...], object]] = SimpleQueue()
-        self.threads = 0
+        self.queue: SimpleQueue[tuple[Callable[..., Any], tuple[int, ...], object] | None] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.closed = False
 
     def ask(self, count: int, task: Callable[..., Any], arguments: tuple[int, ...], alive: object) -> None:
         """Let `count` helpers run task(*arguments); `alive` stays alive until the last of them has left."""
         with self.lock:
-            while self.threads < count:
-                threading.Thread(target=self._serve, name=f"moealign-{self.threads}", daemon=True).start()
-                self.threads += 1
+            if self.closed:  # the interpreter is about to end: the caller does it all
+                return
+            while len(self.threads) < count:
+                name = f"moealign-{len(self.threads)}"
+                self.threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
+                self.threads[-1].start()
         for _ in range(count):
             self.queue.put((task, arguments, alive))
 
     def _serve(self) -> None:
         while True:
-            task, arguments, alive = self.queue.get()
+            asked = self.queue.get()
+            if asked is None:
+                return
+            task, arguments, alive = asked
             task(*arguments)
-            del alive
+            del asked, alive
+
+    def close(self) -> None:
+        """Send all home: one that comes back from compiled code when the interpreter has ended aborts the process."""
+        with self.lock:
+            self.closed = True
+        for _ in self.threads:
+            self.queue.put(None)
+        for thread in self.threads:
+            thread.join(timeout=5)
 
 
 _helpers = _Helpers()
+atexit.register(_helpers.close)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_helpers.__init__)  # type: ignore[misc]
