@@ -94,6 +94,15 @@ def test_routes_to_copies_take_turns_by_token():
     assert placement.bins(ids).tolist() == [[0, 1], [2, 0], [1, -1], [2, -1]]
 
 
+def test_what_a_placement_says_on_every_call_is_looked_up_once(monkeypatch):
+    placement = ExpertPlacement(np.array([[0, 1], [1, -1]]), 2)
+    ids = torch.tensor([[0, 1], [1, 0]])
+    want, map_of_0 = placement.bins(ids), placement.expert_map(0)
+    monkeypatch.setattr(ExpertPlacement, "owners", lambda *_: pytest.fail("a search of the table at every call"))
+    assert torch.equal(placement.bins(ids), want)
+    assert placement.expert_map(0) is map_of_0
+
+
 def test_a_balanced_placement_is_flatter_and_copies_make_it_flatter_still():
     loads = torch.tensor([100.0, 60, 50, 10, 5, 3, 2, 1])
     linear, balanced = ExpertPlacement.linear(8, 4), ExpertPlacement.balanced(loads, 4)

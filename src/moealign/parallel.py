@@ -90,10 +90,14 @@ class ExpertPlacement:
 
     def expert_map(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         """int32 ``[num_experts]``: slot of each expert on `rank`, ``-1`` elsewhere: the map for :func:`align`."""
-        found = np.full(self.num_experts, -1, dtype=np.int32)
-        row = self.table[rank]
-        found[row[row >= 0]] = np.flatnonzero(row >= 0)
-        return self._kept(("map", rank, str(device)), lambda: torch.from_numpy(found).to(device))
+
+        def made() -> Tensor:
+            found = np.full(self.num_experts, -1, dtype=np.int32)
+            row = self.table[rank]
+            found[row[row >= 0]] = np.flatnonzero(row >= 0)
+            return torch.from_numpy(found).to(device)
+
+        return self._kept(("map", rank, str(device)), made)
 
     def shard(self, weights: Tensor, rank: int) -> Tensor:
         """``[slots, ...]`` of `rank` out of ``[num_experts, ...]``; zeros in slots that hold none."""
@@ -109,8 +113,7 @@ class ExpertPlacement:
     def bins(self, topk_ids: Tensor) -> Tensor:
         """int32 ``rank * slots + slot`` of every route of ``[T, k]`` global ids; ``-1`` for an id that is no expert."""
         device = str(topk_ids.device)
-        most = max(len(self.owners(e)) for e in range(self.num_experts)) if self.replicated else 1
-        table = self._kept(("copies", device), lambda: torch.from_numpy(self._copies(most)).to(topk_ids.device))
+        table = self._kept(("copies", device), lambda: torch.from_numpy(self._copies()).to(topk_ids.device))
         ids = topk_ids.to(torch.int64)
         inside = (ids >= 0) & (ids < self.num_experts)
         ids = torch.where(inside, ids, 0)
@@ -120,11 +123,11 @@ class ExpertPlacement:
             which = turns % table[:, -1][ids]
         return torch.where(inside, table[ids, which], -1).to(torch.int32)
 
-    def _copies(self, most: int) -> npt.NDArray[np.int64]:
-        """``[num_experts, most + 1]`` bins of the copies of each expert, and in the last column how many they are."""
-        found = np.zeros((self.num_experts, most + 1), dtype=np.int64)
-        for expert in range(self.num_experts):
-            owners = self.owners(expert)
+    def _copies(self) -> npt.NDArray[np.int64]:
+        """``[num_experts, most + 1]``: bins of the copies of each expert, and in the last column how many they are."""
+        every = [self.owners(expert) for expert in range(self.num_experts)]
+        found = np.zeros((self.num_experts, max(map(len, every)) + 1), dtype=np.int64)
+        for expert, owners in enumerate(every):
             found[expert, : len(owners)] = [rank * self.slots + slot for rank, slot in owners]
             found[expert, -1] = len(owners)
         return found
