@@ -187,6 +187,48 @@ def check_half_precision(rank: int, ranks: int) -> None:
             assert float((got.double() - expected[span]).norm()) < 1e-2 * scale, (tokens, chunks)
 
 
+def check_transformers_own_plan(rank: int, ranks: int) -> None:
+    """Whole models under Transformers' expert-parallel plan, local ids and a sentinel, against one process."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    import moealign.integrations.transformers as integration
+
+    small = {
+        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    seen: list[tuple[int, int, bool]] = []
+
+    def forward(module, x, ids, weights):
+        foreign = ids == module.num_experts
+        seen.append((module.num_experts, module.gate_up_proj.shape[0], bool(foreign.any())))
+        # Transformers gives these a weight of zero: with NaN only a route that is really dropped adds nothing.
+        return integration.experts_forward(module, x, ids, weights.masked_fill(foreign, float("nan")))
+
+    ALL_EXPERTS_FUNCTIONS.register(integration.NAME, forward)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    text = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(1))
+    for config in (
+        transformers.MixtralConfig(**small, num_local_experts=6),
+        transformers.Qwen3MoeConfig(**small, num_experts=8, moe_intermediate_size=24, head_dim=8),
+    ):
+        torch.manual_seed(0)  # the same model on every rank
+        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+        with torch.no_grad():
+            expected = model(text).logits
+        model.set_experts_implementation(integration.NAME)
+        plan = DistributedConfig(tp_size=ranks, tp_plan="auto", enable_expert_parallel=True)
+        model = type(model).maybe_distribute_model(model, plan, mesh)
+        seen.clear()
+        with torch.no_grad():
+            got = model(text).logits
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        local = config.num_experts // ranks
+        assert seen == [(local, local, True)] * config.num_hidden_layers, seen
+
+
 def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
     """The last rank leaves; the others are told so when the group's time is over."""
     placement = ExpertPlacement.linear(EXPERTS, ranks)

@@ -56,6 +56,13 @@ def test_a_rank_that_never_comes_is_noticed(tmp_path):
     run(2, "check_a_rank_that_never_comes", tmp_path)
 
 
+def test_transformers_own_expert_parallel_plan(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.PreTrainedModel, "maybe_distribute_model"):
+        pytest.skip("this Transformers applies no plan to a model that is there")
+    run(2, "check_transformers_own_plan", tmp_path)
+
+
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
 
 
