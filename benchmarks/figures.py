@@ -207,12 +207,13 @@ def parallel_model(rows: Sequence[Row], shape: tuple[int, int, int, int] = (256,
                 3 * slots * hidden * inner * 2 / terms.memory_rate, 6 * routes * hidden * inner / terms.flop_rate
             )
             every = tokens * ranks * hidden * 2
-            rate = terms.reduce_rate if nodes == 1 else NETWORK_GB_S * 1e3 * NODE  # all adapters of a node together
-            replicated = 2 * every * (nodes - 1 if nodes > 1 else ranks - 1) / (nodes if nodes > 1 else ranks) / rate
-            replicated += 2 * latency
+            inside = min(ranks, NODE)
+            near = (inside - 1) / inside / terms.reduce_rate
+            far = (nodes - 1) / nodes / (NETWORK_GB_S * 1e3 * NODE)  # all adapters of a node together
+            replicated = 2 * every * max(near, far) + 2 * latency
             sent = routes * hidden * 2
-            near = sent * (min(ranks, NODE) - 1) / ranks / terms.exchange_rate
-            far = sent * (ranks - min(ranks, NODE)) / ranks / (NETWORK_GB_S * 1e3)
+            near = sent * (inside - 1) / ranks / terms.exchange_rate
+            far = sent * (ranks - inside) / ranks / (NETWORK_GB_S * 1e3)
             dispatched = 2 * max(near, far) + 3 * latency
             lines.append([
                 f"{ranks}", f"{tokens:,}", f"{computing:,.0f}", f"{replicated:,.0f}", f"{dispatched:,.0f}",

@@ -262,6 +262,18 @@ def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
     assert figures.parallel_model(slower) != figures.parallel_model(rows)
 
 
+def test_many_nodes_do_not_make_the_exchange_in_a_node_free():
+    rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h200.csv")
+    terms = figures.model_terms(rows, (256, 8, 7168, 1024))
+    for line in figures.parallel_model(rows).splitlines():
+        cells = [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
+        if not cells[0].isdigit():
+            continue
+        ranks, tokens, _, replicated = map(int, cells[:4])
+        in_a_node = 2 * ranks * tokens * 7168 * 2 * 7 / 8 / terms.reduce_rate
+        assert replicated >= in_a_node, (ranks, tokens)
+
+
 def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
     out = tmp_path / "parallel.csv"
     run = subprocess.run(
