@@ -45,7 +45,7 @@ import torch
 from .align import align, align_batched, moe_align_block_size
 from .dispatch import backends
 from .errors import BackendUnavailable, InvalidInput
-from .layout import EXTRAS, Capacity, capacity, capacity_batched
+from .layout import EXTRAS, Capacity, capacity, capacity_batched, cdiv
 from .testing import argsort_align, poisoned
 
 # fmt: off
@@ -98,10 +98,6 @@ Size = tuple[int, ...]
 
 
 # ---- what is right -----------------------------------------------------------------------------------------------
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def expected_layout(

@@ -24,9 +24,22 @@ __all__ = [
     "Routing",
     "capacity",
     "capacity_batched",
+    "cdiv",
+    "power_of_two",
 ]
 
 INT32_MAX = 2**31 - 1
+
+
+def cdiv(a: int, b: int) -> int:
+    """The quotient of two ints, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(value: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << max(value - 1, 0).bit_length()
+
 
 #: The three tensors that every call returns, then what can be asked for besides.
 REQUIRED = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")

@@ -16,7 +16,7 @@ from ..align import align as _fill
 from ..align import align_batched as _fill_batched
 from ..dispatch import backends
 from ..errors import BackendUnavailable, InvalidInput, InvalidType
-from ..layout import capacity
+from ..layout import capacity, cdiv
 
 __all__ = ["align", "align_batched", "align_lora", "globalize_align", "require_kernels"]
 
@@ -34,10 +34,6 @@ def require_kernels(tensor: Tensor) -> None:
     reason = _without_kernels(tensor.device.type)
     if reason is not None:
         raise BackendUnavailable(reason)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _buffer(name: str, tensor: Tensor, least: int) -> None:
@@ -62,7 +58,7 @@ def align(
     sizes = capacity(topk_ids.numel(), block_size=block_size, num_experts=num_experts)
     rows, blocks = sizes.sorted_token_ids, sizes.expert_ids
     _buffer("sorted_token_ids", sorted_token_ids, rows)
-    reach = _cdiv(sorted_token_ids.numel(), block_size)
+    reach = cdiv(sorted_token_ids.numel(), block_size)
     _buffer("experts_ids", experts_ids, reach)
     out = {
         "sorted_token_ids": sorted_token_ids[:rows],
@@ -184,7 +180,7 @@ def align_lora(
     if expert_map is not None and (expert_map.numel() != num_experts or expert_map.dtype is not torch.int32):
         raise InvalidInput(f"expert_map: expected int32 [{num_experts}], got {expert_map.dtype} {expert_map.shape}")
     rows = capacity(routes, block_size=block_size, num_experts=num_experts).sorted_token_ids
-    if max_num_tokens_padded < rows or max_num_m_blocks < _cdiv(max_num_tokens_padded, block_size):
+    if max_num_tokens_padded < rows or max_num_m_blocks < cdiv(max_num_tokens_padded, block_size):
         raise InvalidInput(
             f"max_num_tokens_padded, max_num_m_blocks: expected at least {rows} and a block for each {block_size} of "
             f"them, got {max_num_tokens_padded} and {max_num_m_blocks}"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...layout import EXTRAS, BlockLayout, Problem
+from ...layout import EXTRAS, BlockLayout, Problem, cdiv
 from .compile import COOPERATIVE, OVERLAP, PLAIN, Launch, kernel
 
 __all__ = ["Path", "Plan", "align", "align_after", "defines_of", "path_of", "pointers"]
@@ -87,10 +87,6 @@ def _cluster_sizes(major: int) -> tuple[int, ...]:
     return (1,) if major < 9 else (8, 1) if major > 10 else (16, 8, 1)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _length(problem: Problem) -> int:
     n, size = problem.routes, problem.block_size
     return min(n * size, n + problem.num_experts * (size - 1))
@@ -117,42 +113,42 @@ def _independent(problem: Problem, shared_most: int, cluster_most: int) -> Path 
             shared = _independent_shared_bytes(experts, threads, words, cluster)
             if words <= wanted and shared <= shared_most:
                 chunk = 32 * words
-                steps = _steps(_cdiv(most, cluster * chunk) * chunk, threads)
-                ctas = cluster * _cdiv(n, cluster * chunk)
+                steps = _steps(cdiv(most, cluster * chunk) * chunk, threads)
+                ctas = cluster * cdiv(n, cluster * chunk)
                 if cluster == 1:
                     ctas = max(ctas, _INDEPENDENT_CTAS)
                 return Path("independent", ctas, threads, words, steps, shared, 0, cluster)
     most, threads, words, _ = _NO_CLUSTERS[-1]
-    ctas = max(_cdiv(n, 32 * words), _INDEPENDENT_CTAS)
-    shared = 4 * (_span(experts, threads) + 1 + _cdiv(experts, ctas))
+    ctas = max(cdiv(n, 32 * words), _INDEPENDENT_CTAS)
+    shared = 4 * (_span(experts, threads) + 1 + cdiv(experts, ctas))
     if n > most or shared > shared_most:
         return None
-    return Path("independent", ctas, threads, words, _steps(most, threads), _cdiv(shared, 16) * 16, 0, 1, compact=True)
+    return Path("independent", ctas, threads, words, _steps(most, threads), cdiv(shared, 16) * 16, 0, 1, compact=True)
 
 
 def _span(experts: int, threads: int) -> int:
     """Words of a table of experts and one more, laid out so that threads with several each meet in no bank."""
-    each = _cdiv(experts, threads)
+    each = cdiv(experts, threads)
     return experts + (experts // each if each > 2 and each % 2 == 0 else 0) + 1
 
 
 def _steps(routes: int, threads: int) -> int:
     """Routes a thread: few, or fours of them, which are read as vectors."""
-    steps = _cdiv(routes, threads)
-    return steps if steps <= 2 else _cdiv(steps, 4) * 4
+    steps = cdiv(routes, threads)
+    return steps if steps <= 2 else cdiv(steps, 4) * 4
 
 
 def _independent_shared_bytes(experts: int, threads: int, words: int, cluster: int) -> int:
     span = _span(experts, threads)
-    alone = _cdiv(span, 2) * 2 + (0 if words == 1 else _cdiv(words, 4) * span) + span
-    return _cdiv(alone + (0 if cluster == 1 else cluster * _cdiv(experts, 2) + 2 * experts), 4) * 16
+    alone = cdiv(span, 2) * 2 + (0 if words == 1 else cdiv(words, 4) * span) + span
+    return cdiv(alone + (0 if cluster == 1 else cluster * cdiv(experts, 2) + 2 * experts), 4) * 16
 
 
 def _grid(problem: Problem, multiprocessors: int, shared_most: int) -> Path | None:
     n, experts = problem.routes, problem.num_experts
     for threads, steps, most in _GRID:
         segments = _segments(experts, threads)
-        need = _cdiv(_cdiv(n, threads * steps), segments)
+        need = cdiv(cdiv(n, threads * steps), segments)
         rows = next((each for each in _GRID_ROWS if each >= need), None)
         shared = 4 * _grid_shared_words(experts, threads, steps)
         if rows and rows * segments <= min(most, multiprocessors) and shared <= shared_most:
@@ -163,8 +159,8 @@ def _grid(problem: Problem, multiprocessors: int, shared_most: int) -> Path | No
 
 def _radix(problem: Problem, multiprocessors: int) -> Path:
     n, experts = problem.routes, problem.num_experts
-    grid = max(1, min(max(_cdiv(n, _RADIX_THREADS), _cdiv(experts, _RADIX_EXPERTS)), multiprocessors))
-    passes = _cdiv(experts.bit_length(), 8)
+    grid = max(1, min(max(cdiv(n, _RADIX_THREADS), cdiv(experts, _RADIX_EXPERTS)), multiprocessors))
+    passes = cdiv(experts.bit_length(), 8)
     scratch = passes * grid * 256 + (4 if passes > 1 else 2) * n + 3 * experts + 2 * grid
     return Path("radix", grid, _RADIX_THREADS, 1, 1, 0, scratch)
 
@@ -174,13 +170,13 @@ def path_of(problem: Problem, multiprocessors: int, shared_most: int, cluster_mo
     n, length = problem.routes, _length(problem)
     shared_most -= _STATIC_SHARED
     if n <= _WARP_ROUTES:
-        ctas = max(_WARP_CTAS, min(_cdiv(length, 16 * _WARP_THREADS), multiprocessors))
+        ctas = max(_WARP_CTAS, min(cdiv(length, 16 * _WARP_THREADS), multiprocessors))
         return Path("warp", ctas, _WARP_THREADS, 1, 1, 0, 0)
     for words in _PAIRWISE_WORDS:
         if n <= 32 * words:
             threads = max(32 * words, 64)
             most = _PAIRWISE_CTAS[not _PER_EXPERT.isdisjoint(problem.extras)]
-            ctas = max(most, min(_cdiv(length, 16 * threads), multiprocessors))
+            ctas = max(most, min(cdiv(length, 16 * threads), multiprocessors))
             return Path("pairwise", ctas, threads, words, 1, 0, 0)
     return (
         _independent(problem, shared_most, cluster_most)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout, Problem, Routing
+from ...layout import BlockLayout, Problem, Routing, cdiv
 from .align import Path, align, align_after, defines_of, path_of, pointers
 from .compile import COOPERATIVE, PLAIN, Kernel, Launch, kernel
 
@@ -41,10 +41,6 @@ def refuses_route(routing: Routing) -> str | None:
     if routing.num_groups > MOST_GROUPS:
         return f"routes up to {MOST_GROUPS} groups, these are {routing.num_groups}"
     return None
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def _macros(routing: Routing, vector: bool) -> tuple[tuple[str, int], ...]:
@@ -112,7 +108,7 @@ def _router(routing: Routing, vector: bool, mean: bool, index: int) -> tuple[Lau
         ("EARLY", int(routing.tokens <= _EARLY_TOKENS)),
     )
     compiled: Kernel = kernel("choose.cu", "choose_mean" if mean else "choose", macros, index)
-    grid = _cdiv(routing.tokens, _WARPS)
+    grid = cdiv(routing.tokens, _WARPS)
     if not mean:
         return compiled.prepare(grid, 32 * _WARPS, 0, PLAIN), 0
     grid = max(1, min(grid, _MEAN_CTAS * compiled.multiprocessors, compiled.max_blocks(32 * _WARPS, 0)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moealign.layout import BlockLayout, Problem
+from moealign.layout import BlockLayout, Problem, cdiv, power_of_two
 
 from .routing import refuses_route, route
 
@@ -103,15 +103,6 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-def _power(value: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(value - 1, 0).bit_length()
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _as_signed(values: Tensor) -> tuple[Tensor, bool]:
     """The same bits with a sign, and whether they had none: not every unsigned dtype reaches Triton."""
     signed = _SIGNED.get(values.dtype)
@@ -132,16 +123,16 @@ def _walk(ids: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
 def _chunk(routes: int, bins: int) -> int:
     """Routes of a chunk: a power of two, so that a new number of routes seldom compiles a new kernel."""
     size = next((size for most, size in CHUNKS if routes <= most), PAIRWISE)
-    return max(size, _power(_cdiv(routes, MAX_CHUNKS)) if routes > CHUNKS[-1][0] else 0, _fits(routes, bins))
+    return max(size, power_of_two(cdiv(routes, MAX_CHUNKS)) if routes > CHUNKS[-1][0] else 0, _fits(routes, bins))
 
 
 def _fits(routes: int, bins: int) -> int:
     """The least chunk with which the table stays within MAX_TABLE."""
-    return _power(_cdiv(routes, max(MAX_TABLE // bins, 1)))
+    return power_of_two(cdiv(routes, max(MAX_TABLE // bins, 1)))
 
 
 def _fill_shape(block_size: int) -> dict[str, int]:
-    rows = min(_power(block_size), 64)
+    rows = min(power_of_two(block_size), 64)
     return {"BLOCKS": FILL_TILE // rows, "ROWS": rows}
 
 
@@ -171,7 +162,7 @@ def launches(
     extra_bins = out.expert_offsets is not None or out.group_ends is not None
 
     if n <= SMALL_ROUTES and length <= SMALL_LENGTH and not (extra_bins and bins > SMALL_BINS):
-        size = max(_power(n), 16)
+        size = max(power_of_two(n), 16)
         return [
             Launch(
                 "align_small",
@@ -188,23 +179,23 @@ def launches(
         ]  # fmt: skip
 
     chunk = _chunk(n, bins)
-    chunks = max(_cdiv(n, chunk), 1)
+    chunks = max(cdiv(n, chunk), 1)
     scratch = torch.empty(chunks * bins + n + 2 * bins + 2, dtype=torch.int32, device=problem.device)
     table, ranks, totals, offsets, arrived = scratch.split([chunks * bins, n, bins, bins + 1, 1])
     columns = next(columns for most, columns in SCAN_COLUMNS if bins <= most)
-    scan_rows = min(max(_power(chunks), 32), SCAN_TILE // columns)
-    placing, fill = _cdiv(n, PLACE), _fill_shape(block_size)
+    scan_rows = min(max(power_of_two(chunks), 32), SCAN_TILE // columns)
+    placing, fill = cdiv(n, PLACE), _fill_shape(block_size)
     return [
         Launch(
             "rank_chunks",
             chunks,
             (*inputs, table, ranks, arrived, n, rows, problem.top_k, *walk, map_stride, bins),
-            {**reading, "CHUNK": chunk, "SIZE": PAIRWISE, "FILL": min(_power(bins), 1024)},
+            {**reading, "CHUNK": chunk, "SIZE": PAIRWISE, "FILL": min(power_of_two(bins), 1024)},
             1,
         ),
         Launch(
             "scan_bins",
-            _cdiv(bins, columns),
+            cdiv(bins, columns),
             (
                 local, error_word,
                 table, totals, offsets, arrived,
@@ -213,13 +204,13 @@ def launches(
             ),
             {
                 "BLOCK_SIZE": block_size, "MAP_UNSIGNED": map_unsigned,
-                "ROWS": scan_rows, "COLUMNS": columns, "SCAN": min(max(_power(bins), 32), MAX_SCAN),
+                "ROWS": scan_rows, "COLUMNS": columns, "SCAN": min(max(power_of_two(bins), 32), MAX_SCAN),
             },
             8 if scan_rows * columns > 1024 else 4,
         ),
         Launch(
             "place_routes",
-            placing + _cdiv(blocks, fill["BLOCKS"]),
+            placing + cdiv(blocks, fill["BLOCKS"]),
             (
                 ids, local,
                 table, ranks, totals, offsets,
@@ -246,9 +237,9 @@ def launches_batched(
     scratch = torch.empty(2 * bins + 1, dtype=torch.int32, device=problem.device)
     totals, offsets = scratch.split([bins, bins + 1])
     fill = _fill_shape(block_size)
-    filling = _cdiv(blocks, fill["BLOCKS"])
-    placing = _cdiv(n, PLACE) if out.positions is not None else 0
-    scan = min(max(_power(bins), 32), MAX_SCAN)
+    filling = cdiv(blocks, fill["BLOCKS"])
+    placing = cdiv(n, PLACE) if out.positions is not None else 0
+    scan = min(max(power_of_two(bins), 32), MAX_SCAN)
     return [
         Launch(
             "scan_counts",

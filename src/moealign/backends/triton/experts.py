@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moealign.layout import BlockLayout
+from moealign.layout import BlockLayout, cdiv, power_of_two
 
 from . import _interpreted, unavailable
 
@@ -248,14 +248,6 @@ class GemmLaunch(NamedTuple):
     pdl: bool
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -294,7 +286,7 @@ def _gemm(
     strides = (b.stride(0), b.stride(2), b.stride(1)) if transposed else b.stride()
     b_tma = bool(tile.tma and target.hopper and not transposed and b.is_contiguous() and _describable(b))
     a_tma = bool(b_tma and tile.tma > 1 and a_layout and _describable(a))
-    tiles = blocks * _cdiv(width, tile.n)
+    tiles = blocks * cdiv(width, tile.n)
     short = 0 if alone else tile.short
     persistent = bool(tile.ctas) and not alone
     grid = min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles
@@ -363,10 +355,10 @@ def launches(
         top_k=1, activation=None, gated=False, bias=down_bias, weights=weights,
         a_layout=in_layout, out_layout=False, **common,
     )  # fmt: skip
-    block = min(1024, _power(hidden))
+    block = min(1024, power_of_two(hidden))
     last = GemmLaunch(
         "sum_rows",
-        (tokens, _cdiv(hidden, block)),
+        (tokens, cdiv(hidden, block)),
         (of_routes, kept, out, hidden, limit),
         {"TOP_K": top_k, "BLOCK": block, "PDL": target.hopper},
         4,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moealign.layout import Routing
+from moealign.layout import Routing, power_of_two
 
 __all__ = ["MOST_EXPERTS", "launch_of", "refuses_route", "route"]
 
@@ -23,10 +23,6 @@ def refuses_route(routing: Routing) -> str | None:
     return None
 
 
-def _power(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
 def launch_of(
     routing: Routing,
     logits: Tensor,
@@ -37,11 +33,11 @@ def launch_of(
     shares: Tensor | None,
 ) -> tuple[tuple[Any, ...], dict[str, Any], int]:
     """Arguments, constants and warps of the one launch."""
-    size = _power(routing.num_experts)
+    size = power_of_two(routing.num_experts)
     constants = {
         "SIGMOID": routing.scoring == "sigmoid", "RENORM": routing.renormalize, "EXPERTS": routing.num_experts,
         "TOP_K": routing.top_k, "GROUPS": routing.num_groups, "TOP_GROUPS": routing.topk_groups,
-        "SIZE": size, "LIST": _power(routing.top_k), "GROUP_ROOM": _power(routing.num_groups),
+        "SIZE": size, "LIST": power_of_two(routing.top_k), "GROUP_ROOM": power_of_two(routing.num_groups),
     }  # fmt: skip
     arguments = (logits, bias, num_valid_tokens, weights, ids, shares, routing.tokens, logits.stride(0), routing.scale)
     return arguments, constants, 1 if size <= 512 else 4
