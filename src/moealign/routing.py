@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .align import _align, _traced, _wanted, align
+from .align import _align, _facts, _traced, _wanted, align
 from .checks import check_route
 from .layout import EXTRAS, BlockLayout, Problem, Routing
 
@@ -64,13 +64,13 @@ def route(
     facts = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
     if isinstance(router_logits, Tensor) and not _traced(router_logits) and not _wants_gradient(router_logits):
         sizes = (top_k, num_groups, topk_groups, scale, scoring, renormalize, backend)
-        key = (*sizes, _about(router_logits), _about(correction_bias), _about(num_valid_tokens))
+        key = (*sizes, _facts(router_logits), _facts(correction_bias), _facts(num_valid_tokens))
         plan = _plans.get(key)
         if plan is None:
             plan = _plan(key, check_route(router_logits, top_k, *facts), backend)
         if plan[1] is not None:
             return _together(
-                plan, router_logits, correction_bias, num_valid_tokens, mean_probability, backend, block_size, layout
+                plan, router_logits, correction_bias, num_valid_tokens, mean_probability, block_size, layout
             )
     routing = check_route(router_logits, top_k, *facts)
     weights, ids, mean = torch.ops.moealign.route(
@@ -101,11 +101,6 @@ def _wants_gradient(router_logits: Tensor) -> bool:
     return torch.is_grad_enabled() and router_logits.requires_grad
 
 
-def _about(tensor: Tensor | None) -> object:
-    """All that a check may look at."""
-    return (tensor.shape, tensor.dtype, tensor.device) if isinstance(tensor, Tensor) else type(tensor)
-
-
 def _plan(key: Any, routing: Routing, backend: str | None) -> tuple[Routing, ModuleType | None]:
     module = dispatch.choose_route(routing, backend)
     plan = (routing, module if hasattr(module, "route_align") else None)
@@ -121,7 +116,6 @@ def _together(
     correction_bias: Tensor | None,
     num_valid_tokens: Tensor | None,
     mean_probability: bool,
-    backend: str | None,
     block_size: int,
     layout: dict[str, Any],
 ) -> tuple[Any, ...]:

@@ -16,11 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import routing as _routing  # the operator moealign::route
 from ..errors import BackendUnavailable
 from ..fused_moe import fused_moe
-
-assert _routing
 
 __all__ = ["NAME", "experts_forward", "install", "replace_routers", "restore_routers", "uninstall"]
 
