@@ -128,55 +128,17 @@ def fused_moe(
         tensor is not None and tensor.requires_grad for tensor in (*floats.values(), topk_weights)
     )
     chosen = choose(hidden_states, backend, gradients)
+    inputs = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map, num_valid_tokens)
+    others = (gate_up_bias, down_bias, transposed)
     if chosen == "triton" and callable_ is None and output_rows is None:
         assert isinstance(activation, str)
-        result: Tensor = torch.ops.moealign.fused_moe(
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            topk_weights,
-            topk_ids,
-            expert_map,
-            num_valid_tokens,
-            activation,
-            gate_up_bias,
-            down_bias,
-            transposed,
-            block_size,
-        )
+        result: Tensor = torch.ops.moealign.fused_moe(*inputs, activation, *others, block_size)
         return result
     apply = callable_ if callable_ is not None else packed.ACTIVATIONS[activation, gated]  # type: ignore[index]
     if chosen == "triton":
-        return _between(
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            topk_weights,
-            topk_ids,
-            expert_map,
-            num_valid_tokens,
-            apply,
-            gate_up_bias,
-            down_bias,
-            transposed,
-            output_rows,
-            block_size,
-        )
-    return _packed(
-        hidden_states,
-        gate_up_proj,
-        down_proj,
-        topk_weights,
-        topk_ids,
-        expert_map,
-        num_valid_tokens,
-        apply,
-        gate_up_bias,
-        down_bias,
-        transposed,
-        output_rows,
-        clean=callable_ is not None or output_rows is not None,
-    )
+        return _between(*inputs, apply, *others, output_rows, block_size)
+    clean = callable_ is not None or output_rows is not None
+    return _packed(*inputs, apply, *others, output_rows, clean=clean)
 
 
 def _packed(
