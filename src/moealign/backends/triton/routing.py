@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,10 +68,8 @@ def route(
     given, constants, warps = launch_of(routing, logits, bias, num_valid_tokens, weights, ids, shares)
     if routing.tokens:
         device = logits.device
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):  # Triton launches on the current device
-                _kernels.choose[(routing.tokens,)](*given, **constants, num_warps=warps, enable_fp_fusion=False)
-        else:
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else nullcontext():  # Triton launches on the current device
             _kernels.choose[(routing.tokens,)](*given, **constants, num_warps=warps, enable_fp_fusion=False)
     if mean_probability is not None and shares is not None:
         torch.sum(shares, 0, out=mean_probability)
