@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from test_triton import TARGETS, environment, releases
+from test_triton import TARGETS, passes_alone, releases
 
 from moealign.layout import BlockLayout, capacity
 
@@ -36,20 +35,12 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.mark.parametrize("release", releases())
 def test_interpreted_they_equal_plain_loops(release):
-    env = environment(release)
-    env["TRITON_INTERPRET"] = "1"
-    run = subprocess.run(
-        [sys.executable, str(HERE / "experts_interpret.py")], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    passes_alone(HERE / "experts_interpret.py", release, interpreted=True)
 
 
 @pytest.mark.parametrize("release", releases())
 def test_compile_ahead_within_every_targets_shared_memory(release):
-    env = environment(release)
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=1800)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    passes_alone(__file__, release, interpreted=False)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_triton import TARGETS, environment, releases
+from test_triton import TARGETS, passes_alone, releases
 
 from moealign.layout import Routing
 
@@ -22,20 +21,12 @@ _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @pytest.mark.parametrize("release", releases())
 def test_interpreted_it_equals_the_loops(release):
-    env = environment(release)
-    env["TRITON_INTERPRET"] = "1"
-    run = subprocess.run(
-        [sys.executable, str(HERE / "routing_interpret.py")], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    passes_alone(HERE / "routing_interpret.py", release, interpreted=True)
 
 
 @pytest.mark.parametrize("release", releases())
 def test_compiles_ahead_within_every_targets_shared_memory(release):
-    env = environment(release)
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=1800)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    passes_alone(__file__, release, interpreted=False)
 
 
 def configurations():

@@ -44,24 +44,26 @@ def environment(release):
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+def passes_alone(script, release, *, interpreted):
+    """`script` succeeds in a process of its own: TRITON_INTERPRET is read where a kernel is decorated, and only one
+    Triton fits in a process."""
+    env = environment(release)
+    env.pop("TRITON_INTERPRET", None)
+    if interpreted:
+        env["TRITON_INTERPRET"] = "1"
+    most = 900 if interpreted else 1800
+    run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=most)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
 @pytest.mark.parametrize("release", releases())
 def test_interpreted_it_equals_the_oracle(release):
-    """In a process of its own: TRITON_INTERPRET is read where a kernel is decorated."""
-    env = environment(release)
-    env["TRITON_INTERPRET"] = "1"
-    run = subprocess.run(
-        [sys.executable, str(HERE / "triton_interpret.py")], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    passes_alone(HERE / "triton_interpret.py", release, interpreted=True)
 
 
 @pytest.mark.parametrize("release", releases())
 def test_compiles_ahead_within_every_targets_shared_memory(release):
-    """In a process of its own as well: only one Triton fits in one."""
-    env = environment(release)
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=1800)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    passes_alone(__file__, release, interpreted=False)
 
 
 def test_says_why_it_is_not_here(monkeypatch):
