@@ -78,14 +78,15 @@ def test_says_why_it_is_not_here(monkeypatch):
     backend.unavailable.cache_clear()
 
 
-@pytest.mark.parametrize(("routes", "number"), [(0, 1), (1, 1), (128, 1), (129, 3), (16_384, 3), (524_288, 3)])
+@pytest.mark.parametrize(("routes", "number"), [(0, 1), (1, 1), (128, 1), (129, 1), (2_048, 1), (2_049, 3), (524_288, 3)])
 def test_launches_few_kernels(routes, number):
     assert len(plan(routes)) == number
 
 
 def test_another_number_of_routes_compiles_nothing_new():
     """Constants and the kinds of the arguments decide what is compiled; they are the same over a range of sizes."""
-    for low, high in ((65, 128), (129, 16_384), (16_385, 65_536), (65_537, 262_144), (262_145, 524_288)):
+    few = ((65, 128), (129, 256), (257, 512), (513, 1_024), (1_025, 2_048), (2_049, 16_384))
+    for low, high in (*few, (16_385, 65_536), (65_537, 262_144), (262_145, 524_288)):
         middle = (low + high) // 2
         # The last scan's tile follows the number of chunks, in powers of two.
         kinds = {
@@ -96,7 +97,7 @@ def test_another_number_of_routes_compiles_nothing_new():
 
 
 def test_the_table_stays_small():
-    for routes in (129, 8_192, 262_144, 524_288, 1 << 22):
+    for routes in (2_049, 8_192, 262_144, 524_288, 1 << 22):
         for bins in (1, 256, 65_536, 1 << 20):
             size = backend._chunk(routes, bins)
             chunks = -(-routes // size)
@@ -134,7 +135,11 @@ def every_configuration():
         planned += plan(routes, block_size=16)
         planned += plan(routes, extras=EXTRAS, mapped=True, ignore=True, rich=True, dtype=torch.int64)
         planned += plan(routes, extras=EXTRAS[:-1], mapped=True, rich=True)
-    for routes in (1_024, 32_768, 131_072, 524_288):
+    for routes in (256, 320, 1_024, 2_048):
+        planned += plan(routes, experts=512 if routes == 320 else 256, block_size=16)
+        planned += plan(routes, extras=EXTRAS, mapped=True, ignore=True, rich=True, dtype=torch.int64)
+        planned += plan(routes, experts=1_024, block_size=48, extras=EXTRAS[:-1], mapped=True, rich=True)
+    for routes in (4_096, 32_768, 131_072, 524_288):
         planned += plan(routes)
     planned += plan(16_384, experts=8)
     planned += plan(4_096, experts=65_536, block_size=16, extras=EXTRAS, mapped=True, rich=True)

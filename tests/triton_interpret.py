@@ -20,9 +20,12 @@ SIZES = [
     (0, 8, 4, 16),  # no route
     (1, 1, 1, 1),  # one of everything
     (16, 8, 256, 16),  # the most that one program takes
-    (43, 3, 7, 16),  # one route more: the first of three launches
-    (911, 2, 60, 7),  # a chunk cut short, a block size that divides nothing
-    (1100, 8, 33, 64),  # chunks of 256
+    (43, 3, 7, 16),  # one route more: the first of independent programs
+    (17, 8, 256, 16),  # the last of them with a few routes, and others with none
+    (64, 8, 1_000, 1),  # as many bins as they take, blocks of one row
+    (1023, 2, 60, 7),  # as many routes as they take, a block size that divides nothing
+    (1031, 2, 60, 7),  # three launches: a chunk cut short
+    (1100, 8, 33, 64),  # many chunks
     (33, 1, 1_025, 16),  # too many bins for the small kernel's offsets
     (150, 1, 65_536, 16),  # tables beyond any register; two steps and more of the last scan
     (5, 2, 6, 5_000),  # a block of more rows than a filling tile

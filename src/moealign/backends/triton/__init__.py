@@ -1,6 +1,6 @@
 """The layout in Triton, on any GPU that Triton reaches: NVIDIA, AMD, Intel.
 
-One launch up to `SMALL_ROUTES` routes, three beyond; batched two.  See kernels.py for the passes and their bytes.
+One launch up to `FEW_ROUTES` routes of up to `FEW_BINS` experts, three beyond; batched two.  See kernels.py for the passes and their bytes.
 Scratch, from torch's allocator on the current stream: n ranks and a table of chunks times bins; no host sync, so a CUDA
 graph can hold it.  A configuration follows from the problem by the rules below and never from a measurement at run
 time.  The number of routes is no constant of a kernel: another one compiles nothing, save where a rule below changes.
@@ -36,8 +36,11 @@ __all__ = [
 ]
 
 SMALL_ROUTES = 128  # more in a pairwise tile spill registers
-SMALL_LENGTH = 65_536  # rows that one program can fill in passing
+SMALL_LENGTH = 65_536  # rows that the small kernels can fill in passing
 SMALL_BINS = 1_024  # with expert_offsets or group_ends, which cost the small kernel bins times routes
+FEW_ROUTES = 2_048  # which every program of the one launch beyond SMALL_ROUTES counts
+FEW_BINS = 1_024  # in a register tile of each of its programs
+FEW_OWN = 8  # routes that such a program places at least, and blocks that it fills
 PAIRWISE = 64  # routes in a pairwise tile of a chunk: work a route grows with it, steps a chunk shrink
 CHUNKS = ((16_384, 64), (65_536, 128), (262_144, 256))  # (up to so many routes, so many in a chunk); then MAX_CHUNKS
 MAX_CHUNKS = 1_024
@@ -178,6 +181,28 @@ def launches(
             )
         ]  # fmt: skip
 
+    named = expert_map is not None and not ignore
+    if n <= FEW_ROUTES and length <= SMALL_LENGTH and bins <= FEW_BINS:
+        size = power_of_two(n)
+        own = max(FEW_OWN, size // 128)
+        return [
+            Launch(
+                "align_few",
+                max(cdiv(n, own), cdiv(blocks, FEW_OWN)),
+                (
+                    *inputs,
+                    out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded, out.expert_counts,
+                    out.expert_offsets, out.group_ends, out.positions, out.block_rows, out.scatter_idx,
+                    n, rows, problem.top_k, *walk, map_stride, bins, length, blocks,
+                ),
+                {
+                    "BLOCK_SIZE": block_size, **reading, "NAMED": named, "SIZE": size, "BINS": max(power_of_two(bins), 32),
+                    "OWN": own, "BLOCKS": FEW_OWN, "ROWS": min(power_of_two(block_size), 64),
+                },
+                min(max(size // 128, 4), 16),
+            )
+        ]  # fmt: skip
+
     chunk = _chunk(n, bins)
     chunks = max(cdiv(n, chunk), 1)
     scratch = torch.empty(chunks * bins + n + 2 * bins + 2, dtype=torch.int32, device=problem.device)
@@ -218,7 +243,7 @@ def launches(
                 n, *walk, map_stride, bins, length, blocks, placing,
             ),
             {
-                "BLOCK_SIZE": block_size, **reading, "NAMED": expert_map is not None and not ignore,
+                "BLOCK_SIZE": block_size, **reading, "NAMED": named,
                 "CHUNK": chunk, "PLACE": PLACE, **fill, "STEPS": bins.bit_length(),
             },
             4,

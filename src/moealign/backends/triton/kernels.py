@@ -2,6 +2,7 @@
 """Triton kernels of the block-aligned layout, in the order of their passes.  Imported at a first call only.
 
 Few routes: `align_small`, one program, all pairs of routes compared; the cost does not depend on the number of experts.
+Some more: `align_few`, programs that each count all routes, then place a few of them and fill a few blocks.
 Otherwise three launches, for n routes in C chunks and E bins:
 
 1. `rank_chunks`   a program a chunk: rank of each route among its chunk's routes of the same bin, counts a bin.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["align_small", "fill_batches", "place_routes", "rank_chunks", "scan_bins", "scan_counts"]
+__all__ = ["align_few", "align_small", "fill_batches", "place_routes", "rank_chunks", "scan_bins", "scan_counts"]
 
 BAD_ID = tl.constexpr(1)
 BAD_MAP = tl.constexpr(2)
@@ -130,6 +131,33 @@ def _ranks(bins, SIZE: tl.constexpr):
     return both >> RANK_SHIFT, both & COUNT_MASK
 
 
+@triton.jit
+def _write_blocks(
+    block, bin_, used, skipped, rows, expert_map, sorted_ids, expert_ids, block_rows,
+    num_routes, num_bins, length, num_blocks, map_stride, max_tokens,
+    BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr, NAMED: tl.constexpr, BATCHED: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Entries of blocks that hold `rows` rows of bin_ after `skipped` ones, and the rows in them that no route takes."""
+    live = block < num_blocks
+    name = bin_
+    if NAMED:
+        name, _ = _local_bins(expert_map, map_stride, bin_, used, num_bins, MAP_UNSIGNED)
+    tl.store(expert_ids + block, tl.where(used, name, -1), mask=live)
+    if block_rows is not None:
+        tl.store(block_rows + block, rows, mask=live)
+    for first in range(0, BLOCK_SIZE, ROWS):
+        inner = first + tl.arange(0, ROWS)
+        at = (block * BLOCK_SIZE)[:, None] + inner[None, :]
+        here = live[:, None] & (inner < BLOCK_SIZE)[None, :] & (at < length)
+        padding = inner[None, :] >= rows[:, None]
+        if BATCHED:
+            slot = (bin_ * max_tokens + skipped)[:, None] + inner[None, :]
+            tl.store(sorted_ids + at, tl.where(padding, num_routes, slot), mask=here)
+        else:
+            tl.store(sorted_ids + at, num_routes, mask=here & padding)
+
+
 # ---- A few routes: one program does it all ------------------------------------------------------------------------
 
 
@@ -208,6 +236,79 @@ def align_small(
                 seen = seen | wrong_map.to(tl.int32)
             bits = bits | (tl.max(seen, axis=0) * BAD_MAP)
         _report(error_word, bits)
+
+
+# ---- Some more routes: programs that need nothing of each other ----------------------------------------------------
+
+
+@_kernel
+def align_few(
+    ids, expert_map, num_valid, error_word,
+    sorted_ids, expert_ids, total, expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx,
+    num_routes, limit_rows, top_k, cols, row_stride, col_stride, map_stride, num_bins, length, num_blocks,
+    BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr,
+    IGNORE: tl.constexpr, NAMED: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
+    OWN: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    limit, wrong_limit = _limit(num_valid, num_routes, limit_rows, top_k)
+    lane = tl.arange(0, SIZE)
+    route = lane.to(tl.int64)
+    bins, wrong = _bins(
+        route, route < limit, ids, cols, row_stride, col_stride, expert_map, map_stride, num_bins,
+        CONTIGUOUS, UNSIGNED, MAP_UNSIGNED, IGNORE,
+    )  # fmt: skip
+    kept = bins < num_bins
+    counts = tl.histogram(tl.where(kept, bins, 0), BINS, mask=kept)
+    blocks = (counts + (BLOCK_SIZE - 1)) // BLOCK_SIZE
+    ends = tl.cumsum(blocks, 0)
+    begins = ends - blocks
+
+    if part * OWN < num_routes:
+        mine = part * OWN + tl.arange(0, OWN)
+        own, _ = _bins(
+            mine.to(tl.int64), mine < limit, ids, cols, row_stride, col_stride, expert_map, map_stride, num_bins,
+            CONTIGUOUS, UNSIGNED, MAP_UNSIGNED, IGNORE,
+        )  # fmt: skip
+        placed = own < num_bins
+        before = (bins[:, None] == own[None, :]) & (lane[:, None] < mine[None, :])
+        rank = tl.sum(before.to(tl.int32), axis=0)
+        row = tl.gather(begins, tl.minimum(own, BINS - 1), 0) * BLOCK_SIZE + rank
+        tl.store(sorted_ids + row, mine, mask=placed)
+        if positions is not None:
+            tl.store(positions + mine, tl.where(placed, row, -1), mask=mine < num_routes)
+        if scatter_idx is not None:
+            tl.store(scatter_idx + mine, tl.where(placed, mine, -1), mask=mine < num_routes)
+
+    if part * BLOCKS < num_blocks:
+        block = part * BLOCKS + tl.arange(0, BLOCKS)
+        bin_ = tl.sum((ends[:, None] <= block[None, :]).to(tl.int32), axis=0)  # so many end before it
+        used = bin_ < BINS
+        bin_ = tl.minimum(bin_, BINS - 1)
+        skipped = (block - tl.gather(begins, bin_, 0)) * BLOCK_SIZE
+        rows = tl.where(used, tl.minimum(tl.gather(counts, bin_, 0) - skipped, BLOCK_SIZE), 0)
+        _write_blocks(
+            block, bin_, used, skipped, rows, expert_map, sorted_ids, expert_ids, block_rows,
+            num_routes, num_bins, length, num_blocks, map_stride, 0,
+            BLOCK_SIZE, MAP_UNSIGNED, NAMED, False, ROWS,
+        )  # fmt: skip
+
+    if part == 0:
+        tl.store(total, tl.sum(blocks, axis=0) * BLOCK_SIZE)
+        bin_ = tl.arange(0, BINS)
+        if expert_counts is not None:
+            tl.store(expert_counts + bin_, counts, mask=bin_ < num_bins)
+        if expert_offsets is not None:
+            tl.store(expert_offsets + bin_, begins * BLOCK_SIZE, mask=bin_ < num_bins)
+            tl.store(expert_offsets + num_bins, tl.sum(blocks, axis=0) * BLOCK_SIZE)
+        if group_ends is not None:
+            tl.store(group_ends + bin_, tl.cumsum(counts, 0), mask=bin_ < num_bins)
+        if error_word is not None:
+            bits = tl.max(wrong.to(tl.int32), axis=0) * BAD_ID + wrong_limit.to(tl.int32) * BAD_VALID
+            if expert_map is not None:
+                _, wrong_map = _local_bins(expert_map, map_stride, bin_, bin_ < num_bins, num_bins, MAP_UNSIGNED)
+                bits = bits | (tl.max(wrong_map.to(tl.int32), axis=0) * BAD_MAP)
+            _report(error_word, bits)
 
 
 # ---- Launch 1 of 3: ranks inside a chunk --------------------------------------------------------------------------
@@ -339,31 +440,19 @@ def _fill_blocks(
     BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr, NAMED: tl.constexpr, BATCHED: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks: their entries, and the rows in them that no other program writes."""
+    """BLOCKS blocks, found in the table of offsets."""
     block = part.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    live = block < num_blocks
     row = block * BLOCK_SIZE
     bin_ = _bin_at(row, offsets, num_bins, STEPS)
-    used = live & (bin_ < num_bins)
+    used = (block < num_blocks) & (bin_ < num_bins)
     skipped = (row - tl.load(offsets + bin_, mask=used, other=0)).to(tl.int32)
     rows = tl.load(totals + bin_, mask=used, other=0) - skipped
     rows = tl.where(used, tl.minimum(tl.maximum(rows, 0), BLOCK_SIZE), 0)
-    name = bin_
-    if NAMED:
-        name, _ = _local_bins(expert_map, map_stride, bin_, used, num_bins, MAP_UNSIGNED)
-    tl.store(expert_ids + block, tl.where(used, name, -1), mask=live)
-    if block_rows is not None:
-        tl.store(block_rows + block, rows, mask=live)
-    for first in range(0, BLOCK_SIZE, ROWS):
-        inner = first + tl.arange(0, ROWS)
-        at = row[:, None] + inner[None, :]
-        here = (inner < BLOCK_SIZE)[None, :] & (at < length)
-        padding = inner[None, :] >= rows[:, None]
-        if BATCHED:
-            slot = (bin_ * max_tokens + skipped)[:, None] + inner[None, :]
-            tl.store(sorted_ids + at, tl.where(padding, num_routes, slot), mask=here)
-        else:
-            tl.store(sorted_ids + at, num_routes, mask=here & padding)
+    _write_blocks(
+        block, bin_, used, skipped, rows, expert_map, sorted_ids, expert_ids, block_rows,
+        num_routes, num_bins, length, num_blocks, map_stride, max_tokens,
+        BLOCK_SIZE, MAP_UNSIGNED, NAMED, BATCHED, ROWS,
+    )  # fmt: skip
 
 
 @_kernel
