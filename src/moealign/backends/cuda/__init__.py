@@ -11,12 +11,14 @@ import importlib.util
 import torch
 
 from ...layout import Problem
-from .align import align
+from .align import align, align_three
 from .batched import align_batched
 from .compile import cache_folder, compiler_version
 from .route import refuses_route, route, route_align
 
-__all__ = ["align", "align_batched", "note", "refuses", "refuses_route", "route", "route_align", "unavailable"]
+__all__ = [
+    "align", "align_batched", "align_three", "note", "refuses", "refuses_route", "route", "route_align", "unavailable",
+]  # fmt: skip
 
 _OLDEST = (8, 0)  # the oldest compute capability that the tests compile for
 

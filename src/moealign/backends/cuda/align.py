@@ -11,7 +11,7 @@ from torch import Tensor
 from ...layout import EXTRAS, BlockLayout, Problem, cdiv
 from .compile import COOPERATIVE, OVERLAP, PLAIN, Launch, kernel
 
-__all__ = ["Path", "Plan", "align", "align_after", "defines_of", "path_of", "pointers"]
+__all__ = ["Path", "Plan", "align", "align_after", "align_three", "defines_of", "path_of", "pointers"]
 
 # -------------------------------------------------------------------------------------------------------------- tuning
 # Measured on an H200 by benchmarks/align.py, graph replay.
@@ -298,6 +298,16 @@ def align(
         s1,
         0 if expert_map is None else expert_map.stride(0),
     )
+
+
+def align_three(problem: Problem, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> None:
+    """:func:`align` without options into the first three outputs."""
+    ids, rows_at = topk_ids.data_ptr(), rows.data_ptr()
+    plan = _plans.get((id(problem), not topk_ids.is_contiguous(), not (ids & 15), not (rows_at & 15)))
+    if plan is None or plan.scratch or not plan.usual:
+        align(problem, topk_ids, None, None, None, BlockLayout(rows, blocks, total))
+        return
+    plan.start(ids, rows_at, blocks.data_ptr(), total.data_ptr(), problem.routes, problem.top_k, rows.numel(), 0)
 
 
 def align_after(
