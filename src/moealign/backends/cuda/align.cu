@@ -233,22 +233,31 @@ DEV void store_neighbour(u32 *mine, u32 rank, u32 v) {
 // The last CTA writes the weights and ids; the others choose for themselves and write the layout.
 #define CTAS (gridDim.x - 1)
 
-// Experts of one token, of which lane j < TOP_K gets the j-th.
-DEV int route_token(const raw_t *logits, const float *bias, float *weights, int *ids_out, i64 row_stride, i64 scale_bits,
-                    u32 token, u32 limit, bool writes) {
-    const u32 lane = lane_id(), i = token * TOP_K + lane;
-    const raw_t *row = logits + (i64)token * row_stride;
+// The token of a warp, of which a CTA has no fewer than there are tokens; with ONE_TOKEN all have the same.
+struct Token {
+    const raw_t *row;
     __align__(16) raw_t raw[PER_LANE];
-    load_logits(row, lane, raw);
-    const Chosen chosen = choose_experts(raw, bias, lane);
-    const bool live = token * TOP_K < limit;
-    const int e = live ? (int)chosen.expert : -1;
-    if (writes) {
-        const float weight = weigh(raw, row, chosen, __int_as_float((int)scale_bits), lane, nullptr);
-        if (lane < TOP_K) weights[i] = live ? weight : 0.f, ids_out[i] = e;
+    u32 number;
+
+    __device__ __forceinline__ void load(const raw_t *logits, i64 row_stride, u32 tokens) {
+        number = ONE_TOKEN ? 0 : warp_id();
+        row = logits + (i64)number * row_stride;
+        if (number < tokens) load_logits(row, lane_id(), raw);
     }
-    return e;
-}
+
+    // Its experts, of which lane j < TOP_K gets the j-th.
+    __device__ __forceinline__ int choose(const float *bias, float *weights, int *ids_out, i64 scale_bits, u32 limit, bool writes) {
+        const u32 lane = lane_id(), i = number * TOP_K + lane;
+        const Chosen chosen = choose_experts(raw, bias, lane);
+        const bool live = number * TOP_K < limit;
+        const int e = live ? (int)chosen.expert : -1;
+        if (writes) {
+            const float weight = weigh(raw, row, chosen, __int_as_float((int)scale_bits), lane, nullptr);
+            if (lane < TOP_K) weights[i] = live ? weight : 0.f, ids_out[i] = e;
+        }
+        return e;
+    }
+};
 #else
 #define CTAS gridDim.x
 #endif
@@ -262,7 +271,11 @@ extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS AND_LOGITS) {
     const u32 lane = lane_id(), me = blockIdx.x * T + threadIdx.x, all = CTAS * T, w = me >> 5, warps = all >> 5;
     u32 bad = 0;
     wait_for_the_one_before();
-#if !ROUTE
+#if ROUTE
+    const u32 tokens = ONE_TOKEN ? 1 : n / TOP_K;
+    Token token;
+    token.load(logits, row_stride, tokens);
+#else
     id_t v = lane < n ? id_at(ids, lane, (u32)top_k64, s0, s1) : (id_t)0;
 #endif
     const u32 limit = limit_of(nvalid, n, (u32)top_k64);
@@ -270,21 +283,20 @@ extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS AND_LOGITS) {
     const u32 from = min(w * slice, L), to = min(from + slice, L);
     fill(sorted, from, to, (int)n, lane, 32);
 #if ROUTE
-    // A single token is every warp's own, and nobody waits; else a CTA shares them out among its warps.
-    __shared__ int chosen[WARPS * 32];
-    const u32 tokens = n / TOP_K;
-    const bool single = tokens == 1, writes = blockIdx.x == CTAS;
-    if (single && writes && threadIdx.x >= 32) return;
-    int *found = chosen + (single ? 32 * warp_id() : 0);
-#pragma unroll 1
-    for (u32 token = single ? 0 : warp_id(); token < tokens; token += WARPS) {
-        const int e = route_token(logits, bias, weights, ids_out, row_stride, scale_bits, token, limit, writes);
-        if (lane < TOP_K) found[token * TOP_K + lane] = e;
-    }
+    const bool writes = blockIdx.x == CTAS;
+    if (ONE_TOKEN && writes && threadIdx.x >= 32) return;
+    int e = -1;
+    if (token.number < tokens) e = token.choose(bias, weights, ids_out, scale_bits, limit, writes);
+#if ONE_TOKEN
     if (writes) return;
-    if (single) __syncwarp();
-    else __syncthreads();
-    const id_t v = lane < n ? found[lane] : 0;
+    const id_t v = (id_t)e;
+#else
+    __shared__ int chosen[WARPS * 32];
+    if (token.number < tokens && lane < TOP_K) chosen[token.number * TOP_K + lane] = e;
+    if (writes) return;
+    __syncthreads();
+    const id_t v = lane < n ? chosen[lane] : 0;
+#endif
 #endif
 
     const int bin = bin_of(v, lane < limit, map, smap, bad);
@@ -383,7 +395,11 @@ extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS AND_LOGIT
     const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), me = blockIdx.x * T + t, all = CTAS * T;
     u32 bad = 0;
     wait_for_the_one_before();
-#if !ROUTE
+#if ROUTE
+    const u32 tokens = n / TOP_K;
+    Token token;
+    token.load(logits, row_stride, tokens);
+#else
     id_t v = t < n ? id_at(ids, t, (u32)top_k64, s0, s1) : (id_t)0;
 #endif
     const u32 limit = limit_of(nvalid, n, (u32)top_k64);
@@ -392,12 +408,10 @@ extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS AND_LOGIT
     fill(sorted, from, to, (int)n, t, T);
 #if ROUTE
     __shared__ int chosen[CH * 32];
-    const u32 tokens = n / TOP_K;
     const bool writes = blockIdx.x == CTAS;
-#pragma unroll 1
-    for (u32 token = warp; token < tokens; token += WARPS) {
-        const int e = route_token(logits, bias, weights, ids_out, row_stride, scale_bits, token, limit, writes);
-        if (lane < TOP_K) chosen[token * TOP_K + lane] = e;
+    if (token.number < tokens) {
+        const int e = token.choose(bias, weights, ids_out, scale_bits, limit, writes);
+        if (lane < TOP_K) chosen[token.number * TOP_K + lane] = e;
     }
     if (writes) return;
     __syncthreads();

@@ -47,15 +47,22 @@ DEV float number_of_key(u32 key) {  // not of 0 or 1
 }
 
 #if SHORT_KEYS
-#define HIGHEST_FINITE (LOGITS == 1 ? 0x7f80u : 0x7c00u)
-DEV u32 short_key(raw_t raw, u32 expert) {
-    const u32 bits = raw == 0x8000u ? 0u : raw;
-    const u32 half = (bits & 0x7fffu) > HIGHEST_FINITE ? 1u : bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
-    return half << 16 | (0xffffu - expert);
+DEV u32 signs_of(u32 pair) {  // all bits of each half that has its sign bit
+    u32 signs;
+    asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(signs) : "r"(pair));
+    return signs;
+}
+// Of two logits in a word, the upper halves of their keys: a number gets its sign bit flipped, one below zero all bits,
+// and one more, so that -0 is what +0 is.
+DEV u32 short_keys(u32 pair) {
+    constexpr u32 EACH = 0x00010001u, PAST_FINITE = 0x7fffu - (LOGITS == 1 ? 0x7f80u : 0x7c00u);
+    const u32 below_zero = signs_of(pair), nan = signs_of((pair & 0x7fff7fffu) + PAST_FINITE * EACH);
+    const u32 keys = (pair ^ (below_zero | 0x80008000u)) + (below_zero & EACH);
+    return (keys & ~nan) | (nan & EACH);
 }
 DEV float number_of_short_key(u32 key) {
     const u32 half = key >> 16;
-    return number_of((raw_t)(half & 0x8000u ? half ^ 0x8000u : ~half));
+    return number_of((raw_t)(half & 0x8000u ? half ^ 0x8000u : ~(half - 1u)));
 }
 #endif
 
@@ -206,18 +213,20 @@ DEV void take_best(Keys &keys, u32 lane, Chosen &chosen) {
         for (int r = 1; r < RUNS; r++) top = max(top, keys.key[r * RUN]);
         const u32 best = __reduce_max_sync(FULL, top);
 #if !SHORT_KEYS
+        // Of equal keys the lowest lane's is that of the lowest expert, and in a lane the first run's.
         u32 low = 0;
 #pragma unroll
-        for (int r = 0; r < RUNS; r++)
-            if (keys.key[r * RUN] == best) low = max(low, keys.low[r * RUN]);
-        const u32 best_low = __reduce_max_sync(FULL, low);
+        for (int r = RUNS - 1; r >= 0; r--)
+            if (keys.key[r * RUN] == best) low = keys.low[r * RUN];
+        const u32 winner = __ffs(__ballot_sync(FULL, top == best)) - 1;
+        const u32 best_low = __shfl_sync(FULL, low, winner);
 #endif
 #pragma unroll
         for (int r = 0; r < RUNS; r++) {
 #if SHORT_KEYS
             if (keys.key[r * RUN] != best) continue;
 #else
-            if (keys.key[r * RUN] != best || keys.low[r * RUN] != best_low) continue;
+            if (lane != winner || keys.key[r * RUN] != best || keys.low[r * RUN] != low) continue;
 #endif
 #pragma unroll
             for (int i = r * RUN; i + 1 < (r + 1) * RUN; i++) {
@@ -244,6 +253,9 @@ DEV void take_best(Keys &keys, u32 lane, Chosen &chosen) {
 DEV Chosen choose_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane) {
     Keys keys;
     Chosen chosen;
+#if SHORT_KEYS
+    u32 pair = 0;
+#endif
 #if BIAS || GROUPS > 1
     float score[PER_LANE];
 #endif
@@ -259,12 +271,14 @@ DEV Chosen choose_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane
 #endif
         if (i < PER_LANE) score[i] = x;
 #endif
-#if SHORT_KEYS
-        keys.key[i] = there ? short_key(given, e) : 0;
-#elif BIAS
+#if BIAS
         keys.key[i] = there ? key_of(x) : 0;
-#else
+#elif !SHORT_KEYS
         keys.key[i] = there ? key_of(number_of(given)) : 0;
+#else
+        const u32 next = i + 1 < PER_LANE ? (u32)raw[i + 1] << 16 : 0;
+        if (i % 2 == 0) pair = short_keys(given | next);
+        keys.key[i] = there ? __byte_perm(0xffffu - e, pair, i % 2 == 0 ? 0x5410 : 0x7610) : 0;
 #endif
 #if !SHORT_KEYS
         keys.low[i] = FULL - e;

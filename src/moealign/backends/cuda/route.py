@@ -213,7 +213,7 @@ def _fused_defines(
 ) -> tuple[tuple[str, int], ...]:
     problem = problem._replace(has_num_valid_tokens=routing.has_num_valid_tokens)
     defines = defines_of(problem, path, vector_in=False, vector_out=aligned)
-    return (*defines, ("ROUTE", 1), *_macros(routing, vector))
+    return (*defines, ("ROUTE", 1), ("ONE_TOKEN", int(routing.tokens == 1)), *_macros(routing, vector))
 
 
 def _fused(routing: Routing, problem: Problem, vector: bool, aligned: bool, index: int) -> Launch | bool:
