@@ -11,6 +11,7 @@ is exactly Transformers' plain one, in which case it is computed inside the prod
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ _NAMED = {
 }
 
 
+#: Transformers' own ``_apply_gate``, from :func:`install` on: torch.compile follows no import out of its lazy modules.
+_plain_gate: Any = None
+
+
 def install() -> None:
     """Register ``experts_implementation="moealign"`` with Transformers.  Twice is as good as once.
 
@@ -45,7 +50,9 @@ def install() -> None:
     Raises:
         BackendUnavailable: Transformers is not installed, or has no experts implementations (before 5.0).
     """
+    global _plain_gate
     _registry().register(NAME, experts_forward)
+    _plain_gate = getattr(sys.modules["transformers.integrations.moe"], "_default_apply_gate", None)
 
 
 def uninstall() -> None:
@@ -107,12 +114,9 @@ def _activation(module: Any, gated: bool) -> Any:
 
 def _is_plain_gate(module: Any) -> bool:
     """Whether ``_apply_gate`` is Transformers' own, on halves one behind the other."""
-    from transformers.integrations import moe
-
-    plain = getattr(moe, "_default_apply_gate", None)
     own = getattr(type(module), "_apply_gate", None)
     overridden = "_apply_gate" in vars(module)
-    return plain is not None and own is plain and not overridden and getattr(module, "is_concatenated", True)
+    return own is not None and own is _plain_gate and not overridden and getattr(module, "is_concatenated", True)
 
 
 def _post_norm(module: Any) -> Any:
