@@ -1,9 +1,10 @@
 """The layout in Triton, on any GPU that Triton reaches: NVIDIA, AMD, Intel.
 
-One launch up to `FEW_ROUTES` routes of up to `FEW_BINS` experts, three beyond; batched two.  See kernels.py for the passes and their bytes.
-Scratch, from torch's allocator on the current stream: n ranks and a table of chunks times bins; no host sync, so a CUDA
-graph can hold it.  A configuration follows from the problem by the rules below and never from a measurement at run
-time.  The number of routes is no constant of a kernel: another one compiles nothing, save where a rule below changes.
+One launch up to `FEW_ROUTES` routes of up to `FEW_BINS` experts, three beyond; batched two.  See kernels.py for the
+passes and their bytes.  Scratch, of the three launches alone, from torch's allocator on the current stream: n ranks and
+a table of chunks times bins; no host sync, so a CUDA graph can hold it.  A configuration follows from the problem by
+the rules below and never from a measurement at run time.  The number of routes is no constant of a kernel: another one
+compiles nothing, save where a rule below changes.
 
 Under TRITON_INTERPRET=1 it takes CPU tensors, for tests.  Nothing here imports Triton before the first call.
 """
@@ -183,7 +184,7 @@ def launches(
 
     named = expert_map is not None and not ignore
     if n <= FEW_ROUTES and length <= SMALL_LENGTH and bins <= FEW_BINS:
-        size = power_of_two(n)
+        size, tile = power_of_two(n), max(power_of_two(bins), 32)
         own = max(FEW_OWN, size // 128)
         return [
             Launch(
@@ -196,7 +197,7 @@ def launches(
                     n, rows, problem.top_k, *walk, map_stride, bins, length, blocks,
                 ),
                 {
-                    "BLOCK_SIZE": block_size, **reading, "NAMED": named, "SIZE": size, "BINS": max(power_of_two(bins), 32),
+                    "BLOCK_SIZE": block_size, **reading, "NAMED": named, "SIZE": size, "BINS": tile,
                     "OWN": own, "BLOCKS": FEW_OWN, "ROWS": min(power_of_two(block_size), 64),
                 },
                 min(max(size // 128, 4), 16),

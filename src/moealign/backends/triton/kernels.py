@@ -138,7 +138,7 @@ def _write_blocks(
     BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr, NAMED: tl.constexpr, BATCHED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Entries of blocks that hold `rows` rows of bin_ after `skipped` ones, and the rows in them that no route takes."""
+    """Entries of blocks that hold `rows` rows of bin_ behind `skipped` ones, and the rows that no route takes."""
     live = block < num_blocks
     name = bin_
     if NAMED:
