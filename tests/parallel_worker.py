@@ -244,6 +244,23 @@ def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
     assert time.monotonic() - start < (7 if DEVICE.type == "cpu" else 18)
 
 
+def check_nccl_s_watchdog(rank: int, ranks: int) -> None:
+    """The last rank leaves; NCCL's watchdog ends the processes of the others, in either mode."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    own = (*shards(placement, rank, False), weights, ids, placement)
+    replicated_moe(hidden, *own).sum().item()  # the ranks have met
+    if rank == ranks - 1:
+        time.sleep(30)
+        return
+    replicated_moe(hidden, *own).sum().item()
+    print("came back")
+
+
+#: What is about the end of the group's patience.
+IMPATIENT = ("check_a_rank_that_never_comes", "check_nccl_s_watchdog")
+
+
 def main() -> None:
     global DEVICE
     rank, ranks, store, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
@@ -253,7 +270,7 @@ def main() -> None:
     if backend == "nccl":
         DEVICE = torch.device("cuda", rank)
         torch.cuda.set_device(DEVICE)
-    patience = datetime.timedelta(seconds=2 if name == "check_a_rank_that_never_comes" else 60)
+    patience = datetime.timedelta(seconds=2 if name in IMPATIENT else 60)
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
     try:
         for each in name.split(","):

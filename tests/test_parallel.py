@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,12 @@ CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_re
 
 def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
     """Fails with the output of the first rank that failed."""
+    wrong = [text for code, text in outcomes(ranks, name, tmp_path, backend) if code]
+    assert not wrong, wrong[0][-3000:]
+
+
+def outcomes(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> list[tuple[int, str]]:
+    """Each rank's exit status and output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     if backend == "nccl":
         environment |= {"NCCL_NVLS_ENABLE": "0"}
@@ -43,8 +50,7 @@ def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
     finally:
         for process in processes:
             process.kill()
-    wrong = [text for process, text in zip(processes, said, strict=True) if process.returncode]
-    assert not wrong, wrong[0][-3000:]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -79,6 +85,14 @@ def test_half_precision_and_the_one_wait_with_nccl(tmp_path):
 @two_gpus
 def test_a_rank_that_never_comes_is_noticed_with_nccl(tmp_path):
     run(2, "check_a_rank_that_never_comes", tmp_path, "nccl")
+
+
+@two_gpus
+def test_nccl_s_watchdog_ends_a_rank_that_waits_in_vain(tmp_path):
+    (code, said), _ = outcomes(2, "check_nccl_s_watchdog", tmp_path, "nccl")
+    assert code != 0, said[-3000:]
+    assert "came back" not in said
+    assert re.search("Watchdog caught collective operation timeout", said), said[-3000:]
 
 
 # ----------------------------------------------------------------------------------------------------------- placement

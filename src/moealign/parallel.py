@@ -242,7 +242,8 @@ def dispatched_moe(
     sent = torch.cat([layout.expert_counts for layout in layouts]).view(shape)  # type: ignore[misc]
     sent = sent.transpose(0, 1).contiguous()
     came = torch.empty_like(sent)
-    _collective(group, lambda: dist.all_to_all_single(came, sent, group=group))
+    # Waited for as a piece of work: under TORCH_NCCL_BLOCKING_WAIT that raises where the plain call would not.
+    _collective(group, lambda: dist.all_to_all_single(came, sent, group=group, async_op=True).wait())
     both = torch.stack((sent, came)).cpu()
     sends, comes = both.sum(3).tolist()
 
