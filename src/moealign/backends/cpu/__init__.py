@@ -35,7 +35,7 @@ __all__ = ["align", "align_batched", "align_three", "note", "num_threads", "refu
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
 MIN_ROUTES_AN_EXPERT = 2  # a chunk's counters must not cost more than its routes
-CHUNKS_A_THREAD = 4
+CHUNKS_A_THREAD = 8
 MAX_THREADS = 64
 
 # Width in bytes, negative if unsigned.
