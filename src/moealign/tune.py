@@ -68,7 +68,7 @@ def variations(tile: Tile) -> list[Tile]:
     found = [tile._replace(n=n) for n in (tile.n // 2, tile.n * 2) if 16 <= n <= 256]
     found += [tile._replace(k=k) for k in (tile.k // 2, tile.k * 2) if 32 <= k <= 256]
     found += [tile._replace(stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if 2 <= stages <= 6]
-    found.append(tile._replace(ctas=0 if tile.ctas else 1))
+    found.append(tile._replace(ctas=0) if tile.ctas else tile._replace(ctas=1, short=0))
     found.append(tile._replace(group=2 if tile.group > 2 else 8))
     if tile.m == 128:
         found.append(tile._replace(short=0 if tile.short else 64))

@@ -123,11 +123,13 @@ def _rule(target: Target, routes: int, top_k: int, experts: int, hidden: int, in
         return Plan(32, first, Tile(32, 128, 128, 1, 4, 3))
     if rows <= 48:
         return Plan(64, Tile(64, 64, 128, 2, 4, 4, 1, 0, 1), Tile(64, 128, 64, 2, 4, 3, 1, 0, 1))
+    # Beyond, a persistent launch without conditions in its loop against a tile of half the rows, which wants one.
+    short = Tile(128, 256, 64, 4, 8, 4, 2, 0, 0, 64)
     if rows <= 96:
-        return Plan(128, Tile(128, 128, 64, 2, 8, 4, 1, 0, 0, 64), Tile(128, 128, 64, 2, 4, 3, 2, 0, 0, 64))
+        return Plan(128, Tile(128, 128, 64, 2, 8, 4, 1, 0, 0, 64), short)
     if rows <= 200:
-        return Plan(128, Tile(128, 128, 64, 2, 8, 4, 1), Tile(128, 256, 64, 2, 8, 4, 2, 0, 0, 64))
-    return Plan(128, Tile(128, 128, 64, 8, 8, 4, 1, 1), Tile(128, 256, 64, 8, 8, 4, 2, 0, 0, 64))
+        return Plan(128, Tile(128, 128, 64, 2, 8, 4, 1, 1), short)
+    return Plan(128, Tile(128, 128, 64, 8, 8, 4, 1, 1), Tile(128, 256, 64, 8, 8, 4, 2, 1))
 
 
 def tuning_key(experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype) -> str:
@@ -306,7 +308,7 @@ def _gemm(
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
             "SHORT": short, "ALONE": alone, "PDL": target.hopper,
             "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
-            "PERSISTENT": persistent, "FLATTEN": persistent and not short,
+            "PERSISTENT": persistent,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
         tile.warps,

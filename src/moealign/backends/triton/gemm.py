@@ -48,7 +48,7 @@ def _activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, b, a_rows, a_first, kept, expert, column, N, K, inner_rows,
+    a, b, a_rows, a_first, kept, expert, column, N, K, steps, inner_rows,
     a_stride, b_stride_e, b_stride_n, b_stride_k,
     GATED: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -70,7 +70,7 @@ def _product(
     else:
         held = tl.where(columns < N, columns, 0).to(tl.int64)  # columns past the end repeat the first, and go nowhere
         b_at = b + expert * b_stride_e + held[:, None] * b_stride_n + (depth * b_stride_k)[None, :]
-    for step in range(tl.cdiv(K, BLOCK_K)):
+    for step in range(steps):
         start = step * BLOCK_K
         if A_TMA:
             x = a.load([a_first, start])
@@ -129,30 +129,31 @@ def _rows(
         out_rows = routes
     out_at = out + out_rows[:, None] * out_stride + columns[None, :]
     stored = kept[:, None] & (columns < N)[None, :]
-    if (expert >= 0) & (expert < num_local):
-        if A_LAYOUT:
-            a_rows = (block_start + slot).to(tl.int64)
-        else:
-            a_rows = routes // top_k
-        x, up = _product(
-            a, b, a_rows, block_start, kept, expert, column, N, K, inner_rows,
-            a_stride, b_stride_e, b_stride_n, b_stride_k,
-            GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        if bias is not None:
-            at = bias + expert * bias_stride + columns
-            x += tl.load(at, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-            if GATED:
-                up += tl.load(at + N, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-        x = _activate(x, ACT)
-        if GATED:
-            x = x * up
-        if weights is not None:
-            x = x * tl.load(weights + routes, mask=kept, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
+    if A_LAYOUT:
+        a_rows = (block_start + slot).to(tl.int64)
     else:
-        if not OUT_LAYOUT:
-            tl.store(out_at, tl.zeros((BLOCK_M, BLOCK_N), dtype=out.dtype.element_ty), mask=stored)
+        a_rows = routes // top_k
+    # No condition around the steps, which a persistent launch makes one loop with those of the next tile.
+    here = (expert >= 0) & (expert < num_local)
+    steps = tl.where(here, tl.cdiv(K, BLOCK_K), 0)
+    held = tl.where(here, expert, 0)
+    x, up = _product(
+        a, b, a_rows, block_start, kept, held, column, N, K, steps, inner_rows,
+        a_stride, b_stride_e, b_stride_n, b_stride_k,
+        GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if bias is not None:
+        at = bias + held * bias_stride + columns
+        there = (columns < N) & here
+        x += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(at + N, mask=there, other=0.0).to(tl.float32)[None, :]
+    x = _activate(x, ACT)
+    if GATED:
+        x = x * up
+    if weights is not None:
+        x = x * tl.load(weights + routes, mask=kept & here, other=0.0).to(tl.float32)[:, None]
+    tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def gemm(
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
-    ALONE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr, FLATTEN: tl.constexpr,
+    ALONE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """`N` output columns; with GATED the weights have 2 N rows an expert, the gate's first.
@@ -231,7 +232,7 @@ def gemm(
     else:
         num_m = tl.load(total) // BLOCK_M
         if PERSISTENT:
-            for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=FLATTEN):
+            for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=SHORT == 0):
                 _tile(
                     a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
