@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""The README's performance tables and docs/images/performance.png, from the tracked CSV files alone.
+"""The performance tables of the README and of docs/*.md, and docs/images/performance.png, from tracked CSV files alone.
 
     python benchmarks/figures.py            # write them
-    python benchmarks/figures.py --check    # write nothing, fail if the README's tables are not those of the CSV files
+    python benchmarks/figures.py --check    # write nothing, fail if a table is not that of its CSV file
 
 ``benchmarks/results/align_<gpu>.csv`` fills the README between ``<!-- performance:begin -->`` and
 ``<!-- performance:end -->``, ``align_cpu.csv`` between ``<!-- performance-cpu:begin -->`` and its end.  In the same way
-``parallel_<gpu>.csv`` fills docs/parallel.md, with what was measured and with a model of more ranks.
+the pages of `PAGES` are filled, each marker from its file; the tables are in goals.py, those of parallel.md here, with
+a model of more ranks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+import goals  # noqa: E402
+from goals import Row, best_peer, markdown  # noqa: E402
 
 from moealign.bench import cases_of, draw, microseconds  # noqa: E402
 
@@ -40,9 +44,6 @@ TITLES = {
 }
 DRAWN = ("torch-argsort", *PEERS, "moealign-triton", "moealign-cuda", "floor-chain", "floor-bytes")
 
-Row = dict[str, str]
-Case = dict[str, float]  # median microseconds by implementation
-
 
 def read(path: Path) -> list[Row]:
     with path.open(newline="") as source:
@@ -54,15 +55,6 @@ def gpu_results(folder: Path, gpu: str | None = None) -> Path | None:
     found = sorted(path for path in folder.glob("align_*.csv") if path.stem != "align_cpu")
     wanted = [path for path in found if path.stem == f"align_{gpu or 'h200'}"]
     return next(iter(wanted or ([] if gpu else found)), None)
-
-
-def best_peer(times: Case) -> float | None:
-    return min((times[impl] for impl in PEERS if impl in times), default=None)
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = ["---" if i < left else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
 
 
 def sizes_of(row: Row) -> str:
@@ -228,15 +220,44 @@ def parallel_model(rows: Sequence[Row], shape: tuple[int, int, int, int] = (256,
     return f"{said}\n\n{markdown(header, lines)}"
 
 
-def page_with_tables(text: str, results: Path, gpu: str = "h200") -> str:
-    """docs/parallel.md with the tables of the CSV file, if there is one."""
-    path = results / f"parallel_{gpu}.csv"
-    if not path.exists():
-        return text
-    rows = read(path)
+def measured_parallel(rows: Sequence[Row]) -> str:
     how = "graph replay or wall time between barriers"
-    measured = f"{caption(rows, how, f'benchmarks/results/{path.name}')}\n\n{parallel_table(rows)}"
-    return replace_between(replace_between(text, "parallel", measured), "parallel-model", parallel_model(rows))
+    return f"{caption(rows, how, 'benchmarks/results/parallel_h200.csv')}\n\n{parallel_table(rows)}"
+
+
+# ---- pages -----------------------------------------------------------------------------------------------------------
+
+TRIALS = ("cuda", "triton", "router", "cpu", "host", "experts")
+#: page of docs/ -> marker -> (CSV file, what makes the text between its two comments of the rows)
+PAGES: dict[str, dict[str, tuple[str, Callable[[Sequence[Row]], str]]]] = {
+    "performance.md": {
+        "goals-cuda": ("align_h200", goals.cuda),
+        "goals-triton": ("align_h200", goals.triton),
+        "goals-cpu": ("align_cpu", goals.cpu),
+        **{f"trials-{part}": ("../trials", goals.trials(part)) for part in TRIALS},
+    },
+    "routing.md": {"routing": ("routing_h200", goals.routing), "goals-routing": ("routing_h200", goals.routing_goals)},
+    "experts.md": {
+        "experts": ("experts_h200", goals.experts),
+        "goals-experts": ("experts_h200", goals.experts_goals),
+        "transformers": ("transformers_h200", goals.transformers),
+        "experts-cpu": ("experts_cpu", goals.experts_cpu),
+    },
+    "integrations.md": {"plugins": ("plugins_h200", goals.plugins)},
+    "parallel.md": {
+        "parallel": ("parallel_h200", measured_parallel),
+        "parallel-model": ("parallel_h200", parallel_model),
+    },
+}
+
+
+def page_with_tables(name: str, text: str, results: Path) -> str:
+    """The page `name` of docs/ with the tables of the CSV files that are there."""
+    for marker, (source, table) in PAGES[name].items():
+        path = results / f"{source}.csv"
+        if path.exists():
+            text = replace_between(text, marker, table(read(path)))
+    return text
 
 
 def replace_between(text: str, marker: str, body: str) -> str:
@@ -283,17 +304,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"{args.readme}: {error}")
         return 2
-    page = ROOT / "docs" / "parallel.md"
-    page_fresh = page_with_tables(page.read_text(), args.results)
+    pages = {args.readme: fresh}
+    if args.results == ROOT / "benchmarks" / "results":
+        for name in PAGES:
+            page = ROOT / "docs" / name
+            pages[page] = page_with_tables(name, page.read_text(), args.results)
     if args.check:
-        stale = [path for path, now in ((args.readme, fresh), (page, page_fresh)) if now != path.read_text()]
+        stale = [path for path, now in pages.items() if now != path.read_text()]
         for path in stale:
             print(f"{path}: its tables are not those of {args.results}; run benchmarks/figures.py")
         return int(bool(stale))
-    args.readme.write_text(fresh)
-    if args.results == ROOT / "benchmarks" / "results":
-        page.write_text(page_fresh)
-    print(f"{args.readme}: tables written")
+    for path, now in pages.items():
+        path.write_text(now)
+        print(f"{path}: tables written")
     if found is not None:
         draw(read(found), args.image, DRAWN)
         print(f"{args.image}: drawn from {found.name}")

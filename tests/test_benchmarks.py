@@ -243,11 +243,13 @@ def test_the_readmes_tables_are_those_of_the_tracked_results() -> None:
 # ---- expert parallelism ----------------------------------------------------------------------------------------------
 
 
-def test_the_page_about_ranks_has_the_tables_of_its_file():
-    results = ROOT / "benchmarks" / "results"
-    page = (ROOT / "docs" / "parallel.md").read_text()
-    assert figures.page_with_tables(page, results) == page
-    assert figures.page_with_tables("no markers", results / "nowhere") == "no markers"
+@pytest.mark.parametrize("name", figures.PAGES)
+def test_pages_have_the_tables_of_their_files(name):
+    page = (ROOT / "docs" / name).read_text()
+    assert figures.page_with_tables(name, page, RESULTS) == page, "run benchmarks/figures.py"
+    assert figures.page_with_tables(name, "no markers", RESULTS / "nowhere") == "no markers"
+    for marker, (source, _) in figures.PAGES[name].items():
+        assert (RESULTS / f"{source}.csv").exists(), f"{marker}: a table that nothing fills"
 
 
 def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
