@@ -333,6 +333,53 @@ def test_a_figure_is_its_row_of_the_table():
     assert len(draw.FIGURE.findall((ROOT / "docs" / "backends.md").read_text())) >= 10
 
 
+#: What looks like a measurement: a time, a ratio, a rate, a share.
+MEASURED = re.compile(r"\d(?:x\b| us\b| ms\b| %| seconds?\b)|[TG]B/s|TFLOP")
+#: Lines with such a number that is none, and what it is.
+NO_MEASUREMENT = {
+    "or the operations at the rate of a large product": "what a floor is",
+    "are assumptions": "the terms of a model that nobody measured",
+    "of brute force on small cases": "the bound of a test",
+}
+
+
+@functools.cache
+def figures_of_rows() -> re.Pattern[str]:
+    pytest.importorskip("matplotlib")
+    return load(ROOT / "docs" / "draw.py").FIGURE
+
+
+def untraceable(text: str) -> list[tuple[int, str]]:
+    """(line, text) of measurements outside the tables that benchmarks/figures.py makes and links to a row of a CSV."""
+    for what in (
+        r"(?s)<!-- (\S+):begin -->.*?<!-- \1:end -->",
+        r"(?s)```.*?```",
+        figures_of_rows().pattern,
+        r"`[^`\n]*`",
+    ):
+        text = re.sub(what, lambda found: "\n" * found[0].count("\n"), text)
+    lines = enumerate(text.splitlines(), 1)
+    return [
+        (n, line) for n, line in lines if MEASURED.search(line) and not any(each in line for each in NO_MEASUREMENT)
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"], ids=lambda path: path.name
+)
+def test_every_measurement_comes_from_a_tracked_table(path):
+    assert untraceable(path.read_text()) == []
+
+
+def test_a_measurement_of_nowhere_would_be_seen():
+    text = (
+        'a\n<!-- t:begin -->\n| 3.3x |\n<!-- t:end -->\n[1.10](results.md "align_h200: 1x8, ours"), `2 us`, 4 experts\n'
+    )
+    assert untraceable(text) == []
+    assert untraceable(text + "takes 3.4 us\n") == [(6, "takes 3.4 us")]
+    assert untraceable(text + "is 12x faster\n") == [(6, "is 12x faster")]
+
+
 def test_the_first_page_answers_in_ten_lines():
     text = (ROOT / "docs" / "index.md").read_text().split("![")[0]
     for question in ("Does it help me?", "How much?", "How do I switch it on?"):
