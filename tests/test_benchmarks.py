@@ -240,6 +240,40 @@ def test_the_readmes_tables_are_those_of_the_tracked_results() -> None:
     assert figures.readme_with_tables(readme, RESULTS) == readme, "run benchmarks/figures.py"
 
 
+# ---- goals -----------------------------------------------------------------------------------------------------------
+
+
+def with_ours(name: str, factor: float) -> list[dict[str, str]]:
+    """Rows of a tracked file in which ours takes `factor` times as long; our own parts and floors stay."""
+    rows = figures.read(RESULTS / f"{name}.csv")
+    mine = {"moealign-cuda", "moealign-triton", "moealign-cpu", "moealign"}
+    return [{**row, "median_us": str(factor * float(row["median_us"]))} if row["impl"] in mine else row for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "goals"),
+    [
+        ("cuda", "align_h200", 7),
+        ("cpu", "align_cpu", 1),
+        ("routing_goals", "routing_h200", 6),
+        ("experts_goals", "experts_h200", 4),
+    ],
+)
+def test_a_goal_is_bold_where_it_was_missed(table, name, goals):
+    """Ten times as slow misses every goal against others, ten times as fast none."""
+    slow, fast = (getattr(figures.goals, table)(with_ours(name, factor)) for factor in (10, 0.1))
+    missed, reached = slow.count("| **"), fast.count("| **")
+    assert missed >= goals, slow
+    assert missed - reached >= goals, fast
+
+
+def test_what_was_tried_is_all_on_a_page():
+    rows = figures.read(BENCHMARKS / "trials.csv")
+    assert {row["part"] for row in rows} == set(figures.TRIALS)
+    assert all(row["tried"] and row["expected"] and row["seen"] and row["kept"] and row["date"] for row in rows)
+    assert figures.goals.trials("router")(rows).count("\n") == 1 + sum(row["part"] == "router" for row in rows)
+
+
 # ---- expert parallelism ----------------------------------------------------------------------------------------------
 
 
