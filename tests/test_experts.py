@@ -103,6 +103,23 @@ def test_a_bad_expert_without_routes_does_not_show():
     assert fused_moe(x, gate_up, down, weights, ids).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_many_rows_an_expert_are_computed_one_expert_at_a_time(dtype, monkeypatch):
+    taken = []
+    one_by_one = packed.one_by_one
+    monkeypatch.setattr(packed, "one_by_one", lambda *given: taken.append(one_by_one(*given)) or taken[-1])
+    x, gate_up, down, weights, ids, biases = random_layer(150, 3, 3, 8, 16, bias=True)
+    ids[::7, 1] = -1
+    extra = {"gate_up_bias": biases[0].to(dtype), "down_bias": biases[1].to(dtype)}
+    layer = [each.to(dtype) for each in (x, gate_up, down)]
+    bad = weights.masked_fill(ids < 0, float("nan"))
+    want = expert_loop(x, gate_up, down, weights, ids, bias=biases)
+    for given in (bad, bad.clone().requires_grad_()):
+        got = fused_moe(*layer, given, ids, **extra).detach()
+        assert relative_error(got, want) < (1e-12 if dtype is torch.float64 else 1e-2)
+    assert taken == [True, False], "a gradient takes the way that has one"
+
+
 @pytest.mark.parametrize("shape", [(0, 2), (3, 0)])
 def test_nothing_to_do(shape):
     x = torch.ones(shape[0], 4)

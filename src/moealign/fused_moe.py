@@ -176,6 +176,21 @@ def _packed(
         positions = torch.where(positions < ends[experts - 1], positions, -1)
         order = torch.where(torch.arange(len(order), device=order.device) < ends[experts - 1], order, len(order))
     ends = ends[:experts]
+    tensors = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
+    if not clean and packed.one_by_one(len(order), experts, *(each for each in tensors if each is not None)):
+        rows = packed.expert_rows(
+            hidden_states,
+            gate_up_proj,
+            down_proj,
+            topk_weights,
+            order,
+            ends,
+            apply,
+            gate_up_bias,
+            down_bias,
+            transposed,
+        )
+        return _sum(rows.view(*topk_ids.shape, -1), rows.dtype)
     rows = packed.gather_rows(hidden_states, order, positions, top_k)
     rows = packed.grouped_mm(rows, gate_up_proj, ends, transposed)
     if clean:
@@ -254,8 +269,12 @@ def _weighted_sum(rows: Tensor, topk_weights: Tensor, positions: Tensor) -> Tens
     """``[T * k, H]`` times the weights, summed over k; a dropped route's weight may be anything, even NaN."""
     tokens, top_k = topk_weights.shape
     weights = topk_weights.masked_fill((positions < 0).view(tokens, top_k), 0)
-    weighted = rows.view(tokens, top_k, -1) * weights.unsqueeze(-1)
-    return weighted.sum(1, dtype=torch.promote_types(weighted.dtype, torch.float32)).to(rows.dtype)
+    return _sum(rows.view(tokens, top_k, -1) * weights.unsqueeze(-1), rows.dtype)
+
+
+def _sum(weighted: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[T, k, H]`` over k, in float32 at least."""
+    return weighted.sum(1, dtype=torch.promote_types(weighted.dtype, torch.float32)).to(dtype)
 
 
 # ---- the operator --------------------------------------------------------------------------------------------------

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "bias_rows", "gather_rows", "grouped_mm", "names", "scatter_rows"]
+__all__ = [
+    "ACTIVATIONS",
+    "bias_rows",
+    "expert_rows",
+    "gather_rows",
+    "grouped_mm",
+    "names",
+    "one_by_one",
+    "scatter_rows",
+]
 
 
 def _gated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -179,6 +188,49 @@ torch.library.register_autograd("moealign::grouped_mm", _backward, setup_context
 torch.library.register_autograd(
     "moealign::grouped_mm_weights", _backward_weights, setup_context=_save_weights, lib=_library
 )
+
+
+# ---- one expert at a time --------------------------------------------------------------------------------------------
+
+
+def one_by_one(rows: int, experts: int, *tensors: Tensor) -> bool:
+    """Whether :func:`expert_rows` takes these: on a CPU, many rows an expert, no gradient."""
+    many = rows >= FEW_ROWS * experts
+    return many and all(tensor.device.type == "cpu" for tensor in tensors) and _plain(*tensors)
+
+
+def expert_rows(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """``[n, H]``: each route's row through its expert, weighted; zero where it was dropped.
+
+    Gathered, multiplied and put in its place expert by expert, so that what lies between stays in the cache: all
+    experts' rows at once are written to memory and read again five times.
+    """
+    top_k, weights = topk_weights.shape[1], topk_weights.reshape(-1)
+    spans = _spans(ends, gate_up_proj.shape[0])
+    out = hidden_states.new_zeros(len(weights), hidden_states.shape[1])
+
+    def product(rows: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+        rows = torch.mm(rows, right if transposed else right.T)
+        return rows if bias is None else rows.add_(bias)
+
+    for expert, start, end in spans:
+        routes = order[start:end].to(torch.int64)
+        rows = hidden_states.index_select(0, routes // top_k)
+        rows = apply(product(rows, gate_up_proj[expert], None if gate_up_bias is None else gate_up_bias[expert]))
+        rows = product(rows, down_proj[expert], None if down_bias is None else down_bias[expert])
+        out.index_copy_(0, routes, rows.mul_(weights[routes].unsqueeze(1)))
+    return out
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
