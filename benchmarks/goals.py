@@ -300,8 +300,7 @@ def transformers(rows: Sequence[Row]) -> str:
 
 
 def experts_cpu(rows: Sequence[Row]) -> str:
-    others = {"transformers-eager": "eager loop", HF: "grouped_mm", "transformers-batched_mm": "batched_mm",
-              "moealign-grouped_mm": "ours by grouped_mm"}  # fmt: skip
+    others = {"transformers-eager": "eager loop", HF: "grouped_mm", "transformers-batched_mm": "batched_mm"}
     lines = []
     for row, times in cases_of(rows, "experts-cpu"):
         tokens, top_k, count, hidden, inner = shape_of(row)
