@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-engines lint docs bench-cpu fuzz clean
+.PHONY: setup demo test test-engines lint docs figures bench-cpu fuzz clean
 
 setup: $(READY)
 
@@ -31,6 +31,11 @@ lint: $(READY)
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Every table, drawing and figure of the README and docs/, from the tracked measurements.
+figures: $(READY)
+	$(BIN)/python benchmarks/figures.py
+	$(BIN)/python docs/draw.py
 
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/align_cpu.py

@@ -1,9 +1,10 @@
-"""The benchmark's oracle, its CSV, and the README's tables.  Nothing here is timed."""
+"""The benchmark's oracle, its CSV, and the tables of the README and docs/.  Nothing here is timed."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,12 +61,21 @@ def load(name: str) -> ModuleType:
 
 
 align, figures = load("align"), load("figures")
+goals, tables = figures.goals, figures.tables
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> Path:
-    (tmp_path / "align_h200.csv").write_text(DONE)
-    (tmp_path / "align_cpu.csv").write_text(DONE_CPU)
+def root(tmp_path: Path) -> Path:
+    """A repository of nothing but pages with empty tables and two measurements."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "align_h200.csv").write_text(DONE)
+    (results / "align_cpu.csv").write_text(DONE_CPU)
+    for page, tables_of in figures.PAGES.items():
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        markers = (f"<!-- {marker}:begin -->\n<!-- {marker}:end -->\n" for marker, *_ in tables_of)
+        (tmp_path / page).write_text("".join(markers))
+    (tmp_path / "README.md").write_text(README)
     return tmp_path
 
 
@@ -198,92 +208,236 @@ def test_gpu_slug() -> None:
     assert align.gpu_slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
 
 
-def test_tables_of_results_that_were_made_up(results: Path) -> None:
-    text = figures.readme_with_tables(README, results)
+def test_tables_of_results_that_were_made_up(root: Path) -> None:
+    text = figures.with_tables("README.md", README, root / "benchmarks")
     assert "| 1 x 8, 256, 16 | 8 | 2.00 | 5.00 | 4.00 | 1.00 | 2.0x |" in text
     assert "| 16,384 x 8, 256, 128 | 131,072 | 7.50 | 60.0 | - | - | 8.0x |" in text
     assert "| 8 x 128, 16 | 2.20 | 3.30 | 1.5x |" in text
     assert "(256 routes): 11.0 us, vLLM's wrapper 25.0 us." in text
-    assert "H200, torch 2.11.0, 2026-11-23" in text
+    assert "H200, torch 2.11.0, 2026-11-23; `benchmarks/results/align_h200.csv`" in text
     assert "| 512 x 8, 256, 64 | 4,096 | 25.0 | 500.0 | 20.0x |" in text
     assert "99.0" not in text
     assert "stale" not in text
     assert text.startswith("# title\n")
     assert "\nbetween\n" in text
-    assert figures.readme_with_tables(text, results) == text
+    assert figures.with_tables("README.md", text, root / "benchmarks") == text
 
 
-def test_a_missing_or_double_marker_is_an_error(results: Path) -> None:
+def test_a_missing_or_double_marker_is_an_error(root: Path) -> None:
     for text in ("nothing", README + README):
         with pytest.raises(ValueError, match=r"expected <!-- performance:begin --> and then .* once each"):
-            figures.readme_with_tables(text, results)
+            figures.with_tables("README.md", text, root / "benchmarks")
 
 
-def test_the_script_writes_and_checks(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_there_leaves_its_tables_alone(tmp_path: Path) -> None:
+    for page in figures.PAGES:
+        assert figures.with_tables(page, "no markers", tmp_path) == "no markers"
+
+
+def test_the_script_writes_and_checks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    readme, image = tmp_path / "README.md", tmp_path / "images" / "performance.png"
-    readme.write_text(README)
-    arguments = ["--results", str(results), "--readme", str(readme), "--image", str(image)]
+    image = root / "docs" / "images" / "performance.png"
+    arguments = ["--root", str(root)]
     assert figures.main([*arguments, "--check"]) == 1
-    assert "its tables are not those" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "README.md: its tables are not those" in said
+    assert "docs/performance.md: its tables are not those" in said
+    assert "docs/experts.md" not in said
     assert not image.exists()
     assert figures.main(arguments) == 0
     assert image.read_bytes().startswith(b"\x89PNG")
     assert figures.main([*arguments, "--check"]) == 0
-    assert figures.main(["--results", str(tmp_path / "none"), "--readme", str(readme)]) == 2
+    (root / "docs" / "performance.md").write_text("no markers")
+    assert figures.main([*arguments, "--check"]) == 2
+    assert figures.main(["--root", str(root / "none")]) == 2
 
 
-def test_the_readmes_tables_are_those_of_the_tracked_results() -> None:
-    if not any(RESULTS.glob("align_*.csv")):
-        pytest.skip("no results are tracked")
-    readme = (ROOT / "README.md").read_text()
-    assert figures.readme_with_tables(readme, RESULTS) == readme, "run benchmarks/figures.py"
+@pytest.mark.parametrize("page", figures.PAGES)
+def test_the_tables_of_a_page_are_those_of_the_tracked_files(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert figures.with_tables(page, text, BENCHMARKS) == text, "run make figures"
 
 
-# ---- goals -----------------------------------------------------------------------------------------------------------
+def test_every_marker_of_a_page_is_filled_by_the_script() -> None:
+    for page, tables_of in figures.PAGES.items():
+        found = re.findall(r"<!-- (\S+):begin -->", (ROOT / page).read_text())
+        assert sorted(found) == sorted(marker for marker, *_ in tables_of), page
 
 
-def with_ours(name: str, factor: float) -> list[dict[str, str]]:
-    """Rows of a tracked file in which ours takes `factor` times as long; our own parts and floors stay."""
-    rows = figures.read(RESULTS / f"{name}.csv")
-    mine = {"moealign-cuda", "moealign-triton", "moealign-cpu", "moealign"}
-    return [{**row, "median_us": str(factor * float(row["median_us"]))} if row["impl"] in mine else row for row in rows]
+# ---- goals, experts, routers, plug-ins, trials -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("table", "name", "goals"),
-    [
-        ("cuda", "align_h200", 7),
-        ("cpu", "align_cpu", 1),
-        ("routing_goals", "routing_h200", 6),
-        ("experts_goals", "experts_h200", 4),
-    ],
-)
-def test_a_goal_is_bold_where_it_was_missed(table, name, goals):
-    """Ten times as slow misses every goal against others, ten times as fast none."""
-    slow, fast = (getattr(figures.goals, table)(with_ours(name, factor)) for factor in (10, 0.1))
-    missed, reached = slow.count("| **"), fast.count("| **")
-    assert missed >= goals, slow
-    assert missed - reached >= goals, fast
+def rows_of(text: str) -> list[dict[str, str]]:
+    """Rows from lines of bench, case, routes, experts, top-k, and the median of each implementation."""
+    rows = []
+    for line in text.strip().splitlines():
+        bench, case, *sizes = (cell.strip() for cell in line.split(",")[:5])
+        for named in line.split(",")[5:]:
+            impl, median = named.split("=")
+            values = [bench, case, *sizes, "16", impl.strip(), median, median, median, "h200", "2.11.0", "2026-11-23"]
+            rows.append(dict(zip(COLUMNS.split(","), values, strict=True)))
+    return rows
 
 
-def test_what_was_tried_is_all_on_a_page():
-    rows = figures.read(BENCHMARKS / "trials.csv")
-    assert {row["part"] for row in rows} == set(figures.TRIALS)
-    assert all(row["tried"] and row["expected"] and row["seen"] and row["kept"] and row["date"] for row in rows)
-    assert figures.goals.trials("router")(rows).count("\n") == 1 + sum(row["part"] == "router" for row in rows)
+def cell_of(table: str, goal: str) -> str:
+    """What stands beside the one goal that begins like that."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {goal}")]
+    return line.split("|")[2].strip()
+
+
+def test_a_miss_is_bold_and_a_hit_is_not() -> None:
+    assert goals.each([2.0, 1.5], least=2) == "2.00x, **1.50x**"
+    assert goals.each([2.0, 2.5], most=2) == "2.00x, **2.50x**"
+    assert goals.each([1.9996], least=2) == "**1.9996x**", "a miss does not look like a hit"
+    assert goals.each([12.34], unit=" us") == "12.3 us"
+    assert goals.span([3, 1, 2], least=2) == "**1.00x** to 3.00x"
+    assert goals.span([3, 3]) == "3.00x"
+    assert goals.each([]) == goals.span([]) == "not measured"
+
+
+def test_goals_of_cuda() -> None:
+    rows = rows_of("""
+        align, 1x8-E256-B16, 8, 256, 8, moealign-cuda=1, vllm-0.33.0=4, sglang-kernel-0.4.4=3, floor-chain=0.5
+        align, 64x8-E256-B16, 512, 256, 8, moealign-cuda=1, vllm-0.33.0=2, sglang-kernel-0.4.4=3
+        align, 8192x8-E256-B128, 65536, 256, 8, moealign-cuda=1, vllm-0.33.0=7, sglang-kernel-0.4.4=5
+        align, 32x2-E8-B16, 64, 8, 2, moealign-cuda=1, vllm-0.33.0=1.8
+        batched, nb8-M128-B16, 1024, 8, 128, moealign-cuda=2.2
+        batched, nb9-M128-B16, 1152, 9, 128, moealign-cuda=2.4
+        align-extras, 1x8-E256-B16 three, 8, 256, 8, moealign-cuda=1
+        align-extras, 1x8-E256-B16 all six, 8, 256, 8, moealign-cuda=1.25
+        align-skew, 1x8-E256-B16 uniform, 8, 256, 8, moealign-cuda=1
+        align-skew, 1x8-E256-B16 zipf, 8, 256, 8, moealign-cuda=1.6
+        large-e, 1024x8-E1024-B16, 8192, 1024, 8, moealign-cuda=1
+        large-e, 1024x8-E2048-B16, 8192, 2048, 8, moealign-cuda=3
+        large-e, 1024x8-E4096-B16, 8192, 4096, 8, moealign-cuda=6
+        eager-host, 1x8-E256-B16 drop-in, 8, 256, 8, moealign-cuda=10, vllm-0.33.0=19
+    """)
+    table = goals.cuda_goals(rows, "some.csv")
+    assert table.startswith("H200, torch 2.11.0, 2026-11-23; `some.csv`.")
+    assert cell_of(table, "1 to 32 routes: 2.5x") == "3.00x"
+    assert cell_of(table, "1 to 32 routes: at most 1.8x") == "**2.00x**"
+    assert cell_of(table, "64 to 512 routes") == "**2.00x**"
+    assert cell_of(table, "1,024 routes") == "not measured"
+    assert cell_of(table, "65,536 routes") == "**5.00x**; over vLLM alone 7.00x"
+    assert cell_of(table, "64 routes to 8 experts") == "1.80x"
+    assert cell_of(table, "batched") == "2.20 us to **2.40 us**"
+    assert cell_of(table, "all extras") == "1.25x"
+    assert cell_of(table, "skewed ids") == "**1.60x**"
+    assert cell_of(table, "twice the experts") == "**3.00x**, 2.00x"
+    assert cell_of(table, "host time") == "**1.90x**"
+
+
+def test_goals_of_triton() -> None:
+    table = goals.triton_goals(rows_of("""
+        align, 8x8-E256-B16, 64, 256, 8, moealign-triton=3, moealign-cuda=1, torch-argsort=2
+        align, 2048x8-E256-B128, 16384, 256, 8, moealign-triton=4, vllm-0.33.0=3
+        align, 8192x8-E256-B128, 65536, 256, 8, moealign-triton=4, vllm-0.33.0=12, torch-argsort=40
+    """), "")  # fmt: skip
+    assert cell_of(table, "from 16,384 routes on") == "**0.75x**, 3.00x"
+    assert cell_of(table, "65,536 routes") == "3.00x"
+    assert cell_of(table, "up to 512 routes") == "**3.00x**"
+    assert cell_of(table, "never slower") == "**0.67x** to 10.0x"
+
+
+def test_goals_of_the_cpu() -> None:
+    table = goals.cpu_goals(rows_of("""
+        align, routes, 8, 256, 8, moealign-cpu=10, torch-argsort=20, cpp-counting-sort=9
+        align, routes, 524288, 256, 8, moealign-cpu=2621.44, moealign-cpu-2t=1310.72, floor-memcpy=655.36
+        align, experts, 524288, 64, 8, moealign-cpu=1000, moealign-cpu-2t=800, cpp-counting-sort=1000
+        align, experts, 524288, 256, 8, moealign-cpu=1500
+    """), "")  # fmt: skip
+    assert cell_of(table, "8 routes") == "**2.00x**"
+    assert cell_of(table, "C++, over the routes") == "**0.90x**"
+    assert cell_of(table, "C++, over the experts") == "1.00x"
+    assert cell_of(table, "two threads, from") == "2.00x"
+    assert cell_of(table, "two threads, over") == "**1.25x**"
+    assert cell_of(table, "linear growth") == "5.00 ns"
+    assert cell_of(table, "no cliff") == "1.50x"
+    assert cell_of(table, "a copy") == "4.00x"
+
+
+def test_experts_and_their_goals() -> None:
+    rows = rows_of("""
+        experts, T1-k8-E128-H64-I32, 8, 128, 8, moealign=10, vllm-0.33.0=11, transformers-grouped_mm=40, floor=9.9
+        experts, T256-k8-E128-H64-I32, 2048, 128, 8, moealign=20, vllm-0.33.0=30, transformers-grouped_mm=20, floor=10
+        experts, T4096-k8-E8-H64-I32, 32768, 8, 8, moealign=20, vllm-0.33.0=30, vllm-0.33.0-tuned=19, floor=10
+    """)
+    table = tables.experts_table(rows, "some.csv")
+    assert "| 128, 8, 64, 32 | 1 | 10.0 | 11.0 | - | 40.0 | 9.90 | 1.10x | 4.00x | 99% |" in table
+    assert "|  | 256 | 20.0 |" in table
+    assert "| 8, 8, 64, 32 | 4,096 | 20.0 | 30.0 | 19.0 | - | 10.0 | 1.50x | - | 50% |" in table
+    assert f"{6 * 128 * 64 * 32 / 10 / 1e6:.2f} TB/s and {6 * 32768 * 64 * 32 / 10 / 1e6:.0f} TFLOP/s" in table
+    table = goals.experts_goals(rows, "")
+    assert cell_of(table, "vLLM: at least") == "1.10x to 1.50x"
+    assert cell_of(table, "the same against") == "**0.95x**"
+    assert cell_of(table, "vLLM: 1.2x at one token") == "**1.10x**; 1.2x would be 108% of the floor"
+    assert cell_of(table, "vLLM: 1.2x at 4,096") == "1.50x"
+    assert cell_of(table, "HF") == "2.00x"
+
+
+def test_experts_on_a_cpu() -> None:
+    table = tables.experts_cpu_table(rows_of("""
+        experts-cpu, T16-k8-E64-H512-I256 float32, 128, 64, 8, moealign=10, transformers-eager=20
+    """), "some.csv")  # fmt: skip
+    assert "| 64, 8, 512, 256 | float32 | 16 | 2.00x | - | - |" in table
+
+
+def test_tokens_a_second_of_a_model() -> None:
+    table = tables.transformers_table(rows_of("""
+        transformers, decode T1 H2048-I768 8 layers, 8, 128, 8, moealign=1000, grouped_mm=1500, moealign-graph=500
+        transformers, prefill T4096 H2048-I768 8 layers, 32768, 128, 8, moealign=4096, moealign-routers=2048
+    """), "some.csv")  # fmt: skip
+    assert table.startswith("Tokens a second, H2048-I768 8 layers, wall time, median; H200")
+    assert "| decode, 1 token, eager | 1,000 | - | 667 | - | 1.50x |" in table
+    assert "| decode, 1 token, CUDA graph | 2,000 | - | - | - | - |" in table
+    assert "| prefill, 4,096 tokens, eager | 1,000,000 | 2,000,000 | - | - | - |" in table
+    assert "4,096 tokens, CUDA graph" not in table
+
+
+def test_routers_and_their_goals() -> None:
+    rows = rows_of("""
+        routing, 1x8-E256-B16 bfloat16, 8, 256, 8, moealign-cuda=2, moealign-cuda-align=1, vllm-0.33.0=6
+        routing, 1024x8-E256-B16 bfloat16, 8192, 256, 8, moealign-cuda=2, moealign-triton=3, vllm-0.33.0=5
+        routing, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=3, moealign-cuda-align=2, vllm-0.33.0=6
+        routing, 32x2-E8-B16 bfloat16, 64, 8, 2, moealign-cuda=2, vllm-0.33.0=5
+        routing-grouped, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=4, vllm-0.33.0=8
+    """)
+    table = tables.routing_table(rows, "some.csv")
+    assert "| 1 x 8, 256, 16 | 2.00 | 1.00 | - | - | 6.00 | 3.00x | 2.00x |" in table
+    assert "| 1,024 x 8, 256, 16 | 2.00 | - | - | 3.00 | 5.00 | 2.50x | - |" in table
+    assert table.index("Softmax, bfloat16") < table.index("Softmax, float32") < table.index("Sigmoid with a bias")
+    table = goals.routing_goals(rows, "")
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 2.5x") == "3.00x"
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 3x") == "**2.50x**"
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: at most 1.5x") == "**2.00x**"
+    assert cell_of(table, "softmax, top 8 of 256, float32: at most 1.5x") == "1.50x"
+    assert cell_of(table, "other sizes: 2.5x") == "2.50x"
+    assert cell_of(table, "sigmoid with groups: 2.5x") == "**2.00x**"
+
+
+def test_plugins() -> None:
+    table = tables.plugins_table(rows_of("""
+        plugin-align, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=4, moealign=1
+        plugin-align, 2x8-E128-B16, 16, 128, 8, vllm-0.33.0=4, moealign=2
+        plugin-align-host, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=30, moealign=20
+    """), "some.csv")  # fmt: skip
+    assert "| alignment | 2.00x to 4.00x | 1.50x |" in table
+    assert "| fused layer | - | - |" in table
+
+
+def test_trials_are_told_part_by_part() -> None:
+    path = BENCHMARKS / "trials.csv"
+    rows = figures.read(path)
+    assert list(rows[0]) == ["part", "idea", "expected", "seen", "kept", "device", "date"]
+    assert all(row["part"] and row["idea"] and row["seen"] and None not in row for row in rows)
+    shown = {marker for tables_of in figures.PAGES.values() for marker, name, _ in tables_of if name == "trials"}
+    assert shown == {f"trials-{row['part']}" for row in rows}
+    two = [{**rows[0], "part": "cpu", "idea": "this"}, {**rows[0], "part": "cuda", "idea": "that"}]
+    assert "| that |" in tables.trials_table(two, "", "cuda")
+    assert "| this |" not in tables.trials_table(two, "", "cuda")
 
 
 # ---- expert parallelism ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", figures.PAGES)
-def test_pages_have_the_tables_of_their_files(name):
-    page = (ROOT / "docs" / name).read_text()
-    assert figures.page_with_tables(name, page, RESULTS) == page, "run benchmarks/figures.py"
-    assert figures.page_with_tables(name, "no markers", RESULTS / "nowhere") == "no markers"
-    for marker, (source, _) in figures.PAGES[name].items():
-        assert (RESULTS / f"{source}.csv").exists(), f"{marker}: a table that nothing fills"
 
 
 def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
@@ -291,17 +445,17 @@ def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
     slower = [
         {**row, "median_us": str(2 * float(row["median_us"]))} if row["bench"] == "collective" else row for row in rows
     ]
-    terms, halved = (figures.model_terms(each, (256, 8, 7168, 1024)) for each in (rows, slower))
+    terms, halved = (tables.model_terms(each, (256, 8, 7168, 1024)) for each in (rows, slower))
     assert halved.exchange_rate == terms.exchange_rate / 2
     assert halved.flop_rate == terms.flop_rate
     assert 1e5 < terms.reduce_rate < 1e6  # bytes a microsecond: what NVLink reaches
-    assert figures.parallel_model(slower) != figures.parallel_model(rows)
+    assert tables.parallel_model(slower) != tables.parallel_model(rows)
 
 
 def test_many_nodes_do_not_make_the_exchange_in_a_node_free():
     rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h200.csv")
-    terms = figures.model_terms(rows, (256, 8, 7168, 1024))
-    for line in figures.parallel_model(rows).splitlines():
+    terms = tables.model_terms(rows, (256, 8, 7168, 1024))
+    for line in tables.parallel_model(rows).splitlines():
         cells = [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
         if not cells[0].isdigit():
             continue

@@ -1,0 +1,316 @@
+"""Tables of the measurements: rows of a tracked CSV in, Markdown out.  benchmarks/figures.py puts them on the pages."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from moealign.bench import cases_of, microseconds
+
+VLLM = "vllm-0.33.0"
+PEERS = {VLLM: "vLLM 0.33.0", "sglang-kernel-0.4.4": "sglang-kernel 0.4.4"}
+TITLES = {
+    "moealign-cuda": "**moealign**",
+    "moealign-triton": "moealign, Triton",
+    "moealign-cpu": "**moealign**",
+    "moealign-cpu-2t": "two threads",
+    "moealign-reference": "moealign, reference",
+    **PEERS,
+    "torch-argsort": "torch argsort",
+    "cpp-counting-sort": "C++ counting sort",
+    "floor-memcpy": "copy of the bytes",
+    "floor-chain": "load, barrier, store",
+    "floor-bytes": "bytes / bandwidth",
+}
+
+Row = dict[str, str]
+Case = dict[str, float]  # median microseconds by implementation
+
+
+def best_peer(times: Case) -> float | None:
+    return min((times[impl] for impl in PEERS if impl in times), default=None)
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], left: int = 1) -> str:
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+
+def sizes_of(row: Row) -> str:
+    tokens = int(row["routes"]) // int(row["top_k"])
+    return f"{tokens:,} x {row['top_k']}, {row['num_experts']}, {row['block_size']}"
+
+
+def align_table(rows: Sequence[Row], mine: str, others: Sequence[str]) -> str:
+    cases = cases_of(rows, "align")
+    shown = [mine, *(impl for impl in others if any(impl in times for _, times in cases))]
+    peers = any(best_peer(times) for _, times in cases)
+    against = "best peer" if peers else "argsort"
+    lines = []
+    for row, times in cases:
+        other = best_peer(times) if peers else times.get("torch-argsort")
+        ratio = f"{other / times[mine]:.1f}x" if other and mine in times else "-"
+        values = [microseconds(times.get(impl)) for impl in shown]
+        lines.append([sizes_of(row), f"{int(row['routes']):,}", *values, ratio])
+    return markdown(
+        ["tokens x top-k, experts, block", "routes", *(TITLES[i] for i in shown), f"{against} / ours"], lines
+    )
+
+
+def batched_table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row, times in cases_of(rows, "batched"):
+        mine, other = times.get("moealign-cuda"), best_peer(times)
+        sizes = f"{row['num_experts']} x {int(row['top_k']):,}, {row['block_size']}"
+        ratio = f"{other / mine:.1f}x" if mine and other else "-"
+        lines.append([sizes, microseconds(mine), microseconds(times.get(VLLM)), ratio])
+    return markdown(["batches x rows, block", "**moealign**", "vLLM 0.33.0", "vLLM / ours"], lines)
+
+
+def host_sentence(rows: Sequence[Row]) -> str:
+    for row, times in cases_of(rows, "eager-host"):
+        if row["case"] == "32x8-E256-B16 drop-in" and {"moealign-cuda", VLLM} <= set(times):
+            return (
+                f"Host time of one eager call with vLLM's signature (256 routes): {times['moealign-cuda']:.1f} us, "
+                f"vLLM's wrapper {times[VLLM]:.1f} us."
+            )
+    return ""
+
+
+def made_on(rows: Sequence[Row], source: str) -> str:
+    first = rows[0]
+    return f"{first['gpu'].upper()}, torch {first['torch']}, {first['date']}; `{source}`."
+
+
+def caption(rows: Sequence[Row], how: str, source: str) -> str:
+    return f"Microseconds a call, {how}, median; {made_on(rows, source)}"
+
+
+def performance_table(rows: Sequence[Row], source: str) -> str:
+    """What stands between the README's performance markers."""
+    parts = [
+        caption(rows, "CUDA graph replay", source),
+        align_table(rows, "moealign-cuda", (*PEERS, "torch-argsort", "floor-chain")),
+    ]
+    if cases_of(rows, "batched"):
+        parts += ["The batched layout:", batched_table(rows)]
+    parts.append(host_sentence(rows))
+    return "\n\n".join(part for part in parts if part)
+
+
+def cpu_table(rows: Sequence[Row], source: str) -> str:
+    """What stands between the README's markers for the CPU: the sizes, without the sweeps of align_cpu.py."""
+    shown = [row for row in rows if row["case"] not in ("experts", "one-expert")]
+    others = ("moealign-cpu-2t", "cpp-counting-sort", "torch-argsort", "moealign-reference", "floor-memcpy")
+    table = align_table(shown, "moealign-cpu", others)
+    return f"{caption(rows, 'wall time on one thread', source)}\n\n{table}"
+
+
+# ---- experts, routers, plug-ins --------------------------------------------------------------------------------------
+
+HF = "transformers-grouped_mm"
+SHAPE = re.compile(r"T(\d+)-k(\d+)-E(\d+)-H(\d+)-I(\d+)")
+
+
+def shape_of(row: Row) -> tuple[int, ...]:
+    """Tokens, top-k, experts, hidden and inner size of a layer."""
+    found = SHAPE.match(row["case"])
+    assert found is not None, row["case"]
+    return tuple(map(int, found.groups()))
+
+
+def times_of(times: Case, impl: str, mine: str) -> str:
+    """How many times as long as `mine`."""
+    return f"{times[impl] / times[mine]:.2f}x" if {impl, mine} <= set(times) else "-"
+
+
+def floor_rates(rows: Sequence[Row]) -> str:
+    """What the floor reckons with: at 256 tokens every expert's weights are read, and operations cost less."""
+    reading, computing = [0.0], [0.0]
+    for row, times in cases_of(rows, "experts"):
+        tokens, top_k, experts, hidden, inner = shape_of(row)
+        if tokens == 256:
+            reading.append(6 * experts * hidden * inner / times["floor"] / 1e6)
+        computing.append(6 * tokens * top_k * hidden * inner / times["floor"] / 1e6)
+    return f"The floor reckons with {max(reading):.2f} TB/s and {max(computing):.0f} TFLOP/s."
+
+
+def experts_table(rows: Sequence[Row], source: str) -> str:
+    lines, before = [], ""
+    for row, times in cases_of(rows, "experts"):
+        tokens, top_k, experts, hidden, inner = shape_of(row)
+        layer = f"{experts}, {top_k}, {hidden}, {inner}"
+        spent = [microseconds(times.get(impl)) for impl in ("moealign", VLLM, f"{VLLM}-tuned", HF, "floor")]
+        ratios = [times_of(times, impl, "moealign") for impl in (VLLM, HF)]
+        floor = f"{times['floor'] / times['moealign']:.0%}"
+        lines.append([layer if layer != before else "", f"{tokens:,}", *spent, *ratios, floor])
+        before = layer
+    header = ["E, k, H, I", "tokens", "**moealign**", "vLLM", "tuned", "HF", "floor", "vLLM / ours", "HF / ours",
+              "of the floor"]  # fmt: skip
+    return f"{caption(rows, 'CUDA graph replay', source)} {floor_rates(rows)}\n\n{markdown(header, lines)}"
+
+
+def experts_cpu_table(rows: Sequence[Row], source: str) -> str:
+    others = {"transformers-eager": "eager loop", HF: "grouped_mm", "transformers-batched_mm": "batched_mm"}
+    lines = []
+    for row, times in cases_of(rows, "experts-cpu"):
+        tokens, top_k, experts, hidden, inner = shape_of(row)
+        ratios = [times_of(times, impl, "moealign") for impl in others]
+        lines.append([f"{experts}, {top_k}, {hidden}, {inner}", row["case"].split()[-1], f"{tokens:,}", *ratios])
+    said = f"How many times as long as ours the others take, one thread, medians; {made_on(rows, source)}"
+    return f"{said}\n\n{markdown(['E, k, H, I', 'dtype', 'tokens', *others.values()], lines, 2)}"
+
+
+def transformers_table(rows: Sequence[Row], source: str) -> str:
+    """Tokens a second of a whole model."""
+    impls = {"moealign": "**moealign**", "moealign-routers": "routers too", "grouped_mm": "grouped_mm",
+             "batched_mm": "batched_mm"}  # fmt: skip
+    lines = []
+    for row, times in cases_of(rows, "transformers"):
+        kind, named = row["case"].split()[:2]
+        tokens = int(named.removeprefix("T"))
+        for end, how in (("", "eager"), ("-graph", "CUDA graph")):
+            spent = [times.get(impl + end) for impl in impls]
+            if any(spent):
+                rates = [f"{tokens / us * 1e6:,.0f}" if us else "-" for us in spent]
+                gain = times_of(times, f"grouped_mm{end}", f"moealign{end}")
+                lines.append([f"{kind}, {tokens:,} token{'s' * (tokens > 1)}, {how}", *rates, gain])
+    shape = " ".join(rows[0]["case"].split()[2:])
+    said = f"Tokens a second, {shape}, wall time, median; {made_on(rows, source)}"
+    return f"{said}\n\n{markdown(['step', *impls.values(), 'ours / grouped_mm'], lines)}"
+
+
+CHAIN = ("moealign-cuda", "moealign-cuda-align", "moealign-cuda-apart", "moealign-triton", VLLM)
+
+
+def routing_table(rows: Sequence[Row], source: str) -> str:
+    """A table for each kind of router and dtype of its logits."""
+    header = ["tokens x top-k, experts, block", "**moealign**", "its alignment alone", "two plain launches",
+              "moealign, Triton", "vLLM's chain", "vLLM / ours", "ours / alignment"]  # fmt: skip
+    tables: dict[str, list[list[str]]] = {}
+    for bench, router in (("routing", "Softmax"), ("routing-grouped", "Sigmoid with a bias and groups")):
+        for row, times in cases_of(rows, bench):
+            spent = [microseconds(times.get(impl)) for impl in CHAIN]
+            ratios = [times_of(times, VLLM, CHAIN[0]), times_of(times, CHAIN[0], CHAIN[1])]
+            table = tables.setdefault(f"{router}, {row['case'].split()[-1]} logits:", [])
+            table.append([sizes_of(row), *spent, *ratios])
+    parts = [f"{title}\n\n{markdown(header, lines)}" for title, lines in tables.items()]
+    return "\n\n".join([caption(rows, "CUDA graph replay", source), *parts])
+
+
+def plugins_table(rows: Sequence[Row], source: str) -> str:
+    """What vLLM's own functions take over what ours do in their place, least and most over all sizes."""
+    lines = []
+    for bench, name in (("align", "alignment"), ("lora", "alignment with LoRA"), ("layer", "fused layer")):
+        cells = []
+        for where in (f"plugin-{bench}", f"plugin-{bench}-host"):
+            found = sorted(t[VLLM] / t["moealign"] for _, t in cases_of(rows, where) if {VLLM, "moealign"} <= set(t))
+            ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in found[:1] + found[-1:])
+            cells.append(" to ".join(ends) or "-")
+        lines.append([name, *cells])
+    said = f"vLLM's function over ours, least and most over the sizes; {made_on(rows, source)}"
+    return f"{said}\n\n{markdown(['vLLM / ours', 'on the device, CUDA graph', 'host time of an eager call'], lines)}"
+
+
+# ---- trials ----------------------------------------------------------------------------------------------------------
+
+
+def trials_table(rows: Sequence[Row], source: str, part: str) -> str:
+    """What was tried of one part of the library."""
+    lines = [[row[name] for name in ("idea", "expected", "seen", "kept")] for row in rows if row["part"] == part]
+    return f"From `{source}`:\n\n{markdown(['idea', 'expected', 'seen', 'kept'], lines, left=4)}"
+
+
+# ---- expert parallelism ----------------------------------------------------------------------------------------------
+
+NODE = 8  # ranks that NVLink joins
+NETWORK_GB_S = 50.0  # an assumption: one 400 Gb/s adapter a GPU
+NETWORK_US = 20.0  # an assumption: what a message between nodes takes
+MODEL_RANKS, MODEL_TOKENS = (8, 64, 512), (64, 4096)  # tokens of a rank
+LARGEST = (256, 8, 7168, 1024)  # experts, top-k, hidden, inner of the layer that is modelled
+
+
+def parallel_table(rows: Sequence[Row], source: str) -> str:
+    """Both modes on two GPUs, and the part of each that its collectives alone take."""
+    lines = []
+    for row, times in cases_of(rows, "parallel"):
+        tokens, top_k, experts, hidden, inner = shape_of(row)
+        if tokens not in (1, 64, 1024, 4096):
+            continue
+        one, two, part = (times[f"{name}-graph"] for name in ("one-gpu", "replicated", "exchange-replicated"))
+        eager, sent, moved = times["one-gpu"], times["dispatched"], times["exchange-dispatched"]
+        lines.append([
+            f"{experts}, {top_k}, {hidden}, {inner}", f"{tokens:,}", microseconds(one), microseconds(two),
+            f"{one / two:.2f}x", f"{part / two:.0%}", microseconds(eager), microseconds(sent), f"{moved / sent:.0%}",
+        ])  # fmt: skip
+    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "gain", "exchange", "one GPU, eager",
+              "dispatched, eager", "exchange"]  # fmt: skip
+    return f"{caption(rows, 'graph replay or wall time between barriers', source)}\n\n{markdown(header, lines)}"
+
+
+class Terms(NamedTuple):
+    """What the model takes from the measurement, in microseconds and bytes a microsecond."""
+
+    latency: float
+    reduce_rate: float  # of an all-reduce: bytes that leave a rank
+    exchange_rate: float  # of an all-to-all
+    memory_rate: float  # at which a layer reads its weights
+    flop_rate: float
+
+
+def model_terms(rows: Sequence[Row], shape: tuple[int, int, int, int]) -> Terms:
+    experts, top_k, hidden, inner = shape
+    collective = {int(row["routes"]): times for row, times in cases_of(rows, "collective")}
+    least, most = min(collective), max(collective)
+    layer = {int(row["routes"]) // top_k: times for row, times in cases_of(rows, "parallel")
+             if f"-E{experts}-H{hidden}-I{inner} " in row["case"]}  # fmt: skip
+    weights = 3 * experts * hidden * inner * 2
+    flops = 6 * 4096 * top_k * hidden * inner
+    return Terms(
+        latency=max(collective[least].values()),
+        reduce_rate=most / collective[most]["all-reduce"],  # two ranks: half of the data goes each of two ways
+        exchange_rate=most / 2 / collective[most]["all-to-all"],
+        memory_rate=weights / layer[256]["one-gpu-graph"],
+        flop_rate=flops / layer[4096]["one-gpu-graph"],
+    )
+
+
+def parallel_model(rows: Sequence[Row], source: str = "", shape: tuple[int, int, int, int] = LARGEST) -> str:
+    """Microseconds of a layer over many ranks by the equations of docs/parallel.md."""
+    experts, top_k, hidden, inner = shape
+    terms = model_terms(rows, shape)
+    lines = []
+    for ranks in MODEL_RANKS:
+        nodes = max(ranks // NODE, 1)
+        latency = terms.latency + (NETWORK_US if nodes > 1 else 0)
+        slots = -(-experts // ranks)
+        for tokens in MODEL_TOKENS:
+            routes = tokens * top_k  # of a rank, which as many reach
+            computing = max(
+                3 * slots * hidden * inner * 2 / terms.memory_rate, 6 * routes * hidden * inner / terms.flop_rate
+            )
+            every = tokens * ranks * hidden * 2
+            inside = min(ranks, NODE)
+            near = (inside - 1) / inside / terms.reduce_rate
+            far = (nodes - 1) / nodes / (NETWORK_GB_S * 1e3 * NODE)  # all adapters of a node together
+            replicated = 2 * every * max(near, far) + 2 * latency
+            sent = routes * hidden * 2
+            near = sent * (inside - 1) / ranks / terms.exchange_rate
+            far = sent * (ranks - inside) / ranks / (NETWORK_GB_S * 1e3)
+            dispatched = 2 * max(near, far) + 3 * latency
+            lines.append([
+                f"{ranks}", f"{tokens:,}", f"{computing:,.0f}", f"{replicated:,.0f}", f"{dispatched:,.0f}",
+                f"{dispatched / (computing + dispatched):.0%}",
+            ])  # fmt: skip
+    said = (
+        f"Terms: latency {terms.latency:.0f} us, all-reduce {terms.reduce_rate / 1e3:.0f} GB/s, all-to-all "
+        f"{terms.exchange_rate / 1e3:.0f} GB/s, weights read at {terms.memory_rate / 1e6:.1f} TB/s, "
+        f"{terms.flop_rate / 1e6:.0f} TFLOP/s, all of the shape {', '.join(map(str, shape))} or of plain collectives."
+    )
+    header = ["ranks", "tokens a rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
+    return f"{said}\n\n{markdown(header, lines)}"
