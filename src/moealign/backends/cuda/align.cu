@@ -212,9 +212,13 @@ DEV void fill(int *p, u32 from, u32 to, int value, u32 me, u32 all) {
     for (u32 i = from + me; i < to; i += all) p[i] = value;
 }
 
-DEV void wait_for_the_one_before() {
+// What the kernel before this one wrote is there afterwards, behind `ids` alone.  The wait gives the pointer anew: what is
+// read through one that is const and __restrict__ the compiler takes for constant, and moves ahead of any wait.
+DEV void wait_for_the_one_before(const id_t *__restrict__ &ids) {
 #if AFTER
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    u64 at = __cvta_generic_to_global(ids);
+    asm volatile("griddepcontrol.wait;" : "+l"(at) :: "memory");
+    ids = (const id_t *)__cvta_global_to_generic(at);
 #endif
 }
 
@@ -270,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS AND_LOGITS) {
     SIZES;
     const u32 lane = lane_id(), me = blockIdx.x * T + threadIdx.x, all = CTAS * T, w = me >> 5, warps = all >> 5;
     u32 bad = 0;
-    wait_for_the_one_before();
+    wait_for_the_one_before(ids);
 #if ROUTE
     const u32 tokens = ONE_TOKEN ? 1 : n / TOP_K;
     Token token;
@@ -394,7 +398,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) pairwise(PARAMETERS AND_LOGIT
     __shared__ u32 leaders[CH];
     const u32 t = threadIdx.x, lane = lane_id(), warp = warp_id(), me = blockIdx.x * T + t, all = CTAS * T;
     u32 bad = 0;
-    wait_for_the_one_before();
+    wait_for_the_one_before(ids);
 #if ROUTE
     const u32 tokens = n / TOP_K;
     Token token;
@@ -657,7 +661,7 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
 
 #if AFTER
     EMPTY_TABLES;
-    wait_for_the_one_before();
+    wait_for_the_one_before(ids);
 #endif
     // My slice, STEPS routes a thread: fours of neighbours where they are read as vectors, else a warp's are neighbours.
     id_t v[R], own_v = (id_t)0;
@@ -873,7 +877,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
     u32 *table = (u32 *)scratch;
     u32 bad = 0;
     Barrier barrier = Barrier::begin();
-    wait_for_the_one_before();
+    wait_for_the_one_before(ids);
 
     // Routes of a warp are consecutive: its step r holds routes my_first + 32 r + lane.
     const u32 chunk = g * ROUTES, my_first = chunk + warp * (32 * R) + lane;
@@ -1110,7 +1114,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) radix(PARAMETERS) {
     u32 *other = PASSES > 1 ? routes + n : keys;
     u32 *begin = other + 2ull * n, *end = begin + E, *row_of = end + E, *parts = row_of + E;
     Barrier barrier = Barrier::begin();
-    wait_for_the_one_before();
+    wait_for_the_one_before(ids);
     const u32 limit = limit_of(nvalid, n, top_k);
 
     fill(sorted, 0, L, (int)n, me, all);

@@ -48,6 +48,7 @@ _GRID = (
 _GRID_ROWS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 80, 96, 112, 128)
 _RADIX_THREADS = 1024
 _RADIX_EXPERTS = 4096  #: of a CTA, where routes are few
+_COOPERATIVE = ("grid", "radix")  #: paths whose CTAs wait for each other
 _PER_EXPERT = {"expert_counts", "expert_offsets", "group_ends"}
 _STATIC_SHARED = 2048  #: bytes that kernels may take besides
 
@@ -185,6 +186,10 @@ def path_of(problem: Problem, multiprocessors: int, shared_most: int, cluster_mo
     )
 
 
+def _reads_vectors(path: Path) -> bool:
+    return path.name == "independent" and path.steps > _STEPS_OF_ONE
+
+
 def defines_of(
     problem: Problem, path: Path, *, strided: bool = False, vector_in: bool = True, vector_out: bool = True
 ) -> tuple[tuple[str, int], ...]:
@@ -223,9 +228,9 @@ def _plan(key: _Key, problem: Problem, index: int, plans: dict[_Key, Plan]) -> P
     shared_most: int = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
     for cluster_most in _cluster_sizes(facts.major):
         path = path_of(problem, facts.multi_processor_count, shared_most, cluster_most)
-        vectors = vector_in and path.name == "independent" and path.steps > _STEPS_OF_ONE
+        vectors = vector_in and _reads_vectors(path)
         defines = defines_of(problem, path, strided=strided, vector_in=vectors, vector_out=vector_out)
-        cooperative = path.name in ("grid", "radix")
+        cooperative = path.name in _COOPERATIVE
         after = plans is _plans_after and facts.major >= 9 and not cooperative
         if after:
             defines = (*defines, ("AFTER", 1))
@@ -343,12 +348,18 @@ def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int
         device, dtype = torch.device("cuda"), facts.pop("dtype", torch.int32)
         problem = Problem("align", device, dtype, routes, 8, experts, block_size)._replace(**facts)
         path = path_of(problem, 108, 99 * 1024, clusters)  # the least of what sm_80 to sm_120 have
+        layout.setdefault("vector_in", _reads_vectors(path))
         return "align.cu", path.name, defines_of(problem, path, **layout)
 
-    sizes = (8, 64, 128, 256, 1024, 4096, 8192, 16384, 32768, 65536, 131072, 524288, 2**21)
+    sizes = (8, 64, 128, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 524288, 2**21)
     for routes in sizes:
         yield one(routes, 256, 16 if routes <= 1024 else 128)
         yield one(routes, 256, 128, extras=EXTRAS, has_num_valid_tokens=True, has_error_word=True)
+    if major >= 9:  # behind a router's kernel
+        for routes, experts in ((64, 256), (256, 128), (264, 8), (320, 512), *((n, 256) for n in sizes[4:])):
+            source, name, defines = one(routes, experts, 16 if routes <= 1024 else 128)
+            if name not in _COOPERATIVE:
+                yield source, name, (*defines, ("AFTER", 1))
     for routes in (8, 100, 2000, 40000):
         yield one(routes, 512, 16, map_dtype=torch.int32, ignore_invalid_experts=True, extras=EXTRAS)
         yield one(routes, 8, 64, map_dtype=torch.int64, has_error_word=True)
