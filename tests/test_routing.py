@@ -326,7 +326,7 @@ def assert_alike(ours, want):
 
 
 @gpu
-@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 16, 31, 32, 33, 128, 500, 4096, 20_000])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 16, 31, 32, 33, 128, 256, 500, 1024, 2048, 4096, 20_000])
 @pytest.mark.parametrize("experts", [8, 128, 256, 512])
 def test_gpu_sizes_and_layouts(tokens, experts):
     """One launch or two, every option of the layout, against the two parts by the reference."""
@@ -347,8 +347,9 @@ def test_gpu_sizes_and_layouts(tokens, experts):
 
 @gpu
 def test_gpu_in_a_graph_with_other_logits_and_without_a_wait():
-    for tokens in (1, 8, 32, 300):
-        logits = torch.randn(tokens, 256, device="cuda")
+    sizes = [(tokens, 256) for tokens in (1, 8, 32, 256, 300, 1024, 2048)]
+    for tokens, experts in (*sizes, (33, 8), (33, 512)):
+        logits = torch.randn(tokens, experts, device="cuda")
         moealign.route(logits, 8, block_size=16)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
