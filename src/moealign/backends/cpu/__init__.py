@@ -2,7 +2,7 @@
 
 Passes: count, scan, scatter, in one compiled call; from `PARALLEL_ROUTES` on several threads run it together.
 Bytes: ids are read twice, every output is written once; scratch is one int32 counter a bin and chunk of routes,
-with `CHUNKS_A_THREAD` chunks a thread, and three tables.
+with at most `CHUNKS_A_THREAD` chunks a thread, and three tables.
 
 Ids of any integer dtype and of any strides that collapse to two dimensions are read in place; only other
 strides are copied.  Nothing here imports numba before the first call.
@@ -34,8 +34,9 @@ __all__ = ["align", "align_batched", "align_three", "note", "num_threads", "refu
 
 PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
-MIN_ROUTES_AN_EXPERT = 2  # a chunk's counters must not cost more than its routes
+MIN_ROUTES_AN_EXPERT = 2  # a thread's counters must not cost more than its routes
 CHUNKS_A_THREAD = 8
+CHUNK_ROUTES_AN_EXPERT = 64  # four cache lines of rows: the first and the last are shared with other chunks
 MAX_THREADS = 64
 
 # Width in bytes, negative if unsigned.
@@ -290,7 +291,7 @@ def align(
         return
 
     # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
-    chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * MIN_ROUTES_AN_EXPERT))))
+    chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * CHUNK_ROUTES_AN_EXPERT))))
     rows = 3 + chunks
     head = (kernels.CONTROL_BYTES + 8 * kernels.SHARED_ARGUMENTS + 255) // 256 * 256
     memory = torch.empty((head + 256) // 4 + rows * row_ints, dtype=torch.int32)

@@ -37,11 +37,11 @@ __all__ = [
 
 # Up to here the count uses two tables of counters side by side.
 PAIRS_MAX_EXPERTS = 2048
-# The scatter asks for the cache line of a route this many routes before it writes there...
+# The scatter asks for the cache line behind the one it writes: the hardware follows only a few bins by itself...
+LINE_BYTES = 64
+# ...or, where so many bins end before their next line, for the line of a route this many routes before it writes there.
 AHEAD = 24
-# ...if all rows do not fit into a second-level cache, and the bins being filled not into the first.
-AHEAD_MIN_ROWS = 262_144
-AHEAD_MIN_EXPERTS = 96
+AHEAD_MIN_EXPERTS = 3072
 # Up to so many routes a bin all rows are filled at once, before the scatter.
 FILL_FIRST = 32
 # int64 that `serial` reads.
@@ -288,27 +288,28 @@ def _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mappe
 
 
 @njit(**_PART)
-def _place(value, kept, route, routes, cursor, sorted_ids, positions, scatter_idx):  # type: ignore[no-untyped-def]
+def _take(value, cursor):  # type: ignore[no-untyped-def]
+    """The next free row of bin `value`."""
     place = cursor[value]
     cursor[value] = place + np.int32(1)
-    _i32(sorted_ids)[np.uint64(place)] = np.int32(route if kept else routes)
-    if positions != 0:
-        _i32(positions)[route] = np.int32(place if kept else -1)
-    if scatter_idx != 0:
-        _i32(scatter_idx)[route] = np.int32(route if kept else -1)
+    return np.int64(place)
 
 
 @njit(**_PART)
 def _scatter(  # type: ignore[no-untyped-def]
     ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, cursor,
-    sorted_ids, positions, scatter_idx, routes, length, dropped,
+    sorted_ids, positions, scatter_idx, routes, dropped,
 ):  # fmt: skip
     """Routes [lo, hi) to their rows; cursor[bin] is the next free one.  Where none is dropped a branch is never wrong,
     and cheaper than two selections."""
     nowhere = np.uint64(experts)
     target = _i32(sorted_ids)
     simple = not mapped and positions == 0 and scatter_idx == 0
-    far = length >= AHEAD_MIN_ROWS and experts >= AHEAD_MIN_EXPERTS
+    many = experts >= AHEAD_MIN_EXPERTS
+    next_line = sorted_ids + LINE_BYTES
+    if not many and hi - lo >= 4 * experts:
+        for e in range(experts):
+            _prefetch(sorted_ids + 4 * np.int64(cursor[e]))
     i = lo
     while i < hi:
         row = i // cols
@@ -316,51 +317,33 @@ def _scatter(  # type: ignore[no-untyped-def]
         stop = min(hi, i + cols - col)
         at = row * row_stride + col * col_stride
         if simple and not dropped:
-            if far:
-                ahead = AHEAD * col_stride
-                for route in range(i, stop - AHEAD):
-                    value = np.uint64(ids[at + ahead])
+            for route in range(i, stop):
+                if many:
+                    value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
                     if value < bound:
                         _prefetch(sorted_ids + 4 * np.int64(cursor[value]))
-                    value = np.uint64(ids[at])
-                    if value < bound:
-                        place = cursor[value]
-                        cursor[value] = place + np.int32(1)
-                        target[np.uint64(place)] = np.int32(route)
-                    at += col_stride
-                i = max(stop - AHEAD, i)
-            for route in range(i, stop):
                 value = np.uint64(ids[at])
                 if value < bound:
-                    place = cursor[value]
+                    place = _take(value, cursor)
                     target[np.uint64(place)] = np.int32(route)
-                    cursor[value] = place + np.int32(1)
+                    if not many:
+                        _prefetch(next_line + 4 * place)
                 at += col_stride
         elif simple:
-            if far:
-                ahead = AHEAD * col_stride
-                for route in range(i, stop - AHEAD):
-                    value = np.uint64(ids[at + ahead])
-                    _prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else nowhere]))
-                    value = np.uint64(ids[at])
-                    kept = value < bound
-                    value = value if kept else nowhere
-                    place = cursor[value]
-                    cursor[value] = place + np.int32(1)
-                    target[np.uint64(place)] = np.int32(route if kept else routes)
-                    at += col_stride
-                i = max(stop - AHEAD, i)
             for route in range(i, stop):
+                if many:
+                    value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
+                    _prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else nowhere]))
                 value = np.uint64(ids[at])
                 kept = value < bound
-                value = value if kept else nowhere
-                place = cursor[value]
-                cursor[value] = place + np.int32(1)
+                place = _take(value if kept else nowhere, cursor)
                 target[np.uint64(place)] = np.int32(route if kept else routes)
+                if not many:
+                    _prefetch(next_line + 4 * place)
                 at += col_stride
         else:
             for route in range(i, stop):
-                if far:
+                if many:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
                     value = value if value < bound else nowhere
                     if mapped:
@@ -370,7 +353,15 @@ def _scatter(  # type: ignore[no-untyped-def]
                 value = value if value < bound else nowhere
                 if mapped:
                     value = np.uint64(table[value])
-                _place(value, value != nowhere, route, routes, cursor, sorted_ids, positions, scatter_idx)
+                kept = value != nowhere
+                place = _take(value, cursor)
+                target[np.uint64(place)] = np.int32(route if kept else routes)
+                if not many:
+                    _prefetch(next_line + 4 * place)
+                if positions != 0:
+                    _i32(positions)[route] = np.int32(place if kept else -1)
+                if scatter_idx != 0:
+                    _i32(scatter_idx)[route] = np.int32(route if kept else -1)
                 at += col_stride
         i = stop
 
@@ -490,7 +481,7 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
 
         _scatter(
             ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters,
-            sorted_ids, positions, scatter_idx, routes, length, dropped,
+            sorted_ids, positions, scatter_idx, routes, dropped,
         )  # fmt: skip
         _unwanted(positions, scatter_idx, valid, routes)
 
@@ -605,7 +596,7 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
                 _fill_rest(total // block_size, num_blocks, 0, chunk, chunks, block_rows)
             _scatter(
                 ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, _i32(counters + chunk * step),
-                sorted_ids, positions, scatter_idx, routes, length, counts[experts] > 0,
+                sorted_ids, positions, scatter_idx, routes, counts[experts] > 0,
             )  # fmt: skip
             _add(fill_done, 1)
             chunk = _add(fill_next, 1)
