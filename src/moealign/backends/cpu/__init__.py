@@ -32,7 +32,7 @@ from .routing import route
 
 __all__ = ["align", "align_batched", "align_three", "note", "num_threads", "refuses", "route", "unavailable"]
 
-PARALLEL_ROUTES = 196_608  # fewer routes than this stay on one thread
+PARALLEL_ROUTES = 393_216  # fewer routes than this stay on one thread
 MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
 MIN_ROUTES_AN_EXPERT = 2  # a thread's counters must not cost more than its routes
 CHUNKS_A_THREAD = 8
