@@ -39,6 +39,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(cpu, "PARALLEL_ROUTES", 1)
     monkeypatch.setattr(cpu, "MIN_ROUTES_A_THREAD", 16)
     monkeypatch.setattr(cpu, "MIN_ROUTES_AN_EXPERT", 0.01)
+    monkeypatch.setattr(cpu, "CHUNK_ROUTES_AN_EXPERT", 0.01)
     return monkeypatch
 
 
