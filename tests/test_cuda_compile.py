@@ -7,16 +7,15 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-import re
 import struct
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sass import disassembler, touched_before_the_wait
 
 compile_ = importlib.import_module("moealign.backends.cuda.compile")
 
@@ -104,46 +103,27 @@ def test_every_specialisation_compiles_and_spills_nothing(arch):
     assert wrong == []
 
 
-def disassembler() -> Path | None:
-    """Triton brings one along."""
-    triton = importlib.util.find_spec("triton")
-    found = (
-        Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if triton and triton.origin else None
-    )
-    return found if found is not None and found.exists() else None
-
-
-def touched_before_the_wait(source: str, name: str, defines: tuple[tuple[str, int], ...], tmp_path: Path) -> list[str]:
-    """Loads from and stores to global memory that stand before griddepcontrol.wait, which is there once."""
-    cubin = tmp_path / "code.cubin"
-    cubin.write_bytes(compile_.build(source, name, defines, "sm_90"))
-    listing = subprocess.run([disassembler(), "-c", cubin], capture_output=True, text=True, check=True).stdout
-    before, wait, after = listing.partition("ACQBULK")
-    assert wait
-    assert "ACQBULK" not in after
-    return re.findall(r"\b(?:LDG|STG|LD|ST|ATOMG|RED)\.[A-Z0-9.]*E?[^;]*;", before)
-
-
 @needs_nvrtc
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm: Triton is not installed")
-def test_nothing_is_touched_before_the_kernel_ahead_has_ended(tmp_path):
+def test_nothing_is_touched_before_the_kernel_ahead_has_ended():
     """Not even what only reads and comes behind the wait in the text: the compiler moves loads of what it takes for
     constant."""
     behind = [each for each in specialisations(9) if ("AFTER", 1) in each[2]]
     assert {name for _, name, _ in behind} == {"pairwise", "independent"}
     for source, name, defines in behind:
-        assert touched_before_the_wait(compile_._source(source), name, defines, tmp_path) == [], defines
+        cubin = compile_.build(compile_._source(source), name, defines, "sm_90")
+        assert touched_before_the_wait(cubin) == [], defines
 
 
 @needs_nvrtc
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm: Triton is not installed")
-def test_a_load_that_moved_ahead_of_the_wait_would_be_seen(tmp_path):
+def test_a_load_that_moved_ahead_of_the_wait_would_be_seen():
     wait = 'asm volatile("griddepcontrol.wait;"'
     source = compile_._source("align.cu")
     assert source.count(f'{wait} : "+l"(at) :: "memory");') == 1
     moved = source.replace(f'{wait} : "+l"(at) :: "memory");', f'{wait} ::: "memory");')
     behind = [each for each in specialisations(9) if ("AFTER", 1) in each[2]]
-    assert any(touched_before_the_wait(moved, name, defines, tmp_path) for _, name, defines in behind)
+    assert any(touched_before_the_wait(compile_.build(moved, name, defines, "sm_90")) for _, name, defines in behind)
 
 
 @needs_nvrtc

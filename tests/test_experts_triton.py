@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sass import disassembler, touched_before_the_wait
 from test_triton import TARGETS, passes_alone, releases
 
 from moealign.layout import BlockLayout, capacity
@@ -172,7 +173,8 @@ def distinct():
 
 
 def compile_one(number):
-    """Compile one configuration for every target that it is meant for: how many, and what needs too much memory."""
+    """Compile one configuration for every target that it is meant for: how many, and what needs too much memory or
+    does not wait for the kernel ahead."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -194,7 +196,7 @@ def compile_one(number):
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(one.constants, "constexpr")
     assert set(signature) == set(function.arg_names), one.kernel
-    compiled, too_large = 0, []
+    compiled, wrong = 0, []
     for backend, arch, warp, limit in TARGETS:
         hopper = backend == "cuda" and arch >= 90
         if hopper != one.pdl:
@@ -204,10 +206,13 @@ def compile_one(number):
         binary = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
         compiled += 1
         if binary.metadata.shared > limit:
-            too_large.append(f"{one.kernel} {one.constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
+            wrong.append(f"{one.kernel} {one.constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
         if backend == "cuda" and arch == 90 and one.constants.get("B_TMA"):
             assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
-    return compiled, too_large
+        if backend == "cuda" and arch == 90 and disassembler():
+            touched = touched_before_the_wait(binary.asm["cubin"])
+            wrong += [f"{one.kernel} {one.constants}: {each} before the kernel ahead has ended" for each in touched]
+    return compiled, wrong
 
 
 def compile_all():
@@ -215,9 +220,9 @@ def compile_all():
 
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         done = list(pool.map(compile_one, range(len(distinct()))))
-    too_large = [line for _, lines in done for line in lines]
-    print(f"triton {triton.__version__}: {sum(count for count, _ in done)} kernels", *too_large, sep="\n")
-    return len(too_large)
+    wrong = [line for _, lines in done for line in lines]
+    print(f"triton {triton.__version__}: {sum(count for count, _ in done)} kernels", *wrong, sep="\n")
+    return len(wrong)
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
