@@ -110,6 +110,29 @@ def test_batched_on_threads_gives_the_bits_of_one(threads: pytest.MonkeyPatch) -
 
 
 @numba
+def test_huge_pages_are_asked_for_inside_large_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    advise = cpu._madvise()
+
+    def record(start: int, stop: int) -> None:
+        asked.append((start, stop))
+        advise(start, stop)
+
+    monkeypatch.setattr(cpu, "_madvise", lambda: record)
+    monkeypatch.setattr(cpu, "HUGE_BYTES", 8 * 2**20)
+    small, large = torch.zeros(1000, 2, dtype=torch.int64), torch.arange(2**21).reshape(-1, 2) % 8
+    for ids, expected in ((small, 0), (large, 1)):
+        layout = moealign.align(ids, block_size=64, num_experts=8, backend="cpu")
+        assert len(asked) == expected
+    begin = layout.sorted_token_ids.data_ptr()
+    ((start, stop),) = asked
+    assert begin <= start < stop <= begin + 4 * layout.sorted_token_ids.numel()
+    assert start % 2**21 == stop % 2**21 == 0
+    wanted = moealign.align(large, block_size=64, num_experts=8, backend="reference")
+    assert torch.equal(layout.sorted_token_ids, wanted.sorted_token_ids)
+
+
+@numba
 def test_callers_on_many_python_threads_do_not_disturb_each_other(threads: pytest.MonkeyPatch) -> None:
     threads.setenv("MOEALIGN_NUM_THREADS", "3")
     generator = torch.Generator().manual_seed(1)

@@ -14,6 +14,7 @@ import atexit
 import ctypes
 import glob
 import importlib.util
+import mmap
 import os
 import struct
 import sys
@@ -38,6 +39,8 @@ MIN_ROUTES_AN_EXPERT = 2  # a thread's counters must not cost more than its rout
 CHUNKS_A_THREAD = 8
 CHUNK_ROUTES_AN_EXPERT = 64  # four cache lines of rows: the first and the last are shared with other chunks
 MAX_THREADS = 64
+HUGE_BYTES = 32 * 2**20  # glibc maps such buffers anew for every call, and each page is touched for the first time
+_HUGE_PAGE = 2 * 2**20
 
 # Width in bytes, negative if unsigned.
 _CODES = {
@@ -220,6 +223,25 @@ class _Scratch(threading.local):
 _own = _Scratch()
 
 
+@lru_cache(maxsize=1)
+def _madvise() -> Callable[[int, int], None]:
+    """Asks for huge pages in [start, stop), where the system has them; like numpy does for its own arrays."""
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None:
+        return lambda start, stop: None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return lambda start, stop: function(start, stop - start, advice)
+
+
+def _ask_for_huge_pages(rows: torch.Tensor) -> None:
+    """One fault for 2 MiB instead of 512.  Advice: where it is not taken nothing changes, and no page is touched."""
+    start = -(-rows.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
+    stop = (rows.data_ptr() + 4 * rows.numel()) // _HUGE_PAGE * _HUGE_PAGE
+    if start < stop:
+        _madvise()(start, stop)
+
+
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -259,6 +281,9 @@ def align(
     else:
         counts = offsets = ends = positions = block_rows = scatter_idx = 0
 
+    length = sorted_ids.numel()
+    if 4 * length >= HUGE_BYTES:
+        _ask_for_huge_pages(sorted_ids)
     if routes >= PARALLEL_ROUTES:
         threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
     else:
@@ -272,7 +297,7 @@ def align(
             arguments.buffer, 0,
             ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
             map_address, map_code, map_stride, ignore, num_valid, error,
-            routes, problem.top_k, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
+            routes, problem.top_k, experts, block_size, length, expert_ids.numel(),
             sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
             counts, offsets, ends, positions, block_rows, scatter_idx, own.address, row_ints,
         )  # fmt: skip
@@ -304,7 +329,7 @@ def align(
         chunks, valid, scratch, row_ints,
         ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
         map_address, map_code, map_stride, ignore, error,
-        routes, experts, block_size, sorted_ids.numel(), expert_ids.numel(),
+        routes, experts, block_size, length, expert_ids.numel(),
         sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
         counts, offsets, ends, positions, block_rows, scatter_idx,
     )  # fmt: skip
@@ -351,6 +376,8 @@ def align_batched(
         _address(out.group_ends),
     )  # fmt: skip
     length = sorted_ids.numel()
+    if 4 * length >= HUGE_BYTES:
+        _ask_for_huge_pages(sorted_ids)
     threads = 1
     if length >= PARALLEL_ROUTES:
         threads = max(min(num_threads(), length // MIN_ROUTES_A_THREAD, batches), 1)
