@@ -8,12 +8,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import moealign
 from moealign.backends import cpu
+from moealign.backends.cpu import routing as router
+from moealign.backends.cpu.threads import Helpers
+from moealign.backends.reference_routing import exp32, sigmoid32
 from moealign.layout import EXTRAS, OUTPUTS, Problem
 from moealign.testing import assert_same_layout, difference, oracle_align, oracle_align_batched, poisoned
 
@@ -95,6 +99,45 @@ def test_any_number_of_threads_gives_the_bits_of_one(
             moealign.align(ids, **wanted, **dict.fromkeys(extras, True), out=out, error_word=word, backend="cpu")  # type: ignore[arg-type]
             assert_same_layout(out, expected)
             assert word.tolist() == expected["error_word"]
+
+
+@numba
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_router_on_any_number_of_threads_gives_the_bits_of_one(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, grouped: bool
+) -> None:
+    monkeypatch.setattr(router, "PARALLEL_LOGITS", 1)
+    monkeypatch.setattr(router, "MIN_LOGITS_A_THREAD", 1)
+    logits = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(1))
+    bias = torch.linspace(-1, 1, 48)
+    options: dict[str, Any] = {"num_valid_tokens": torch.tensor([tokens - 1], dtype=torch.int32)}
+    if grouped:
+        options |= {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 6, "topk_groups": 2}
+    found = []
+    for count in ("1", "2", "7"):
+        monkeypatch.setenv("MOEALIGN_NUM_THREADS", count)
+        found.append(moealign.route(logits, 5, block_size=4, backend="cpu", **options)[:2])
+    wanted = moealign.route(logits, 5, block_size=4, backend="reference", **options)[1]
+    for weights, ids in found:
+        assert torch.equal(weights, found[0][0])
+        assert torch.equal(ids, wanted)
+
+
+@numba
+def test_exponentials_as_vectors_have_the_bits_of_the_definition() -> None:
+    from moealign.backends.cpu import routing_kernels
+
+    nan, inf = float("nan"), float("inf")
+    edges = torch.tensor([0.0, -0.0, 87.0, -87.0, 87.00001, -87.00001, 88.0, -88.0, 1e-30, 1e38, -1e38, inf, -inf, nan])
+    x = torch.cat([edges, torch.linspace(-90, 90, 1_000_003), torch.randn(100_000)])
+    sigmoids, powers = torch.empty_like(x), torch.empty(x.numel(), dtype=torch.int32)
+    routing_kernels._sigmoid32_each(x.numpy(), sigmoids.numpy(), powers.numpy())
+    assert torch.equal(sigmoids, sigmoid32(x))
+    below = x[~(x > 87)].clone()
+    wanted = torch.where(below.isnan(), 0.0, exp32(below))
+    routing_kernels._exp32_each(below.numpy(), powers.numpy())
+    assert torch.equal(below, wanted)
 
 
 @numba
@@ -221,7 +264,7 @@ def test_every_output_has_a_place_in_the_kernels() -> None:
 
 
 def test_helpers_go_home_before_the_interpreter_ends() -> None:
-    helpers = cpu._Helpers()
+    helpers = Helpers()
     done = []
     helpers.ask(3, lambda number: done.append(number), (7,), None)
     helpers.close()

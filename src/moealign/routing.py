@@ -68,32 +68,37 @@ def route(
         plan = _plans.get(key)
         if plan is None:
             plan = _plan(key, check_route(router_logits, top_k, *facts), backend)
-        if plan[1] is not None:
+        routing, module = plan
+        if hasattr(module, "route_align"):
             return _together(
                 plan, router_logits, correction_bias, num_valid_tokens, mean_probability, block_size, layout
             )
-    routing = check_route(router_logits, top_k, *facts)
-    weights, ids, mean = torch.ops.moealign.route(
-        router_logits,
-        top_k,
-        scoring,
-        bool(renormalize),
-        correction_bias,
-        num_groups,
-        topk_groups,
-        float(scale),
-        num_valid_tokens,
-        bool(mean_probability),
-        backend,
-    )
+        weights, ids, mean = _empty(router_logits, top_k, mean_probability)
+        given = (router_logits, correction_bias, num_valid_tokens, weights, ids)
+        module.route(routing, *given, mean if mean_probability else None)
+    else:
+        routing = check_route(router_logits, top_k, *facts)
+        weights, ids, mean = torch.ops.moealign.route(
+            router_logits,
+            top_k,
+            scoring,
+            bool(renormalize),
+            correction_bias,
+            num_groups,
+            topk_groups,
+            float(scale),
+            num_valid_tokens,
+            bool(mean_probability),
+            backend,
+        )
     aligned: BlockLayout = align(ids, block_size=block_size, num_experts=routing.num_experts, backend=backend, **layout)
     return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
 
 
-# Eager, without gradients, on a backend that makes weights, ids and layout together.
+# Eager, without gradients: not through the operator, whose dispatch costs more than a small call.
 
 _MOST_PLANS = 4096
-_plans: dict[Any, tuple[Routing, ModuleType | None]] = {}
+_plans: dict[Any, tuple[Routing, ModuleType]] = {}
 _OPTIONS = {"expert_map", "pad_sorted_ids", "ignore_invalid_experts", "error_word", "out", *EXTRAS}
 
 
@@ -101,9 +106,8 @@ def _wants_gradient(router_logits: Tensor) -> bool:
     return torch.is_grad_enabled() and router_logits.requires_grad
 
 
-def _plan(key: Any, routing: Routing, backend: str | None) -> tuple[Routing, ModuleType | None]:
-    module = dispatch.choose_route(routing, backend)
-    plan = (routing, module if hasattr(module, "route_align") else None)
+def _plan(key: Any, routing: Routing, backend: str | None) -> tuple[Routing, ModuleType]:
+    plan = (routing, dispatch.choose_route(routing, backend))
     if len(_plans) >= _MOST_PLANS:
         _plans.clear()
     _plans[key] = plan
@@ -111,7 +115,7 @@ def _plan(key: Any, routing: Routing, backend: str | None) -> tuple[Routing, Mod
 
 
 def _together(
-    plan: tuple[Routing, ModuleType | None],
+    plan: tuple[Routing, ModuleType],
     router_logits: Tensor,
     correction_bias: Tensor | None,
     num_valid_tokens: Tensor | None,
@@ -120,7 +124,6 @@ def _together(
     layout: dict[str, Any],
 ) -> tuple[Any, ...]:
     routing, module = plan
-    assert module is not None
     unknown = layout.keys() - _OPTIONS
     if unknown:
         raise TypeError(

@@ -10,7 +10,6 @@ strides are copied.  Nothing here imports numba before the first call.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import glob
 import importlib.util
@@ -21,15 +20,14 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import lru_cache
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 
-from moealign.errors import InvalidInput
 from moealign.layout import BlockLayout, Problem
 
 from .routing import route
+from .threads import helpers, num_threads
 
 __all__ = ["align", "align_batched", "align_three", "note", "num_threads", "refuses", "route", "unavailable"]
 
@@ -38,7 +36,6 @@ MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
 MIN_ROUTES_AN_EXPERT = 2  # a thread's counters must not cost more than its routes
 CHUNKS_A_THREAD = 8
 CHUNK_ROUTES_AN_EXPERT = 64  # four cache lines of rows: the first and the last are shared with other chunks
-MAX_THREADS = 64
 HUGE_BYTES = 32 * 2**20  # glibc maps such buffers anew for every call, and each page is touched for the first time
 _HUGE_PAGE = 2 * 2**20
 
@@ -104,20 +101,6 @@ def _cache() -> tuple[str, bool]:
     return folder, any(glob.glob(os.path.join(glob.escape(place), "kernels.*.nbi")) for place in places)
 
 
-def num_threads() -> int:
-    """Threads of a large call: MOEALIGN_NUM_THREADS if set, else as many as torch uses; at most 64."""
-    given = os.environ.get("MOEALIGN_NUM_THREADS")
-    if given is None:
-        return min(torch.get_num_threads(), MAX_THREADS)
-    try:
-        threads = int(given)
-    except ValueError:
-        threads = 0
-    if threads < 1:
-        raise InvalidInput(f"MOEALIGN_NUM_THREADS: expected a whole number from 1 on, got {given!r}")
-    return min(threads, MAX_THREADS)
-
-
 def _load() -> Any:
     global _kernels
     if _kernels is None:
@@ -125,56 +108,6 @@ def _load() -> Any:
 
         _kernels = kernels
     return _kernels
-
-
-class _Helpers:
-    """Daemon threads that run (task, arguments) from a queue; started when first needed, and again in a forked child.
-
-    The first thread of a call never waits for a helper to come, so calls from many threads share them safely.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.queue: SimpleQueue[tuple[Callable[..., Any], tuple[int, ...], object] | None] = SimpleQueue()
-        self.threads: list[threading.Thread] = []
-        self.closed = False
-
-    def ask(self, count: int, task: Callable[..., Any], arguments: tuple[int, ...], alive: object) -> None:
-        """Let `count` helpers run task(*arguments); `alive` stays alive until the last of them has left."""
-        with self.lock:
-            if self.closed:  # the interpreter is about to end: the caller does it all
-                return
-            while len(self.threads) < count:
-                name = f"moealign-{len(self.threads)}"
-                self.threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
-                self.threads[-1].start()
-        for _ in range(count):
-            self.queue.put((task, arguments, alive))
-
-    def _serve(self) -> None:
-        while True:
-            asked = self.queue.get()
-            if asked is None:
-                return
-            task, arguments, alive = asked
-            task(*arguments)
-            del asked, alive
-
-    def close(self) -> None:
-        """Send all home: one that comes back from compiled code when the interpreter has ended aborts the process."""
-        with self.lock:
-            self.closed = True
-        for _ in self.threads:
-            self.queue.put(None)
-        for thread in self.threads:
-            thread.join(timeout=5)
-
-
-_helpers = _Helpers()
-atexit.register(_helpers.close)
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.__init__)  # type: ignore[misc]
 
 
 def _walk(ids: torch.Tensor, routes: int) -> tuple[torch.Tensor, int, int, int]:
@@ -335,7 +268,7 @@ def align(
     )  # fmt: skip
     ctypes.memmove(control, told, len(told))
     task = kernels.shared[width]
-    _helpers.ask(threads - 1, task, (0, control), memory)
+    helpers.ask(threads - 1, task, (0, control), memory)
     task(1, control)
 
 
@@ -387,5 +320,5 @@ def align_batched(
         sorted_ids.data_ptr(), expert_ids.data_ptr(), _address(out.positions), _address(out.block_rows),
     )  # fmt: skip
     if threads > 1:
-        _helpers.ask(threads - 1, kernels.batched_fill, (0, *arguments), memory)
+        helpers.ask(threads - 1, kernels.batched_fill, (0, *arguments), memory)
     kernels.batched_fill(1, *arguments)

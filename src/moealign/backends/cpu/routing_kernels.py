@@ -1,4 +1,10 @@
-"""The router on one CPU thread, compiled by numba: reference_routing's arithmetic, operation for operation."""
+"""The router on the CPU, compiled by numba: reference_routing's arithmetic, operation for operation.
+
+The choice.  A score becomes an integer of the same order (NaN lowest, -0 as +0) over the number of its expert counted
+from the end, so that no two are equal and the greatest is the one to take.  They stand in rows of `LANES`; the greatest
+of each lane is kept, and what is taken gives way to the next of its own lane alone: E + k (LANES + E / LANES)
+comparisons, and no branch that depends on a score.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +12,25 @@ import numpy as np
 from numba import njit
 
 from ..reference_routing import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
+from .kernels import _add, _wait
 
-__all__ = ["route"]
+__all__ = ["CONTROL", "route"]
 
 _JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
+LANES = 16  # a constant: the loops over it become vectors
+CONTROL = 16  #: int64 that threads of a call share: the next chunk, and a cache line on how many are done
+_PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _FAR, _TINY = np.float32(FAR), np.float32(TINY)
 _INVERSE_LN2, _LN2_HIGH, _LN2_LOW = np.float32(INVERSE_LN2), np.float32(LN2_HIGH), np.float32(LN2_LOW)
 _C0, _C1, _C2, _C3, _C4, _C5 = (np.float32(c) for c in POLYNOMIAL)
 _POWERS = np.ldexp(np.float32(1), np.arange(-126, 128)).astype(np.float32)
 _LEAST = np.float32(-np.inf)
+_TAKEN = np.int64(-(2**63))
+_LOW = np.int64(2**32 - 1)
 
 
-@njit(**_JIT)
+@njit(**_PART)
 def _exp32(x):  # type: ignore[no-untyped-def]
     if x < -_FAR:
         return _ZERO
@@ -36,7 +48,7 @@ def _exp32(x):  # type: ignore[no-untyped-def]
     return y * _POWERS[np.int64(n) + 126]
 
 
-@njit(**_JIT)
+@njit(**_PART)
 def _sigmoid32(x):  # type: ignore[no-untyped-def]
     if not x >= -_FAR:  # NaN too
         return _ZERO
@@ -44,12 +56,63 @@ def _sigmoid32(x):  # type: ignore[no-untyped-def]
 
 
 @njit(**_JIT)
+def _exp32_each(x, powers):  # type: ignore[no-untyped-def]
+    """x[e] = _exp32(x[e]), NaN to 0, without a branch or a table, so that the loops become vectors; x is at most FAR.
+    `powers` is room for as many int32."""
+    for e in range(x.size):
+        v = x[e]
+        v = v if v > -_FAR else -_FAR
+        v = v if v < _FAR else _FAR
+        u = v * _INVERSE_LN2 + _HALF
+        whole = np.int32(u)
+        whole = whole - np.int32(np.float32(whole) > u)
+        n = np.float32(whole)
+        r = v - n * _LN2_HIGH
+        r = r - n * _LN2_LOW
+        y = _C0 * r + _C1
+        y = y * r + _C2
+        y = y * r + _C3
+        y = y * r + _C4
+        y = y * r + _C5
+        y = y * (r * r)
+        y = y + r
+        y = y + _ONE
+        powers[e] = (whole + np.int32(127)) << np.int32(23)
+        x[e] = y if x[e] >= -_FAR else _ZERO
+    power = powers.view(np.float32)
+    for e in range(x.size):
+        x[e] = x[e] * power[e]
+
+
+@njit(**_JIT)
+def _sigmoid32_each(row, out, powers):  # type: ignore[no-untyped-def]
+    """out[e] = _sigmoid32(row[e])."""
+    for e in range(out.size):
+        v = row[e]
+        v = v if v < _FAR + _ONE else _FAR + _ONE
+        out[e] = -v
+    _exp32_each(out, powers)
+    for e in range(out.size):
+        out[e] = _ONE / (_ONE + out[e]) if row[e] >= -_FAR else _ZERO
+
+
+@njit(**_PART)
+def _softmax32_each(row, highest, out, powers):  # type: ignore[no-untyped-def]
+    """out[e] = exp(row[e] - highest), NaN to 0."""
+    for e in range(out.size):
+        out[e] = row[e] - highest
+    _exp32_each(out, powers)
+    for e in range(out.size):
+        out[e] = _ONE if row[e] == highest else out[e]
+
+
+@njit(**_PART)
 def _better(a, b):  # type: ignore[no-untyped-def]
     """Whether `a` comes before `b`: a number before NaN, equals not."""
     return a > b or (b != b and a == a)
 
 
-@njit(**_JIT)
+@njit(**_PART)
 def _insert(score, which, best, index, held, most):  # type: ignore[no-untyped-def]
     """Keep `which` among the `most` best, the first of equals first; returns how many are held."""
     if held == most and not _better(score, best[most - 1]):
@@ -64,91 +127,165 @@ def _insert(score, which, best, index, held, most):  # type: ignore[no-untyped-d
     return held + 1 if held < most else held
 
 
-@njit(**_JIT)
-def route(  # type: ignore[no-untyped-def]
-    logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, mean
+@njit(**_PART)
+def _order(score, ordered, experts):  # type: ignore[no-untyped-def]
+    """ordered[e]: the order of score[e] in the upper half, E - 1 - e in the lower."""
+    bits = score.view(np.int32)
+    for e in range(experts):
+        x = score[e]
+        key = bits[e] if x != _ZERO else np.int32(0)
+        key = key ^ ((key >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        key = key if x == x else np.int32(-(2**31))
+        ordered[e] = (np.int64(key) << np.int64(32)) | np.int64(experts - 1 - e)
+
+
+@njit(**_PART)
+def _take_best(ordered, lane_best, experts, k, index):  # type: ignore[no-untyped-def]
+    """index[:k]: the experts of the k greatest; `ordered` is a whole number of rows, and loses them."""
+    rows = ordered.size // LANES
+    for j in range(LANES):
+        lane_best[j] = ordered[j]
+    for i in range(1, rows):
+        for j in range(LANES):
+            lane_best[j] = max(lane_best[j], ordered[i * LANES + j])
+    for p in range(k):
+        greatest = lane_best[0]
+        for j in range(1, LANES):
+            greatest = max(greatest, lane_best[j])
+        e = experts - 1 - (greatest & _LOW)
+        index[p] = e
+        ordered[e] = _TAKEN
+        j = e % LANES
+        greatest = ordered[j]
+        for i in range(1, rows):
+            greatest = max(greatest, ordered[i * LANES + j])
+        lane_best[j] = greatest
+
+
+@njit(**_PART)
+def _score_of(place, score, experts):  # type: ignore[no-untyped-def]
+    x = score[experts - 1 - (place & _LOW)]
+    return x if x == x else _LEAST
+
+
+@njit(**_PART)
+def _choose_groups(score, ordered, biased, num_groups, topk_groups, best, groups, chosen):  # type: ignore[no-untyped-def]
+    """chosen[g]: whether group g is one of the `topk_groups` best."""
+    experts = score.size
+    size = experts // num_groups
+    held = 0
+    for g in range(num_groups):
+        chosen[g] = False
+        first = second = _TAKEN
+        for e in range(g * size, (g + 1) * size):
+            second = max(second, min(first, ordered[e]))
+            first = max(first, ordered[e])
+        of_group = _score_of(first, score, experts)
+        if biased and size > 1:
+            of_group = of_group + _score_of(second, score, experts)
+        held = _insert(of_group, g, best, groups, held, topk_groups)
+    for i in range(topk_groups):
+        chosen[groups[i]] = True
+
+
+@njit(**_PART)
+def _rows(  # type: ignore[no-untyped-def]
+    lo, hi, logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums
 ):
-    """logits [T, E], bias [E] or [0], weights and ids [T, K], mean [E] or [0]; `valid` rows count."""
-    tokens, experts = logits.shape
+    """Tokens [lo, hi).  Shares are added to sums [E], unless that is empty."""
+    experts = logits.shape[1]
     k = weights.shape[1]
     size = experts // num_groups
-    best = np.empty(k, np.float32)
-    index = np.empty(k, np.int64)
     best_groups = np.empty(topk_groups, np.float32)
     groups = np.empty(topk_groups, np.int64)
-    score = np.empty(experts, np.float32)
+    chosen = np.empty(num_groups, np.bool_)
+    biased = np.empty(experts if bias.size > 0 else 0, np.float32)
     every = np.empty(experts, np.float32)
-    sums = np.zeros(mean.size, np.float64)
-    valid = min(max(valid, 0), tokens)
-    for t in range(valid):
+    powers = np.empty(experts, np.int32)
+    ordered = np.full((experts + LANES - 1) // LANES * LANES, _TAKEN, np.int64)
+    lane_best = np.empty(LANES, np.int64)
+    index = np.empty(k, np.int64)
+    for t in range(lo, min(hi, valid)):
         row = logits[t]
-        for e in range(experts):
-            score[e] = row[e]
+        score = row
         if bias.size > 0:
+            _sigmoid32_each(row, biased, powers)
             for e in range(experts):
-                if row[e] == row[e]:
-                    score[e] = _sigmoid32(row[e]) + bias[e]
-        held = 0
-        if num_groups == 1:
-            for e in range(experts):
-                held = _insert(score[e], e, best, index, held, k)
-        else:
-            held_groups = 0
+                biased[e] = biased[e] + bias[e] if row[e] == row[e] else row[e]
+            score = biased
+        _order(score, ordered, experts)
+        if num_groups > 1:
+            _choose_groups(score, ordered, bias.size > 0, num_groups, topk_groups, best_groups, groups, chosen)
             for g in range(num_groups):
-                first = second = _LEAST
-                for e in range(g * size, (g + 1) * size):
-                    if score[e] > first:
-                        second = first
-                        first = score[e]
-                    elif score[e] > second:
-                        second = score[e]
-                if bias.size > 0 and size > 1:
-                    first = first + second
-                held_groups = _insert(first, g, best_groups, groups, held_groups, topk_groups)
-            groups.sort()
-            for i in range(topk_groups):
-                for e in range(groups[i] * size, (groups[i] + 1) * size):
-                    held = _insert(score[e], e, best, index, held, k)
+                if not chosen[g]:
+                    for e in range(g * size, (g + 1) * size):
+                        ordered[e] = _TAKEN
+        _take_best(ordered, lane_best, experts, k, index)
 
         total = np.float64(0)
+        highest = _LEAST
         if sigmoid:
             for i in range(k):
                 weights[t, i] = _sigmoid32(row[index[i]])
                 total += weights[t, i]
             divisor = np.float32(total) + _TINY if renormalize else _ONE
         else:
-            highest = _LEAST
-            for e in range(experts):
-                if row[e] > highest:
-                    highest = row[e]
+            x = row[index[0]]  # without a bias the first is the highest
+            highest = x if x == x else _LEAST
             for i in range(k):
                 x = row[index[i]]
                 weights[t, i] = _ONE if x == highest else _exp32(x - highest) if x == x else _ZERO
                 total += weights[t, i]
             if not renormalize:
+                _softmax32_each(row, highest, every, powers)
                 total = 0.0
                 for e in range(experts):
-                    x = row[e]
-                    total += _ONE if x == highest else _exp32(x - highest) if x == x else _ZERO
+                    total += every[e]
             divisor = np.float32(total)
         for i in range(k):
             ids[t, i] = index[i]
             weights[t, i] = weights[t, i] / divisor * scale if divisor > _ZERO else _ZERO
-        if mean.size > 0:
+        if sums.size > 0:
+            if sigmoid:
+                _sigmoid32_each(row, every, powers)
+            else:
+                _softmax32_each(row, highest, every, powers)
             total = 0.0
             for e in range(experts):
-                x = row[e]
-                if sigmoid:
-                    every[e] = _sigmoid32(x)
-                else:
-                    every[e] = _ONE if x == highest else _exp32(x - highest) if x == x else _ZERO
                 total += every[e]
             if total > 0:
                 for e in range(experts):
                     sums[e] += every[e] / total
-    for t in range(valid, tokens):
+    for t in range(max(lo, valid), hi):
         for i in range(k):
             ids[t, i] = -1
             weights[t, i] = _ZERO
+
+
+@njit(**_JIT)
+def route(  # type: ignore[no-untyped-def]
+    leader, control, chunks,
+    logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, mean,
+):  # fmt: skip
+    """logits [T, E], bias [E] or [0], weights and ids [T, K], mean [E] or [0]; `valid` rows count, 0 to T.
+
+    One thread calls it with control 0 and one chunk.  Of several each takes chunks of the tokens from a counter at the
+    address `control`, and the leader waits for those that others have taken; then there is no mean.
+    """
+    tokens = logits.shape[0]
+    sums = np.zeros(mean.size, np.float64)
+    chunk = _add(control, 1) if control != 0 else np.int64(0)
+    while chunk < chunks:
+        _rows(
+            tokens * chunk // chunks, tokens * (chunk + 1) // chunks,
+            logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums,
+        )  # fmt: skip
+        if control != 0:
+            _add(control + 64, 1)
+            chunk = _add(control, 1)
+        else:
+            chunk += 1
+    if control != 0 and leader != 0:
+        _wait(control + 64, chunks)
     for e in range(mean.size):
         mean[e] = sums[e] / max(valid, 1)
