@@ -56,6 +56,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
     "docs/routing.md": [
         ("routing", "results/routing_{gpu}", tables.routing_table),
         ("routing-goals", "results/routing_{gpu}", goals.routing_goals),
+        ("routing-cpu", "results/routing_cpu", tables.routing_cpu_table),
     ],
     "docs/integrations.md": [("plugins", "results/plugins_{gpu}", tables.plugins_table)],
     "docs/parallel.md": [

@@ -203,6 +203,20 @@ def routing_table(rows: Sequence[Row], source: str) -> str:
     return "\n\n".join([caption(rows, "CUDA graph replay", source), *parts])
 
 
+def routing_cpu_table(rows: Sequence[Row], source: str) -> str:
+    """`route` beside the same steps in torch, on one thread and two."""
+    lines = []
+    for row, times in cases_of(rows, "routing-cpu"):
+        spent = [microseconds(times.get(impl)) for impl in ("moealign-cpu", "torch", "moealign-cpu-2t", "torch-2t")]
+        ratios = [times_of(times, f"torch{end}", f"moealign-cpu{end}") for end in ("", "-2t")]
+        tokens = int(row["routes"]) // int(row["top_k"])
+        named = f"{row['case'].split()[0]}, {row['top_k']} of {row['num_experts']}"
+        lines.append([named, f"{tokens:,}", *spent[:2], ratios[0], *spent[2:], ratios[1]])
+    header = ["router", "tokens", "**moealign**", "torch", "torch / ours", "two threads", "torch, two threads",
+              "torch / ours"]  # fmt: skip
+    return f"{caption(rows, 'wall time, layout included', source)}\n\n{markdown(header, lines)}"
+
+
 def plugins_table(rows: Sequence[Row], source: str) -> str:
     """What vLLM's own functions take over what ours do in their place, least and most over all sizes."""
     lines = []

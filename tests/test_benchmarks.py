@@ -382,6 +382,13 @@ def test_experts_on_a_cpu() -> None:
     assert "| 64, 8, 512, 256 | float32 | 16 | 2.00x | - | - |" in table
 
 
+def test_routers_on_a_cpu() -> None:
+    table = tables.routing_cpu_table(rows_of("""
+        routing-cpu, Qwen3-MoE float32, 4096, 128, 8, moealign-cpu=10, torch=25, moealign-cpu-2t=5, torch-2t=20
+    """), "some.csv")  # fmt: skip
+    assert "| Qwen3-MoE, 8 of 128 | 512 | 10.0 | 25.0 | 2.50x | 5.00 | 20.0 | 4.00x |" in table
+
+
 def test_tokens_a_second_of_a_model() -> None:
     table = tables.transformers_table(rows_of("""
         transformers, decode T1 H2048-I768 8 layers, 8, 128, 8, moealign=1000, grouped_mm=1500, moealign-graph=500
@@ -398,6 +405,7 @@ def test_routers_and_their_goals() -> None:
     rows = rows_of("""
         routing, 1x8-E256-B16 bfloat16, 8, 256, 8, moealign-cuda=2, moealign-cuda-align=1, vllm-0.33.0=6
         routing, 1024x8-E256-B16 bfloat16, 8192, 256, 8, moealign-cuda=2, moealign-triton=3, vllm-0.33.0=5
+        routing, 2048x8-E256-B16 bfloat16, 16384, 256, 8, moealign-triton=4, vllm-0.33.0=9
         routing, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=3, moealign-cuda-align=2, vllm-0.33.0=6
         routing, 32x2-E8-B16 bfloat16, 64, 8, 2, moealign-cuda=2, vllm-0.33.0=5
         routing-grouped, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=4, vllm-0.33.0=8
@@ -408,7 +416,7 @@ def test_routers_and_their_goals() -> None:
     assert table.index("Softmax, bfloat16") < table.index("Softmax, float32") < table.index("Sigmoid with a bias")
     table = goals.routing_goals(rows, "")
     assert cell_of(table, "softmax, top 8 of 256, bfloat16: 2.5x") == "3.00x"
-    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 3x") == "**2.50x**"
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 3x") == "**2.50x**; **not measured at 2,048 tokens**"
     assert cell_of(table, "softmax, top 8 of 256, bfloat16: at most 1.5x") == "**2.00x**"
     assert cell_of(table, "softmax, top 8 of 256, float32: at most 1.5x") == "1.50x"
     assert cell_of(table, "other sizes: 2.5x") == "2.50x"

@@ -103,6 +103,7 @@ def test_the_cpu_benchmarks_reference_and_loop_are_right(monkeypatch):
     [
         ["benchmarks/transformers_model.py", "--small", "--layers", "1", "--prefill", "32", "--turns", "1"],
         ["benchmarks/experts_cpu.py", "--shapes", "0", "--tokens", "2", "--dtypes", "float32", "--seconds", "0.05"],
+        ["benchmarks/routing_cpu.py", "--tokens", "3", "--seconds", "0.05"],
         ["examples/faster_transformers.py", "--tokens", "3"],
     ],
     ids=lambda command: command[0],

@@ -189,6 +189,8 @@ def align(
 ) -> None:
     """Fill `out`; see the package's text for how."""
     own = _own
+    if _as_before(problem, topk_ids, out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded):
+        return
     kernels = _kernels or _load()
     routes, experts, block_size = problem.routes, problem.num_experts, problem.block_size
     code = _CODES[problem.dtype]
@@ -235,15 +237,13 @@ def align(
             counts, offsets, ends, positions, block_rows, scatter_idx, own.address, row_ints,
         )  # fmt: skip
         kernels.serial[width](arguments.address)
+        small = routes < PARALLEL_ROUTES and 4 * length < HUGE_BYTES
         given = (expert_map, num_valid_tokens, error_word)
-        if routes < PARALLEL_ROUTES and not problem.extras and given == _NOTHING and topk_ids.is_contiguous():
+        if small and not problem.extras and given == _NOTHING and topk_ids.is_contiguous():
             if len(own.usual) >= _MOST_USUAL:
                 own.usual.clear()
-            own.usual[id(problem)] = (
-                problem,
-                arguments,
-                kernels.serial[width],
-            )  # `problem` lives, as its id is the key
+            # `problem` lives as long, since its id is the key; one of another length is another object
+            own.usual[id(problem)] = (problem, arguments, kernels.serial[width])
         else:
             own.free.append(arguments)
         return
@@ -272,19 +272,30 @@ def align(
     task(1, control)
 
 
-def align_three(
+def _as_before(
     problem: Problem, topk_ids: torch.Tensor, rows: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor
-) -> None:
-    """:func:`align` without options into the first three outputs."""
+) -> bool:
+    """Whether a call like this one was made before, with three outputs and no options: then it is made again."""
     usual = _own.usual.pop(id(problem), None)  # a call inside this one finds none
-    if usual is None or not topk_ids.is_contiguous():
-        align(problem, topk_ids, None, None, None, BlockLayout(rows, blocks, total))
-        return
+    if usual is None:
+        return False
+    if not topk_ids.is_contiguous():
+        _own.free.append(usual[1])
+        return False
     arguments = usual[1]
     _IDS(arguments.buffer, 0, topk_ids.data_ptr())
     _OUTPUTS(arguments.buffer, _OUTPUTS_AT, rows.data_ptr(), blocks.data_ptr(), total.data_ptr())
     usual[2](arguments.address)
     _own.usual[id(problem)] = usual
+    return True
+
+
+def align_three(
+    problem: Problem, topk_ids: torch.Tensor, rows: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor
+) -> None:
+    """:func:`align` without options into the first three outputs."""
+    if not _as_before(problem, topk_ids, rows, blocks, total):
+        align(problem, topk_ids, None, None, None, BlockLayout(rows, blocks, total))
 
 
 def align_batched(

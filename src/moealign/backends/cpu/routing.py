@@ -4,6 +4,9 @@ The mean share is a sum over the tokens in their order, which one thread adds.""
 
 from __future__ import annotations
 
+import ctypes
+import struct
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ __all__ = ["route"]
 PARALLEL_LOGITS = 262_144  # fewer stay on one thread
 MIN_LOGITS_A_THREAD = 65_536
 CHUNKS_A_THREAD = 4
-_NONE = torch.empty(0)
+_PACK = struct.Struct("14qd")
 
 
 def route(
@@ -30,27 +33,28 @@ def route(
     """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` where it is wanted."""
     from . import routing_kernels  # numba, at the first call
 
-    tokens = routing.tokens
-    given = (
-        router_logits.detach().to(torch.float32).contiguous().numpy(),
-        (_NONE if correction_bias is None else correction_bias.detach().to(torch.float32).contiguous()).numpy(),
-        routing.scoring == "sigmoid",
-        routing.renormalize,
-        routing.scale,
-        routing.num_groups,
-        routing.topk_groups,
-        tokens if num_valid_tokens is None else min(max(int(num_valid_tokens), 0), tokens),
-        weights.numpy(),
-        ids.numpy(),
-    )
-    mean = (_NONE if mean_probability is None else mean_probability).numpy()
-    threads = 1
-    if tokens * routing.num_experts >= PARALLEL_LOGITS and mean_probability is None:
-        threads = min(num_threads(), tokens * routing.num_experts // MIN_LOGITS_A_THREAD, tokens)
-    if threads <= 1:
-        routing_kernels.route(1, 0, 1, *given, mean)
-        return
-    control = torch.zeros(routing_kernels.CONTROL, dtype=torch.int64)
-    arguments = (control.data_ptr(), min(CHUNKS_A_THREAD * threads, tokens), *given, mean)
-    helpers.ask(threads - 1, routing_kernels.route, (0, *arguments), control)
-    routing_kernels.route(1, *arguments)
+    tokens, experts = routing.tokens, routing.num_experts
+    logits, bias = _plain(router_logits), None if correction_bias is None else _plain(correction_bias)
+    valid = tokens if num_valid_tokens is None else min(max(int(num_valid_tokens), 0), tokens)
+    threads = chunks = 1
+    if tokens * experts >= PARALLEL_LOGITS and mean_probability is None:
+        threads = min(num_threads(), tokens * experts // MIN_LOGITS_A_THREAD, tokens)
+        chunks = min(CHUNKS_A_THREAD * threads, tokens) if threads > 1 else 1
+    told = ctypes.create_string_buffer(routing_kernels.TOLD + _PACK.size)
+    _PACK.pack_into(
+        told, routing_kernels.TOLD,
+        chunks, tokens, experts, routing.top_k, valid,
+        routing.scoring == "sigmoid", routing.renormalize, routing.num_groups, routing.topk_groups,
+        logits.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(), ids.data_ptr(),
+        0 if mean_probability is None else mean_probability.data_ptr(), routing.scale,
+    )  # fmt: skip
+    address = ctypes.addressof(told)
+    if threads > 1:
+        helpers.ask(threads - 1, routing_kernels.route, (0, address), (told, logits, bias, weights, ids))
+    routing_kernels.route(1, address)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().to(torch.float32).contiguous()

@@ -9,17 +9,19 @@ comparisons, and no branch that depends on a score.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from numba import carray, njit, types
 
 from ..reference_routing import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
-from .kernels import _add, _wait
+from .kernels import _add, _i32, _i64, _pointer_to, _wait
 
-__all__ = ["CONTROL", "route"]
+__all__ = ["ARGUMENTS", "TOLD", "route"]
 
 _JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
 LANES = 16  # a constant: the loops over it become vectors
-CONTROL = 16  #: int64 that threads of a call share: the next chunk, and a cache line on how many are done
+TOLD = 128  # bytes of two counters, a cache line each
+ARGUMENTS = 14
 _PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
+_f32, _f64 = _pointer_to(types.float32), _pointer_to(types.float64)
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _FAR, _TINY = np.float32(FAR), np.float32(TINY)
 _INVERSE_LN2, _LN2_HIGH, _LN2_LOW = np.float32(INVERSE_LN2), np.float32(LN2_HIGH), np.float32(LN2_LOW)
@@ -263,29 +265,31 @@ def _rows(  # type: ignore[no-untyped-def]
 
 
 @njit(**_JIT)
-def route(  # type: ignore[no-untyped-def]
-    leader, control, chunks,
-    logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, mean,
-):  # fmt: skip
-    """logits [T, E], bias [E] or [0], weights and ids [T, K], mean [E] or [0]; `valid` rows count, 0 to T.
+def route(leader, address):  # type: ignore[no-untyped-def]
+    """What every thread of a call runs: chunks of the tokens are taken from a counter until none is left.
 
-    One thread calls it with control 0 and one chunk.  Of several each takes chunks of the tokens from a counter at the
-    address `control`, and the leader waits for those that others have taken; then there is no mean.
+    At `address` stand the number of the next chunk and, from TOLD / 2 on, how many are done; from TOLD on ARGUMENTS
+    int64 and `scale` as float64.  The leader waits for the chunks that others have taken.  A mean has one chunk.
     """
-    tokens = logits.shape[0]
+    given = _i64(address + TOLD)
+    chunks, tokens, experts, k, valid = given[0], given[1], given[2], given[3], given[4]
+    sigmoid, renormalize, num_groups, topk_groups = given[5] != 0, given[6] != 0, given[7], given[8]
+    logits = carray(_f32(given[9]), (tokens, experts))
+    bias = carray(_f32(given[10]), experts if given[10] != 0 else 0)
+    weights = carray(_f32(given[11]), (tokens, k))
+    ids = carray(_i32(given[12]), (tokens, k))
+    mean = carray(_f32(given[13]), experts if given[13] != 0 else 0)
+    scale = _f64(address + TOLD + 8 * ARGUMENTS)[0]
     sums = np.zeros(mean.size, np.float64)
-    chunk = _add(control, 1) if control != 0 else np.int64(0)
+    chunk = _add(address, 1)
     while chunk < chunks:
         _rows(
             tokens * chunk // chunks, tokens * (chunk + 1) // chunks,
             logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums,
         )  # fmt: skip
-        if control != 0:
-            _add(control + 64, 1)
-            chunk = _add(control, 1)
-        else:
-            chunk += 1
-    if control != 0 and leader != 0:
-        _wait(control + 64, chunks)
-    for e in range(mean.size):
-        mean[e] = sums[e] / max(valid, 1)
+        _add(address + TOLD // 2, 1)
+        chunk = _add(address, 1)
+    if leader != 0:
+        _wait(address + TOLD // 2, chunks)
+        for e in range(mean.size):
+            mean[e] = sums[e] / max(valid, 1)
