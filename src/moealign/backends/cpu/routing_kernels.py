@@ -33,11 +33,9 @@ _LOW = np.int64(2**32 - 1)
 
 
 @njit(**_PART)
-def _exp32(x):  # type: ignore[no-untyped-def]
-    if x < -_FAR:
-        return _ZERO
-    n = np.floor(x * _INVERSE_LN2 + _HALF)
-    r = x - n * _LN2_HIGH
+def _exp32_near(v, n):  # type: ignore[no-untyped-def]
+    """exp(v) / 2**n, with n = floor(v / ln 2 + 1/2)."""
+    r = v - n * _LN2_HIGH
     r = r - n * _LN2_LOW
     y = _C0 * r + _C1
     y = y * r + _C2
@@ -46,8 +44,15 @@ def _exp32(x):  # type: ignore[no-untyped-def]
     y = y * r + _C5
     y = y * (r * r)
     y = y + r
-    y = y + _ONE
-    return y * _POWERS[np.int64(n) + 126]
+    return y + _ONE
+
+
+@njit(**_PART)
+def _exp32(x):  # type: ignore[no-untyped-def]
+    if x < -_FAR:
+        return _ZERO
+    n = np.floor(x * _INVERSE_LN2 + _HALF)
+    return _exp32_near(x, n) * _POWERS[np.int64(n) + 126]
 
 
 @njit(**_PART)
@@ -68,17 +73,7 @@ def _exp32_each(x, powers):  # type: ignore[no-untyped-def]
         u = v * _INVERSE_LN2 + _HALF
         whole = np.int32(u)
         whole = whole - np.int32(np.float32(whole) > u)
-        n = np.float32(whole)
-        r = v - n * _LN2_HIGH
-        r = r - n * _LN2_LOW
-        y = _C0 * r + _C1
-        y = y * r + _C2
-        y = y * r + _C3
-        y = y * r + _C4
-        y = y * r + _C5
-        y = y * (r * r)
-        y = y + r
-        y = y + _ONE
+        y = _exp32_near(v, np.float32(whole))
         powers[e] = (whole + np.int32(127)) << np.int32(23)
         x[e] = y if x[e] >= -_FAR else _ZERO
     power = powers.view(np.float32)
