@@ -9,7 +9,6 @@ Everything is compared with float64 before it is timed; implementations take tur
 from __future__ import annotations
 
 import argparse
-import datetime
 import random
 import statistics
 import sys
@@ -139,15 +138,8 @@ def main() -> int:
                 name = str(dtype).removeprefix("torch.")
                 case = f"T{tokens}-k{top_k}-E{experts}-H{hidden}-I{inner} {name}"
                 for impl, each in times.items():
-                    rows.append(
-                        {
-                            "bench": "experts-cpu", "case": case, "routes": tokens * top_k, "num_experts": experts,
-                            "top_k": top_k, "block_size": 1, "impl": impl,
-                            "median_us": f"{statistics.median(each):.1f}", "min_us": f"{min(each):.1f}",
-                            "max_us": f"{max(each):.1f}", "gpu": "cpu", "torch": torch.__version__,
-                            "date": datetime.date.today().isoformat(),
-                        }
-                    )  # fmt: skip
+                    size = (tokens, top_k, experts, 1)
+                    rows.append(bench.row_of("experts-cpu", case, tokens * top_k, size, impl, each, "cpu", 1))
                 mine = statistics.median(times[OURS])
                 said = ", ".join(
                     f"{impl} {statistics.median(each) / mine:.2f} ({min(each) / min(times[OURS]):.2f})"

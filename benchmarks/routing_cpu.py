@@ -9,7 +9,6 @@ on two (`-2t`).  What counts is the ratio.
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import random
 import statistics
@@ -132,15 +131,10 @@ def main() -> int:
             wrong += [f"WRONG {router} {tokens} {impl}" for impl, call in calls.items() if not alike(call(), want)]
             times = measure(calls, args.seconds, order)
             for impl, each in times.items():
+                size = (tokens, top_k, experts, BLOCK)
                 rows.append(
-                    {
-                        "bench": "routing-cpu", "case": f"{router} float32", "routes": tokens * top_k,
-                        "num_experts": experts, "top_k": top_k, "block_size": BLOCK, "impl": impl,
-                        "median_us": f"{statistics.median(each):.1f}", "min_us": f"{min(each):.1f}",
-                        "max_us": f"{max(each):.1f}", "gpu": "cpu", "torch": torch.__version__,
-                        "date": datetime.date.today().isoformat(),
-                    }
-                )  # fmt: skip
+                    bench.row_of("routing-cpu", f"{router} float32", tokens * top_k, size, impl, each, "cpu", 1)
+                )
             said = ", ".join(f"{impl} {statistics.median(each):,.0f}" for impl, each in times.items())
             bench.say(f"{router}, {tokens:,} tokens, us: {said}")
     bench.write_csv(rows, args.out)

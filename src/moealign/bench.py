@@ -697,23 +697,7 @@ class Session:
         return [size for size in sizes if not self.quick or size[0] * size[1] in QUICK]
 
     def add(self, work: Work, impl: str, times: list[float]) -> None:
-        self.rows.append(
-            {
-                "bench": work.bench,
-                "case": work.case,
-                "routes": work.routes,
-                "num_experts": work.size[2],
-                "top_k": work.size[1],
-                "block_size": work.size[3],
-                "impl": impl,
-                "median_us": f"{statistics.median(times):.3f}",
-                "min_us": f"{min(times):.3f}",
-                "max_us": f"{max(times):.3f}",
-                "gpu": self.gpu,
-                "torch": torch.__version__,
-                "date": datetime.date.today().isoformat(),
-            }
-        )
+        self.rows.append(row_of(work.bench, work.case, work.routes, work.size, impl, times, self.gpu))
 
     def run(self, work: Work, entries: Sequence[Entry], timer: Callable[[Session, Sequence[Entry]], Times]) -> None:
         """Check each implementation, time those that are right, add their rows."""
@@ -1083,6 +1067,28 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     say(f"{len(rows)} rows in {path}")
+
+
+def row_of(
+    bench: str, case: str, routes: int, size: Size, impl: str, times: Sequence[float], gpu: str, digits: int = 3
+) -> dict[str, Any]:
+    """What `COLUMNS` name, of the `times` of one implementation in one case, in microseconds."""
+    _, top_k, num_experts, block_size = size
+    return {
+        "bench": bench,
+        "case": case,
+        "routes": routes,
+        "num_experts": num_experts,
+        "top_k": top_k,
+        "block_size": block_size,
+        "impl": impl,
+        "median_us": f"{statistics.median(times):.{digits}f}",
+        "min_us": f"{min(times):.{digits}f}",
+        "max_us": f"{max(times):.{digits}f}",
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def cases_of(rows: Iterable[dict[str, Any]], bench: str) -> list[tuple[dict[str, Any], dict[str, float]]]:

@@ -167,12 +167,16 @@ def _madvise() -> Callable[[int, int], None]:
     return lambda start, stop: function(start, stop - start, advice)
 
 
-def _ask_for_huge_pages(rows: torch.Tensor) -> None:
-    """One fault for 2 MiB instead of 512.  Advice: where it is not taken nothing changes, and no page is touched."""
+def _ask_for_huge_pages(rows: torch.Tensor) -> bool:
+    """Whether `rows` are so large that it did: one fault for 2 MiB instead of 512.  Advice: where it is not taken nothing
+    changes, and no page is touched."""
+    if 4 * rows.numel() < HUGE_BYTES:
+        return False
     start = -(-rows.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
     stop = (rows.data_ptr() + 4 * rows.numel()) // _HUGE_PAGE * _HUGE_PAGE
     if start < stop:
         _madvise()(start, stop)
+    return True
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -217,8 +221,7 @@ def align(
         counts = offsets = ends = positions = block_rows = scatter_idx = 0
 
     length = sorted_ids.numel()
-    if 4 * length >= HUGE_BYTES:
-        _ask_for_huge_pages(sorted_ids)
+    huge = _ask_for_huge_pages(sorted_ids)
     if routes >= PARALLEL_ROUTES:
         threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
     else:
@@ -237,7 +240,7 @@ def align(
             counts, offsets, ends, positions, block_rows, scatter_idx, own.address, row_ints,
         )  # fmt: skip
         kernels.serial[width](arguments.address)
-        small = routes < PARALLEL_ROUTES and 4 * length < HUGE_BYTES
+        small = routes < PARALLEL_ROUTES and not huge
         given = (expert_map, num_valid_tokens, error_word)
         if small and not problem.extras and given == _NOTHING and topk_ids.is_contiguous():
             if len(own.usual) >= _MOST_USUAL:
@@ -320,8 +323,7 @@ def align_batched(
         _address(out.group_ends),
     )  # fmt: skip
     length = sorted_ids.numel()
-    if 4 * length >= HUGE_BYTES:
-        _ask_for_huge_pages(sorted_ids)
+    _ask_for_huge_pages(sorted_ids)
     threads = 1
     if length >= PARALLEL_ROUTES:
         threads = max(min(num_threads(), length // MIN_ROUTES_A_THREAD, batches), 1)

@@ -233,8 +233,9 @@ def _rows(  # type: ignore[no-untyped-def]
                 x = row[index[i]]
                 weights[t, i] = _ONE if x == highest else _exp32(x - highest) if x == x else _ZERO
                 total += weights[t, i]
-            if not renormalize:
+            if sums.size > 0 or not renormalize:
                 _softmax32_each(row, highest, every, powers)
+            if not renormalize:
                 total = 0.0
                 for e in range(experts):
                     total += every[e]
@@ -245,8 +246,6 @@ def _rows(  # type: ignore[no-untyped-def]
         if sums.size > 0:
             if sigmoid:
                 _sigmoid32_each(row, every, powers)
-            else:
-                _softmax32_each(row, highest, every, powers)
             total = 0.0
             for e in range(experts):
                 total += every[e]
