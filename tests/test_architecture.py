@@ -16,6 +16,7 @@ LEVELS = {
     "placement": 1,
     "layout": 0,
     "checks": 1,
+    "modes": 1,
     "backends": 2,
     "dispatch": 3,
     "align": 4,

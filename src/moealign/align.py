@@ -1,7 +1,7 @@
 """The public functions, and the operators that torch.compile and torch.export see.
 
-An eager call goes straight to a backend.  Under a tracer, or on fake tensors, the same call becomes one of the
-operators ``torch.ops.moealign.*``, whose fakes are :func:`capacity` and nothing else.
+An eager call goes straight to a backend.  Whenever something else follows the call (:mod:`moealign.modes`), it becomes
+one of the operators ``torch.ops.moealign.*``, whose fakes are :func:`capacity` and nothing else.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, modes
 from .checks import check_align, check_align_batched, check_out
 from .errors import InvalidInput
-from .layout import EXTRAS, OUTPUTS, REQUIRED, BlockLayout, Capacity, Problem, capacity, capacity_batched
+from .layout import EXTRAS, OUTPUTS, REQUIRED, BlockLayout, Capacity, Problem
 
 __all__ = [
     "align",
@@ -28,7 +28,7 @@ __all__ = [
     "raise_for_errors",
 ]
 
-_is_compiling = torch.compiler.is_compiling
+_watched = modes.watched
 _SCATTER = ("scatter_idx",)
 _NONE: tuple[str, ...] = ()
 _ERRORS = {
@@ -55,7 +55,7 @@ def moe_align_block_size(
     Returns ``(sorted_token_ids [L], expert_ids [cdiv(L, B)], num_tokens_post_padded [1])``, all int32, and with
     `return_scatter_idx` ``scatter_idx [n, 1]`` as a fourth.  Arguments, values and errors are those of :func:`align`.
     """
-    if type(topk_ids) is Tensor and expert_map is None and not return_scatter_idx and not _is_compiling():
+    if type(topk_ids) is Tensor and expert_map is None and not return_scatter_idx and not _watched():
         # The usual call, seen before: what _align does, without its other cases.
         key = (topk_ids.shape, topk_ids.dtype, topk_ids.device, block_size, num_experts, pad_sorted_ids,
                ignore_invalid_experts, _NONE, backend)  # fmt: skip
@@ -302,17 +302,6 @@ def _wanted(*flags: bool) -> tuple[str, ...]:
     return wanted
 
 
-def _traced(tensor: Tensor) -> bool:
-    if type(tensor) is Tensor:
-        return tensor.is_meta or _is_compiling()
-    return _is_compiling() or _is_symbolic(tensor) or (isinstance(tensor, Tensor) and tensor.is_meta)
-
-
-def _is_symbolic(tensor: Tensor) -> bool:
-    # nn.Parameter and other plain subclasses hold data; those that dispatch (FakeTensor, functional) need the operator.
-    return isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
 def _align(
     topk_ids: Tensor,
     block_size: int,
@@ -328,24 +317,31 @@ def _align(
     fill: Callable[..., None] | None = None,
 ) -> BlockLayout:
     """What is left when arguments are in order; `fill` takes the place of the backend's own function."""
-    if _traced(topk_ids):
-        sizes = (block_size, num_experts)
+    if _watched(topk_ids, expert_map, num_valid_tokens, error_word):
         flags = (pad_sorted_ids, ignore_invalid_experts)
+        checked = modes.checked(
+            _check_watched, check_align, (topk_ids, expert_map, num_valid_tokens), error_word, out, extras, backend,
+            topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, error_word, extras,
+        )  # fmt: skip
+        if isinstance(checked, modes.Refusal):
+            return _refused(checked, extras)
+        problem, room = checked
+        sizes = (problem.block_size, problem.num_experts)
         if out is None and error_word is not None:  # an operator that changes an argument returns nothing
-            routes = topk_ids.numel()
-            room = capacity(routes, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids)
             out = _fresh(room, extras, topk_ids)
         if out is None:
-            results = torch.ops.moealign.align(
-                topk_ids, *sizes, expert_map, *flags, num_valid_tokens, ",".join(extras), backend
-            )
+            results = modes.call(
+                torch.ops.moealign.align,
+                topk_ids, *sizes, expert_map, *flags, num_valid_tokens, ",".join(extras), backend,
+            )  # fmt: skip
             filled = dict(zip(REQUIRED + extras, results, strict=True))
         else:
             filled = _named(out, extras)
-            torch.ops.moealign.align.out(
-                topk_ids, *sizes, expert_map, *flags, num_valid_tokens, error_word, backend, **filled
-            )
-        return BlockLayout(**filled, block_size=block_size, num_experts=num_experts, num_routes=topk_ids.numel())
+            modes.call(
+                torch.ops.moealign.align.out,
+                topk_ids, *sizes, expert_map, *flags, num_valid_tokens, error_word, backend, **filled,
+            )  # fmt: skip
+        return BlockLayout(**filled, block_size=sizes[0], num_experts=sizes[1], num_routes=problem.routes)
     key: tuple[object, ...] | None = None
     if type(block_size) is int and type(num_experts) is int and isinstance(topk_ids, Tensor):
         ids, flags = (topk_ids.shape, topk_ids.dtype, topk_ids.device), (pad_sorted_ids, ignore_invalid_experts)
@@ -383,23 +379,24 @@ def _align_batched(
     out: BlockLayout | Mapping[str, Tensor] | None,
     backend: str | None,
 ) -> BlockLayout:
-    if _traced(expert_num_tokens):
-        batches = expert_num_tokens.shape[0]
+    if _watched(expert_num_tokens, error_word):
+        checked = modes.checked(
+            _check_watched, check_align_batched, (expert_num_tokens,), error_word, out, extras, backend,
+            expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras,
+        )  # fmt: skip
+        if isinstance(checked, modes.Refusal):
+            return _refused(checked, extras)
+        problem, room = checked
+        sizes = (problem.top_k, problem.block_size)
         if out is None and error_word is not None:
-            room = capacity_batched(max_tokens_per_batch, block_size=block_size, num_batches=batches)
             out = _fresh(room, extras, expert_num_tokens)
         if out is None:
-            results = torch.ops.moealign.align_batched(
-                expert_num_tokens, max_tokens_per_batch, block_size, ",".join(extras), backend
-            )
+            results = modes.call(torch.ops.moealign.align_batched, expert_num_tokens, *sizes, ",".join(extras), backend)
             filled = dict(zip(REQUIRED + extras, results, strict=True))
         else:
             filled = _named(out, extras)
-            torch.ops.moealign.align_batched.out(
-                expert_num_tokens, max_tokens_per_batch, block_size, error_word, backend, **filled
-            )
-        routes = batches * max_tokens_per_batch
-        return BlockLayout(**filled, block_size=block_size, num_experts=batches, num_routes=routes)
+            modes.call(torch.ops.moealign.align_batched.out, expert_num_tokens, *sizes, error_word, backend, **filled)
+        return BlockLayout(**filled, block_size=sizes[1], num_experts=problem.num_experts, num_routes=problem.routes)
     key = None
     if type(block_size) is int and type(max_tokens_per_batch) is int:
         key = (_facts(expert_num_tokens), max_tokens_per_batch, block_size, _facts(error_word), extras, backend)
@@ -415,8 +412,35 @@ def _align_batched(
     return layout
 
 
+def _check_watched(
+    check: Callable[..., tuple[Problem, Capacity]],
+    inputs: tuple[Tensor | None, ...],
+    error_word: Tensor | None,
+    out: BlockLayout | Mapping[str, Tensor] | None,
+    extras: tuple[str, ...],
+    backend: str | None,
+    *args: Any,
+) -> tuple[Problem, Capacity]:
+    """What an eager call checks, but for where buffers lie in memory: that the operator checks when it runs."""
+    problem, room = check(*args)
+    dispatch.check_name(backend)
+    if out is not None:
+        check_out(out, room, extras, (*inputs, error_word), where=False)
+    if modes.transformed() and (out is not None or error_word is not None):
+        raise InvalidInput(
+            "out, error_word: expected none inside torch.func transforms, got one; nothing can be written there"
+        )
+    return problem, room
+
+
+def _refused(refusal: modes.Refusal, extras: tuple[str, ...]) -> BlockLayout:
+    names = REQUIRED + extras
+    outputs: dict[str, Any] = dict(zip(names, modes.refuse(refusal, len(names)), strict=True))
+    return BlockLayout(**outputs)
+
+
 def _named(out: BlockLayout | Mapping[str, Tensor], extras: tuple[str, ...]) -> dict[str, Tensor]:
-    """The buffers of `out` by name, unchecked: the operator checks them when it runs."""
+    """The buffers of `out` by name."""
     if isinstance(out, BlockLayout):
         return {name: getattr(out, name) for name in REQUIRED + extras}
     return {name: out[name] for name in REQUIRED + extras}
@@ -482,7 +506,7 @@ _ALIGN = (
 _BATCHED = "Tensor expert_num_tokens, int max_tokens_per_batch, int block_size"
 _ERROR = "Tensor(a!)? error_word=None"
 
-_library = torch.library.Library("moealign", "DEF")
+_library = torch.library.Library("moealign", "FRAGMENT")
 _library.define(f"align({_ALIGN}, str extras='', str? backend=None) -> Tensor[]")
 _library.define(f"align.out({_ALIGN}, {_ERROR}, str? backend=None, *, {_BUFFERS}) -> ()")
 _library.define(f"align_batched({_BATCHED}, str extras='', str? backend=None) -> Tensor[]")
@@ -500,8 +524,10 @@ def _op_align(
     extras: str = "",
     backend: str | None = None,
 ) -> list[Tensor]:
-    sizes = capacity(topk_ids.numel(), block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids)
-    buffers = _fresh(sizes, _split(extras), topk_ids)
+    flags = (pad_sorted_ids, ignore_invalid_experts)
+    names = _split(extras)
+    _, sizes = check_align(topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, None, names)
+    buffers = _fresh(sizes, names, topk_ids)
     _op_align_out(
         topk_ids,
         block_size,
@@ -553,8 +579,9 @@ def _op_align_batched(
     extras: str = "",
     backend: str | None = None,
 ) -> list[Tensor]:
-    sizes = capacity_batched(max_tokens_per_batch, block_size=block_size, num_batches=expert_num_tokens.shape[0])
-    buffers = _fresh(sizes, _split(extras), expert_num_tokens)
+    names = _split(extras)
+    _, sizes = check_align_batched(expert_num_tokens, max_tokens_per_batch, block_size, None, names)
+    buffers = _fresh(sizes, names, expert_num_tokens)
     _op_align_batched_out(expert_num_tokens, max_tokens_per_batch, block_size, None, backend, **buffers)
     return list(buffers.values())
 
@@ -600,8 +627,10 @@ def _fake_align(
     extras: str = "",
     backend: str | None = None,
 ) -> list[Tensor]:
-    sizes = capacity(topk_ids.numel(), block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids)
-    return list(_fresh(sizes, _split(extras), topk_ids).values())
+    flags = (pad_sorted_ids, ignore_invalid_experts)
+    names = _split(extras)
+    _, sizes = check_align(topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, None, names)
+    return list(_fresh(sizes, names, topk_ids).values())
 
 
 def _fake_align_batched(
@@ -611,8 +640,9 @@ def _fake_align_batched(
     extras: str = "",
     backend: str | None = None,
 ) -> list[Tensor]:
-    sizes = capacity_batched(max_tokens_per_batch, block_size=block_size, num_batches=expert_num_tokens.shape[0])
-    return list(_fresh(sizes, _split(extras), expert_num_tokens).values())
+    names = _split(extras)
+    _, sizes = check_align_batched(expert_num_tokens, max_tokens_per_batch, block_size, None, names)
+    return list(_fresh(sizes, names, expert_num_tokens).values())
 
 
 def _fake_out(*args: object, **buffers: object) -> None:
@@ -627,3 +657,5 @@ for _name, _real, _fake in (
 ):
     _library.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moealign::{_name}", _fake, lib=_library)
+modes.batched(_library, "align")
+modes.batched(_library, "align_batched")

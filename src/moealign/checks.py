@@ -23,16 +23,29 @@ from .layout import (
     capacity_batched,
 )
 
-__all__ = ["check_align", "check_align_batched", "check_out", "check_route"]
+__all__ = ["check_align", "check_align_batched", "check_out", "check_plain", "check_route"]
 
 _INTEGERS = frozenset(
     (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
 
 
-def _integer_tensor(name: str, value: Any) -> None:
+def check_plain(name: str, value: Any) -> None:
+    """`value` is a tensor whose elements lie in memory by strides: not a DTensor, nor nested, nor sparse."""
     if not isinstance(value, Tensor):
         raise InvalidType(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor(...)")
+    if type(value) is not Tensor and hasattr(value, "to_local"):  # a DTensor
+        raise InvalidType(
+            f"{name}: expected a plain tensor, got {type(value).__name__}; pass its local part, x.to_local(); "
+            "moealign.parallel computes experts that are on several ranks"
+        )
+    if value.layout is not torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise InvalidType(f"{name}: expected a dense, strided tensor, got {kind}; convert it first")
+
+
+def _integer_tensor(name: str, value: Any) -> None:
+    check_plain(name, value)
     if value.dtype not in _INTEGERS:
         raise InvalidType(f"{name}: expected an integer dtype (int8 to uint64), got {value.dtype}; convert it first")
 
@@ -55,6 +68,8 @@ def _integer(name: str, value: Any, least: int) -> Any:
 
 
 def _within_int32(what: str, value: Any, remedy: str) -> None:
+    if isinstance(value, torch.SymInt) or torch.compiler.is_compiling():
+        return  # the operator checks the size that comes
     if value > INT32_MAX:
         raise InvalidInput(f"{what}: expected at most 2**31 - 1 (outputs are int32), got {value}; {remedy}")
 
@@ -169,8 +184,7 @@ MOST_TOP_K = 32
 
 
 def _float_tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise InvalidType(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    check_plain(name, value)
     if value.dtype not in _FLOATS:
         raise InvalidType(f"{name}: expected float32, bfloat16 or float16, got {value.dtype}; convert it first")
 
@@ -241,9 +255,16 @@ def check_route(
 
 
 def check_out(
-    out: BlockLayout | Mapping[str, Tensor], sizes: Capacity, extras: tuple[str, ...], inputs: tuple[Tensor | None, ...]
+    out: BlockLayout | Mapping[str, Tensor],
+    sizes: Capacity,
+    extras: tuple[str, ...],
+    inputs: tuple[Tensor | None, ...],
+    where: bool = True,
 ) -> dict[str, Tensor]:
-    """The caller's buffers by name: all that is needed, of the right size, and none sharing memory with another."""
+    """The caller's buffers by name: all that is needed, of the right size, and none sharing memory with another.
+
+    Without `where` it does not look where they lie.
+    """
     if isinstance(out, BlockLayout):
         given = {name: getattr(out, name) for name in OUTPUTS if getattr(out, name) is not None}
     elif isinstance(out, Mapping):
@@ -272,7 +293,8 @@ def check_out(
             raise InvalidInput(f"out: expected a contiguous tensor for {name}, got strides {tensor.stride()}")
         if tensor.device != device:
             raise InvalidInput(f"out: expected {name} on {device} like the input, got {tensor.device}")
-    _refuse_overlap({name: given[name] for name in REQUIRED + extras}, inputs)
+    if where:
+        _refuse_overlap({name: given[name] for name in REQUIRED + extras}, inputs)
     return given
 
 

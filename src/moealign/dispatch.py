@@ -49,7 +49,8 @@ def backends() -> dict[str, str | None]:
     return {name: load(name).unavailable() for name in TABLE}
 
 
-def _requested(backend: str | None) -> str | None:
+def check_name(backend: str | None) -> str | None:
+    """The backend that a call asks for, by itself or by MOEALIGN_BACKEND; None where it asks for none."""
     name = backend or FROM_ENVIRONMENT
     if name is not None and name not in TABLE:
         source = "backend" if backend else "MOEALIGN_BACKEND"
@@ -65,7 +66,7 @@ def _reason(module: ModuleType, problem: Problem) -> str | None:
 
 def choose(problem: Problem, backend: str | None = None) -> ModuleType:
     """The module that takes `problem`: the one named, or the first in the table that does not refuse."""
-    name = _requested(backend)
+    name = check_name(backend)
     if name is None:
         return next(module for module in map(load, TABLE) if _reason(module, problem) is None)
     module = load(name)
@@ -77,7 +78,7 @@ def choose(problem: Problem, backend: str | None = None) -> ModuleType:
 
 def choose_route(routing: Routing, backend: str | None = None) -> ModuleType:
     """The module that scores and chooses for `routing`: as :func:`choose`, among those that have a router."""
-    name = _requested(backend)
+    name = check_name(backend)
     routes = routing.tokens * routing.top_k
     problem = Problem("align", routing.device, torch.int32, routes, routing.top_k, routing.num_experts, 1)
     for each in TABLE if name is None else (name,):
@@ -92,7 +93,7 @@ def choose_route(routing: Routing, backend: str | None = None) -> ModuleType:
 
 def explain_problem(problem: Problem, backend: str | None = None) -> Explanation:
     """What :func:`choose` would do with `problem`, told instead of done."""
-    name = _requested(backend)
+    name = check_name(backend)
     reasons = {each: _reason(load(each), problem) for each in TABLE}
     candidates = [each for each in TABLE if reasons[each] is None and name in (None, each)]
     chosen = candidates[0] if candidates else None

@@ -12,16 +12,19 @@ a callable activation on a GPU runs between the two products, on rows in the ord
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import modes
 from .align import align
 from .backends import packed
 from .backends.triton import experts as kernels
 from .errors import InvalidInput, InvalidType
-from .grouped_gemm import check_activation, check_floats, choose
+from .grouped_gemm import check_activation, check_floats, check_ids, choose
 
 __all__ = ["fused_moe"]
 
@@ -77,6 +80,53 @@ def fused_moe(
         InvalidInput, InvalidType: shapes, dtypes or devices that do not belong together.
         BackendUnavailable: the backend named cannot take this call.
     """
+    tensors = (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
+    x, *floats = modes.in_autocast_dtype(*tensors)
+    gated = modes.checked(
+        _check, x, *floats, topk_weights, topk_ids, expert_map, num_valid_tokens, activation, transposed, output_rows,
+        block_size,
+    )  # fmt: skip
+    if isinstance(gated, modes.Refusal):
+        return modes.refuse(gated)[0]
+    gate_up_proj, down_proj, gate_up_bias, down_bias = floats
+    wanted = modes.forward_mode() or modes.wants_gradient(x, *floats, topk_weights)
+    watched = modes.watched(x, *floats, topk_weights, topk_ids, expert_map, num_valid_tokens)
+    chosen = choose(x, backend, wanted)
+    inputs = (x, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map, num_valid_tokens)
+    others = (gate_up_bias, down_bias, transposed)
+    result: Tensor
+    if isinstance(activation, str) and output_rows is None:
+        if watched and backend != "packed":
+            result = modes.call(torch.ops.moealign.fused_moe, *inputs, activation, *others, block_size)
+        elif chosen == "triton":
+            result = _op(*inputs, activation, *others, block_size)
+        else:
+            result = _packed(*inputs, packed.ACTIVATIONS[activation, gated], *others, None, clean=False)
+    else:
+        apply = packed.ACTIVATIONS[activation, gated] if isinstance(activation, str) else activation
+        if chosen == "triton" and not _nothing(x, gate_up_proj, down_proj, topk_ids):
+            result = _between(*inputs, apply, *others, output_rows, block_size)
+        else:
+            result = _packed(*inputs, apply, *others, output_rows, clean=True)
+    return result.to(hidden_states.dtype)
+
+
+def _check(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    activation: str | Rows,
+    transposed: bool,
+    output_rows: Rows | None,
+    block_size: int | None,
+) -> bool:
+    """Whether there is a named activation with a gate; every refusal of :func:`fused_moe` but the backend's."""
     floats = {
         "hidden_states": hidden_states,
         "gate_up_proj": gate_up_proj,
@@ -86,6 +136,7 @@ def fused_moe(
     }
     check_floats(floats, hidden_states, same_dtype=True)
     check_floats({"topk_weights": topk_weights}, hidden_states, same_dtype=False)
+    check_ids(topk_ids, gate_up_proj, expert_map, num_valid_tokens)
     if hidden_states.dim() != 2 or gate_up_proj.dim() != 3 or down_proj.dim() != 3:
         raise InvalidInput(
             "hidden_states, gate_up_proj, down_proj: expected [T, H], [E, 2I, H] and [E, H, I], got "
@@ -107,6 +158,8 @@ def fused_moe(
         )
     if callable_ is not None and not callable(callable_):
         raise InvalidType(f"activation: expected a name or a callable, got {type(activation).__name__}")
+    if output_rows is not None and not callable(output_rows):
+        raise InvalidType(f"output_rows: expected a callable, got {type(output_rows).__name__}")
     if topk_ids.dim() != 2 or topk_ids.shape[0] != tokens or topk_weights.shape != topk_ids.shape:
         raise InvalidInput(
             f"topk_ids, topk_weights: expected [{tokens}, k] both, got {list(topk_ids.shape)} and "
@@ -120,25 +173,7 @@ def fused_moe(
         check_activation(activation, gated)
     if block_size is not None and block_size not in kernels.BLOCK_SIZES:
         raise InvalidInput(f"block_size: expected one of {', '.join(map(str, kernels.BLOCK_SIZES))}, got {block_size}")
-    routes = topk_ids.numel()
-    if routes == 0 or hidden == 0:
-        return torch.zeros_like(hidden_states)
-
-    gradients = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (*floats.values(), topk_weights)
-    )
-    chosen = choose(hidden_states, backend, gradients)
-    inputs = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map, num_valid_tokens)
-    others = (gate_up_bias, down_bias, transposed)
-    if chosen == "triton" and callable_ is None and output_rows is None:
-        assert isinstance(activation, str)
-        result: Tensor = torch.ops.moealign.fused_moe(*inputs, activation, *others, block_size)
-        return result
-    apply = callable_ if callable_ is not None else packed.ACTIVATIONS[activation, gated]  # type: ignore[index]
-    if chosen == "triton":
-        return _between(*inputs, apply, *others, output_rows, block_size)
-    clean = callable_ is not None or output_rows is not None
-    return _packed(*inputs, apply, *others, output_rows, clean=clean)
+    return gated
 
 
 def _packed(
@@ -158,11 +193,11 @@ def _packed(
 ) -> Tensor:
     """`clean`: rows of dropped routes reach the callables as zeros, since they may have parameters of their own."""
     top_k = topk_ids.shape[1]
-    experts = gate_up_proj.shape[0]
+    experts = modes.checked(gate_up_proj.size, 0)
     layout = align(
         topk_ids,
         block_size=1,
-        num_experts=experts if expert_map is None else expert_map.shape[0],
+        num_experts=experts if expert_map is None else modes.checked(expert_map.size, 0),
         expert_map=expert_map,
         ignore_invalid_experts=True,
         num_valid_tokens=num_valid_tokens,
@@ -174,10 +209,11 @@ def _packed(
     assert positions is not None
     if expert_map is not None and expert_map.shape[0] > experts:  # a map may name local experts that have no weights
         positions = torch.where(positions < ends[experts - 1], positions, -1)
-        order = torch.where(torch.arange(len(order), device=order.device) < ends[experts - 1], order, len(order))
+        rows_here = torch.arange(order.shape[0], device=order.device) < ends[experts - 1]
+        order = torch.where(rows_here, order, order.shape[0])
     ends = ends[:experts]
     tensors = (hidden_states, gate_up_proj, down_proj, topk_weights, gate_up_bias, down_bias)
-    if not clean and packed.one_by_one(len(order), experts, *(each for each in tensors if each is not None)):
+    if not clean and packed.one_by_one(order.shape[0], experts, *(each for each in tensors if each is not None)):
         rows = packed.expert_rows(
             hidden_states,
             gate_up_proj,
@@ -190,21 +226,22 @@ def _packed(
             down_bias,
             transposed,
         )
-        return _sum(rows.view(*topk_ids.shape, -1), rows.dtype)
+        return _sum(rows.view(*topk_ids.shape, rows.shape[1]), rows.dtype)
+    inner = down_proj.shape[1 if transposed else 2]
     rows = packed.gather_rows(hidden_states, order, positions, top_k)
     rows = packed.grouped_mm(rows, gate_up_proj, ends, transposed)
     if clean:
-        past = (torch.arange(len(order), device=order.device) >= ends[-1]).unsqueeze(1)
+        past = (torch.arange(order.shape[0], device=order.device) >= ends[-1]).unsqueeze(1)
         rows = rows.masked_fill(past, 0)
     if gate_up_bias is not None:
         rows = rows + packed.bias_rows(gate_up_bias, ends, rows.shape[0])
-    rows = packed.grouped_mm(apply(rows), down_proj, ends, transposed)
+    rows = packed.grouped_mm(_applied("activation", apply, rows, inner), down_proj, ends, transposed)
     if clean:
         rows = rows.masked_fill(past, 0)
     if down_bias is not None:
         rows = rows + packed.bias_rows(down_bias, ends, rows.shape[0])
     if output_rows is not None:
-        rows = output_rows(rows)
+        rows = _applied("output_rows", output_rows, rows, hidden_states.shape[1])
     return _weighted_sum(packed.scatter_rows(rows, order, positions), topk_weights, positions)
 
 
@@ -238,38 +275,36 @@ def _between(
     )
 
     def product(rows: Tensor, weights: Tensor, bias: Tensor | None, each: int) -> Tensor:
-        out = rows.new_zeros(topk_ids.numel(), weights.shape[2 if transposed else 1])
-        torch.ops.moealign.grouped_gemm.out(
-            rows,
-            weights,
-            layout.sorted_token_ids,
-            layout.expert_ids,
-            layout.num_tokens_post_padded,
-            each,
-            size,
-            None,
-            bias,
-            None,
-            False,
-            transposed,
-            out=out,
+        result: Tensor = torch.ops.moealign.grouped_gemm(
+            rows, weights, *layout, each, size, None, bias, None, False, transposed
         )
-        return out
+        return result
 
-    rows = product(apply(product(hidden_states, gate_up_proj, gate_up_bias, top_k)), down_proj, down_bias, 1)
+    inner = down_proj.shape[1 if transposed else 2]
+    rows = _applied("activation", apply, product(hidden_states, gate_up_proj, gate_up_bias, top_k), inner)
+    rows = product(rows, down_proj, down_bias, 1)
     if output_rows is not None:
-        rows = output_rows(rows)
+        rows = _applied("output_rows", output_rows, rows, hidden_states.shape[1])
     positions = layout.positions
     assert positions is not None
     rows = rows.masked_fill((positions < 0).unsqueeze(1), 0)  # what the callables made of rows of zeros
     return _weighted_sum(rows, topk_weights, positions)
 
 
+def _applied(name: str, function: Rows, rows: Tensor, width: int) -> Tensor:
+    """``function(rows)``, ``[rows, width]`` in the dtype of `rows`."""
+    result = function(rows)
+    if not isinstance(result, Tensor) or result.dim() != 2 or result.shape != (rows.shape[0], width):
+        got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise InvalidInput(f"{name}: expected [{rows.shape[0]}, {width}] from the callable, got {got}")
+    return result.to(rows.dtype)
+
+
 def _weighted_sum(rows: Tensor, topk_weights: Tensor, positions: Tensor) -> Tensor:
     """``[T * k, H]`` times the weights, summed over k; a dropped route's weight may be anything, even NaN."""
     tokens, top_k = topk_weights.shape
     weights = topk_weights.masked_fill((positions < 0).view(tokens, top_k), 0)
-    return _sum(rows.view(tokens, top_k, -1) * weights.unsqueeze(-1), rows.dtype)
+    return _sum(rows.view(tokens, top_k, rows.shape[1]) * weights.unsqueeze(-1), rows.dtype)
 
 
 def _sum(weighted: Tensor, dtype: torch.dtype) -> Tensor:
@@ -301,23 +336,11 @@ def _op(
     transposed: bool,
     block_size: int | None,
 ) -> Tensor:
-    if kernels.refuses(hidden_states) is not None:  # traced for a GPU on which Triton turns out not to be installed
-        gated = gate_up_proj.shape[2 if transposed else 1] == 2 * down_proj.shape[1 if transposed else 2]
-        return _packed(
-            hidden_states,
-            gate_up_proj,
-            down_proj,
-            topk_weights,
-            topk_ids,
-            expert_map,
-            num_valid_tokens,
-            packed.ACTIVATIONS[activation, gated],
-            gate_up_bias,
-            down_bias,
-            transposed,
-            None,
-            clean=False,
-        )
+    if kernels.refuses(hidden_states) is not None or _nothing(hidden_states, gate_up_proj, down_proj, topk_ids):
+        return _formula(
+            hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids, expert_map, num_valid_tokens, activation,
+            gate_up_bias, down_bias, transposed, block_size,
+        )  # fmt: skip
     plan = kernels.plan(
         hidden_states, gate_up_proj, down_proj, topk_ids, transposed, block_size, expert_map, num_valid_tokens
     )
@@ -347,9 +370,54 @@ def _op(
     )
 
 
+def _nothing(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, topk_ids: Tensor) -> bool:
+    """Whether there is nothing to launch a kernel for."""
+    return 0 in (topk_ids.numel(), hidden_states.shape[1], gate_up_proj.numel(), down_proj.numel())
+
+
+def _formula(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_valid_tokens: Tensor | None,
+    activation: str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    transposed: bool,
+    block_size: int | None,
+) -> Tensor:
+    gated = gate_up_proj.shape[2 if transposed else 1] == 2 * down_proj.shape[1 if transposed else 2]
+    return _packed(
+        hidden_states,
+        gate_up_proj,
+        down_proj,
+        topk_weights,
+        topk_ids,
+        expert_map,
+        num_valid_tokens,
+        packed.ACTIVATIONS[activation, gated],
+        gate_up_bias,
+        down_bias,
+        transposed,
+        None,
+        clean=False,
+    )
+
+
 def _fake(hidden_states: Tensor, *args: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
+def _flops(rows: Any, first: Any, second: Any, weights: Any, *_: Any, **__: Any) -> int:
+    """Two operations for each weight of the expert of each route."""
+    return 2 * int(math.prod(weights) * (math.prod(first[1:]) + math.prod(second[1:])))
+
+
 _library.impl("fused_moe", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("moealign::fused_moe", _fake, lib=_library)
+modes.differentiable(_library, "fused_moe", _formula)
+modes.batched(_library, "fused_moe")
+modes.flops("fused_moe", _flops)

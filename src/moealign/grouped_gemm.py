@@ -6,17 +6,20 @@ wanted, one ``torch.mm`` an expert over rows packed by expert (``backends/packed
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import modes
 from .backends import packed
 from .backends.triton import experts as kernels
+from .checks import check_align, check_plain
 from .errors import BackendUnavailable, InvalidInput, InvalidType
 from .layout import BlockLayout
 
-__all__ = ["check_activation", "check_floats", "choose", "grouped_gemm"]
+__all__ = ["check_activation", "check_floats", "check_ids", "choose", "grouped_gemm"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BACKENDS = ("triton", "packed")
@@ -57,12 +60,50 @@ def grouped_gemm(
 
     Returns:
         ``[n, N]`` in the order of the routes, ``n`` being ``T * top_k``.  Differentiable in `a`, `b`, `row_weights`
-        and `bias`; the way there reads the layout on the host.
+        and `bias`.
 
     Raises:
         InvalidInput, InvalidType: shapes, dtypes or devices that do not belong together.
         BackendUnavailable: the backend named cannot take this call.
     """
+    x, weights, added = modes.in_autocast_dtype(a, b, bias)
+    facts = modes.checked(_check, x, weights, added, layout, top_k, row_weights, activation, transposed)
+    if isinstance(facts, modes.Refusal):
+        return modes.refuse(facts)[0]
+    name, gated, routes, width = facts
+    wanted = modes.forward_mode() or modes.wants_gradient(x, weights, added, row_weights)
+    if out is not None:
+        refusal = modes.checked(_check_out, out, a, routes, width, wanted)
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
+    chosen = choose(x, backend, wanted)
+    product = (x, weights, *layout, top_k, layout.block_size, row_weights, added, name, gated, transposed)
+    if modes.watched(x, weights, added, row_weights, *layout):
+        through = torch.ops.moealign.grouped_gemm
+        result: Tensor = _formula(*product) if backend == "packed" else modes.call(through, *product)
+    elif chosen == "packed":
+        result = _formula(*product)
+    elif out is not None and x is a:
+        _fill(*product, out=out.zero_())
+        return out
+    else:
+        result = _op(*product)
+    if out is not None:
+        return out.copy_(result)
+    return result.to(a.dtype)
+
+
+def _check(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    top_k: int,
+    row_weights: Tensor | None,
+    activation: str | None,
+    transposed: bool,
+) -> tuple[str | None, bool, int, int]:
+    """The activation, whether it has a gate, routes and columns; every refusal but the backend's."""
     floats = {"a": a, "b": b, "bias": bias}
     check_floats(floats, a, same_dtype=True)
     check_floats({"row_weights": row_weights}, a, same_dtype=False)
@@ -91,38 +132,20 @@ def grouped_gemm(
         check_activation(name, gated)
     if gated and columns % 2:
         raise InvalidInput(f"activation: expected an even N for {activation}, got {columns}")
-    width = columns // 2 if gated else columns
-    gradients = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (a, b, bias, row_weights)
-    )
-    if out is not None:
-        if list(out.shape) != [routes, width] or out.dtype is not a.dtype or not out.is_contiguous():
-            raise InvalidInput(f"out: expected a contiguous [{routes}, {width}] of {a.dtype}, got {list(out.shape)}")
-        if gradients:
-            raise InvalidInput("out: expected no buffer where gradients are wanted, got one; use torch.no_grad()")
-    chosen = choose(a, backend, gradients)
-    if chosen == "packed":
-        result = _packed(a, b, layout, top_k, row_weights, bias, name, gated, transposed, routes)
-        return result if out is None else out.copy_(result)
-    block_size = layout.block_size
-    result = a.new_zeros(routes, width) if out is None else out.zero_()
-    if routes and width:
-        torch.ops.moealign.grouped_gemm.out(
-            a,
-            b,
-            layout.sorted_token_ids,
-            layout.expert_ids,
-            layout.num_tokens_post_padded,
-            top_k,
-            block_size,
-            row_weights,
-            bias,
-            name,
-            gated,
-            transposed,
-            out=result,
-        )
-    return result
+    return name, gated, routes, columns // 2 if gated else columns
+
+
+def _check_out(out: Tensor, a: Tensor, routes: int, width: int, gradients: bool) -> None:
+    if not isinstance(out, Tensor):
+        raise InvalidType(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    if list(out.shape) != [routes, width] or out.dtype is not a.dtype or not out.is_contiguous():
+        raise InvalidInput(f"out: expected a contiguous [{routes}, {width}] of {a.dtype}, got {list(out.shape)}")
+    if out.device != a.device:
+        raise InvalidInput(f"out: expected a buffer on {a.device} like the rows, got {out.device}")
+    if gradients:
+        raise InvalidInput("out: expected no buffer where gradients are wanted, got one; use torch.no_grad()")
+    if modes.transformed():
+        raise InvalidInput("out: expected no buffer inside torch.func transforms, got one; leave it out")
 
 
 def _hint(b: Tensor) -> str:
@@ -134,14 +157,23 @@ def check_floats(tensors: dict[str, Tensor | None], like: Tensor, *, same_dtype:
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise InvalidType(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        check_plain(name, tensor)
         if tensor.dtype not in _FLOATS:
             raise InvalidType(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if same_dtype and tensor.dtype is not like.dtype:
             raise InvalidType(f"{name}: expected {like.dtype} like the rows, got {tensor.dtype}; convert one of them")
         if tensor.device != like.device:
             raise InvalidInput(f"{name}: expected a tensor on {like.device} like the rows, got {tensor.device}")
+
+
+def check_ids(topk_ids: Tensor, weights: Tensor, expert_map: Tensor | None, num_valid_tokens: Tensor | None) -> None:
+    """The ids of a layer whose first projection is `weights` are such that :func:`moealign.align` takes them."""
+    experts = weights.shape[0] if weights.dim() else 0
+    if isinstance(expert_map, Tensor) and expert_map.dim() == 1:
+        experts = expert_map.shape[0]
+    check_align(topk_ids, 1, experts, expert_map, False, True, num_valid_tokens, None, ())
+    if topk_ids.device != weights.device:
+        raise InvalidInput(f"topk_ids: expected a tensor on {weights.device} like the rows, got {topk_ids.device}")
 
 
 def check_activation(name: object, gated: bool) -> None:
@@ -167,56 +199,103 @@ def choose(a: Tensor, backend: str | None, gradients: bool) -> str:
     return "packed"
 
 
-def _packed(
+def _formula(
     a: Tensor,
     b: Tensor,
-    layout: BlockLayout,
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_post_padded: Tensor,
     top_k: int,
+    block_size: int,
     row_weights: Tensor | None,
     bias: Tensor | None,
     activation: str | None,
     gated: bool,
     transposed: bool,
-    routes: int,
 ) -> Tensor:
-    order, ends = _compacted(layout, b.shape[0], routes)
-    rows = a.index_select(0, order // top_k)
-    product = packed.grouped_mm(rows, b, ends, transposed)
+    routes = a.shape[0] * top_k
+    layout = (sorted_token_ids, expert_ids, num_tokens_post_padded)
+    order, positions, ends = _compacted(*layout, block_size, b.shape[0], routes)
+    product = packed.grouped_mm(packed.gather_rows(a, order, positions, top_k), b, ends, transposed)
     if bias is not None:
-        product = product + packed.bias_rows(bias, ends, len(order))
+        product = product + packed.bias_rows(bias, ends, order.shape[0])
     if activation is not None:
         product = packed.ACTIVATIONS[activation, gated](product)
+    product = packed.scatter_rows(product, order, positions)
     if row_weights is not None:
-        factor = row_weights.reshape(-1).index_select(0, order).unsqueeze(1)
-        product = (product * factor).to(a.dtype)
-    return product.new_zeros(routes, product.shape[1]).index_copy(0, order, product)
+        factor = row_weights.reshape(-1).masked_fill(positions < 0, 0)
+        product = (product * factor.unsqueeze(1)).to(a.dtype)
+    return product
 
 
-def _compacted(layout: BlockLayout, experts: int, routes: int) -> tuple[Tensor, Tensor]:
-    """Routes without the padding, by ascending expert, and the ends of the experts' rows.  Reads the device."""
-    size = layout.block_size
-    sorted_ids = layout.sorted_token_ids
-    used = min(int(layout.num_tokens_post_padded), sorted_ids.numel())
-    owners = layout.expert_ids[: -(-used // size)].long().repeat_interleave(size)[:used]
-    listed = sorted_ids[:used].long()
-    kept = (listed >= 0) & (listed < routes) & (owners >= 0) & (owners < experts)
-    listed, owners = listed[kept], owners[kept]
-    by_expert = torch.argsort(owners, stable=True)
-    ends = torch.bincount(owners, minlength=experts).cumsum(0).to(torch.int32)
-    return listed[by_expert], ends
+def _compacted(
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_post_padded: Tensor,
+    block_size: int,
+    experts: int,
+    routes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The packed order of a layout: `order` ``[n]``, routes by expert and `n` behind them; the row of each route
+    ``[n]``, -1 for one that no expert has; the ends of the experts' rows ``[E]``.  Sizes by shapes alone."""
+    length = sorted_token_ids.shape[0]
+    numbers = torch.arange(length, device=sorted_token_ids.device)
+    owners = expert_ids.to(torch.int64)
+    if owners.shape[0]:
+        owners = owners.index_select(0, (numbers // block_size).clamp(max=owners.shape[0] - 1))
+    listed = sorted_token_ids.to(torch.int64)
+    kept = (numbers < num_tokens_post_padded) & (listed >= 0) & (listed < routes) & (owners >= 0) & (owners < experts)
+    by_expert, at = torch.sort(torch.where(kept, owners, experts), stable=True)
+    order = torch.where(by_expert < experts, listed.index_select(0, at), routes)
+    if length < routes:  # fewer rows than routes: the rest are dropped
+        order = torch.cat([order, order.new_full((routes - length,), routes)])
+    order = order[:routes]
+    ends = torch.searchsorted(by_expert, torch.arange(experts, device=at.device), right=True).to(torch.int32)
+    rows = torch.arange(order.shape[0], device=order.device)
+    positions = torch.full((routes + 1,), -1, dtype=torch.int64, device=order.device).scatter(0, order, rows)
+    return order, positions[:routes], ends
 
 
 # ---- the operator --------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("moealign", "FRAGMENT")
-_library.define(
-    "grouped_gemm.out(Tensor a, Tensor b, Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded, "
-    "int top_k, int block_size, Tensor? row_weights, Tensor? bias, str? activation, bool gated, bool transposed, *, "
-    "Tensor(a!) out) -> ()"
+_PRODUCT = (
+    "Tensor a, Tensor b, Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded, "
+    "int top_k, int block_size, Tensor? row_weights, Tensor? bias, str? activation, bool gated, bool transposed"
 )
+_library.define(f"grouped_gemm({_PRODUCT}) -> Tensor")
+_library.define(f"grouped_gemm.out({_PRODUCT}, *, Tensor(a!) out) -> ()")
 
 
-def _op_out(
+def _op(
+    a: Tensor,
+    b: Tensor,
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_post_padded: Tensor,
+    top_k: int,
+    block_size: int,
+    row_weights: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+    gated: bool,
+    transposed: bool,
+) -> Tensor:
+    layout = (sorted_token_ids, expert_ids, num_tokens_post_padded)
+    options: tuple[Any, ...] = (top_k, block_size, row_weights, bias, activation, gated, transposed)
+    if kernels.refuses(a) is not None:
+        return _formula(a, b, *layout, *options)
+    out = a.new_zeros(a.shape[0] * top_k, _width(b, gated, transposed))
+    _fill(a, b, *layout, *options, out=out)
+    return out
+
+
+def _width(b: Tensor, gated: bool, transposed: bool) -> int:
+    columns = b.shape[2 if transposed else 1]
+    return columns // 2 if gated else columns
+
+
+def _fill(
     a: Tensor,
     b: Tensor,
     sorted_token_ids: Tensor,
@@ -232,17 +311,32 @@ def _op_out(
     *,
     out: Tensor,
 ) -> None:
-    layout = BlockLayout(sorted_token_ids, expert_ids, num_tokens_post_padded, block_size=block_size)
-    if kernels.refuses(a) is not None:  # traced for a GPU on which Triton turns out not to be installed
-        routes = a.shape[0] * top_k
-        out.copy_(_packed(a, b, layout, top_k, row_weights, bias, activation, gated, transposed, routes))
-        return
-    kernels.grouped_gemm(a, b, layout, top_k, row_weights, bias, activation, gated, transposed, out)
+    """Fill the rows of `out` that the layout names."""
+    layout = (sorted_token_ids, expert_ids, num_tokens_post_padded)
+    if kernels.refuses(a) is not None or not b.numel():  # traced for a GPU where Triton turns out not to be installed
+        options: tuple[Any, ...] = (top_k, block_size, row_weights, bias, activation, gated, transposed)
+        out.copy_(_formula(a, b, *layout, *options))
+    elif out.numel():
+        blocks = BlockLayout(*layout, block_size=block_size)
+        kernels.grouped_gemm(a, b, blocks, top_k, row_weights, bias, activation, gated, transposed, out)
+
+
+def _fake(a: Tensor, b: Tensor, *args: Any) -> Tensor:
+    return a.new_empty(a.shape[0] * args[3], _width(b, args[8], args[9]))
 
 
 def _fake_out(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-_library.impl("grouped_gemm.out", _op_out, "CompositeExplicitAutograd")
+def _flops(a: Any, b: Any, sorted_ids: Any, expert_ids: Any, total: Any, top_k: int, *_: Any, **__: Any) -> int:
+    return 2 * int(a[0] * top_k * math.prod(b[1:]))
+
+
+_library.impl("grouped_gemm", _op, "CompositeExplicitAutograd")
+_library.impl("grouped_gemm.out", _fill, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::grouped_gemm", _fake, lib=_library)
 torch.library.register_fake("moealign::grouped_gemm.out", _fake_out, lib=_library)
+modes.differentiable(_library, "grouped_gemm", _formula)
+modes.batched(_library, "grouped_gemm")
+modes.flops("grouped_gemm", _flops)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .align import _align, _facts, _traced, _wanted, align
+from . import dispatch, modes
+from .align import _align, _facts, _wanted, align
 from .checks import check_route
 from .layout import EXTRAS, BlockLayout, Problem, Routing
 
@@ -62,8 +62,13 @@ def route(
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
     facts = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
-    if isinstance(router_logits, Tensor) and not _traced(router_logits) and not _wants_gradient(router_logits):
-        sizes = (top_k, num_groups, topk_groups, scale, scoring, renormalize, backend)
+    sizes = (top_k, num_groups, topk_groups, scale, scoring, renormalize, backend)
+    unknown = layout.keys() - _OPTIONS
+    if unknown:
+        raise TypeError(
+            f"route: expected arguments of moealign.align besides its own, got {', '.join(sorted(unknown))}"
+        )
+    if not isinstance(router_logits, Tensor) or _eager(router_logits, correction_bias, num_valid_tokens):
         key = (*sizes, _facts(router_logits), _facts(correction_bias), _facts(num_valid_tokens))
         plan = _plans.get(key)
         if plan is None:
@@ -77,22 +82,38 @@ def route(
         given = (router_logits, correction_bias, num_valid_tokens, weights, ids)
         module.route(routing, *given, mean if mean_probability else None)
     else:
-        routing = check_route(router_logits, top_k, *facts)
-        weights, ids, mean = torch.ops.moealign.route(
+        routing = modes.checked(_check_watched, router_logits, top_k, *facts, backend)
+        if isinstance(routing, modes.Refusal):
+            nothing: list[Any] = list(modes.refuse(routing, 6))
+            aligned = BlockLayout(*nothing[3:])
+            return (*nothing[:2], aligned, nothing[2]) if mean_probability else (*nothing[:2], aligned)
+        weights, ids, mean = modes.call(
+            torch.ops.moealign.route,
             router_logits,
-            top_k,
+            routing.top_k,
             scoring,
-            bool(renormalize),
+            routing.renormalize,
             correction_bias,
-            num_groups,
-            topk_groups,
-            float(scale),
+            routing.num_groups,
+            routing.topk_groups,
+            routing.scale,
             num_valid_tokens,
             bool(mean_probability),
             backend,
         )
-    aligned: BlockLayout = align(ids, block_size=block_size, num_experts=routing.num_experts, backend=backend, **layout)
+    aligned = align(ids, block_size=block_size, num_experts=routing.num_experts, backend=backend, **layout)
     return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
+
+
+def _eager(router_logits: Tensor, correction_bias: Tensor | None, num_valid_tokens: Tensor | None) -> bool:
+    """Whether nothing but the values is wanted."""
+    followed = modes.watched(router_logits, correction_bias, num_valid_tokens) or modes.forward_mode()
+    return not (followed or modes.wants_gradient(router_logits))
+
+
+def _check_watched(router_logits: Tensor, top_k: int, *facts: Any) -> Routing:
+    dispatch.check_name(facts[-1])
+    return check_route(router_logits, top_k, *facts[:-1])
 
 
 # Eager, without gradients: not through the operator, whose dispatch costs more than a small call.
@@ -100,10 +121,6 @@ def route(
 _MOST_PLANS = 4096
 _plans: dict[Any, tuple[Routing, ModuleType]] = {}
 _OPTIONS = {"expert_map", "pad_sorted_ids", "ignore_invalid_experts", "error_word", "out", *EXTRAS}
-
-
-def _wants_gradient(router_logits: Tensor) -> bool:
-    return torch.is_grad_enabled() and router_logits.requires_grad
 
 
 def _plan(key: Any, routing: Routing, backend: str | None) -> tuple[Routing, ModuleType]:
@@ -124,11 +141,6 @@ def _together(
     layout: dict[str, Any],
 ) -> tuple[Any, ...]:
     routing, module = plan
-    unknown = layout.keys() - _OPTIONS
-    if unknown:
-        raise TypeError(
-            f"route: expected arguments of moealign.align besides its own, got {', '.join(sorted(unknown))}"
-        )
     weights, ids, mean = _empty(router_logits, routing.top_k, mean_probability)
 
     def fill(
@@ -198,9 +210,47 @@ def _fake(router_logits: Tensor, top_k: int, *facts: Any) -> tuple[Tensor, Tenso
     return _empty(router_logits, top_k, facts[-2])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _formula(
+    router_logits: Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    correction_bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    scale: float,
+    num_valid_tokens: Tensor | None,
+    mean_probability: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's choice, and from it weights and mean in torch's own operations."""
+    with torch._C._AutoDispatchBelowAutograd():
+        _, ids, _ = torch.ops.moealign.route(
+            router_logits, top_k, scoring, renormalize, correction_bias, num_groups, topk_groups, scale,
+            num_valid_tokens, False, backend,
+        )  # fmt: skip
+    x = router_logits.to(torch.float32)
+    live = ids[:, :1] >= 0
+    index = ids.clamp(min=0).to(torch.int64)
+    picked = x.gather(1, index)
+    if scoring == "softmax":
+        weights = torch.softmax(picked, 1) if renormalize else torch.softmax(x, 1).gather(1, index)
+        every = torch.softmax(x, 1)
+    else:
+        weights, every = torch.sigmoid(picked), torch.sigmoid(x)
+        if renormalize:
+            weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    weights = torch.where(live, weights * scale, 0.0)
+    if not mean_probability:
+        return weights, ids, torch.zeros(0, dtype=torch.float32, device=x.device)
+    shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
+    return weights, ids, shares.sum(0) / live.sum().clamp(min=1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, ctx.scoring, ctx.renormalize, _, _, _, ctx.scale, _, ctx.wants_mean, _ = inputs
     ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tensor) -> tuple[Any, ...]:
@@ -241,4 +291,5 @@ def _backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tensor) -> 
 
 _library.impl("route", _op, "CompositeExplicitAutograd")
 torch.library.register_fake("moealign::route", _fake, lib=_library)
-torch.library.register_autograd("moealign::route", _backward, setup_context=_setup, lib=_library)
+modes.differentiable(_library, "route", _formula, _save, _backward)
+modes.batched(_library, "route")

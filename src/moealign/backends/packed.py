@@ -8,12 +8,15 @@ nothing, and on a CPU for a few rows an expert; elsewhere ``torch.mm``, one by o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .. import modes
 
 __all__ = [
     "ACTIVATIONS",
@@ -61,21 +64,16 @@ def grouped_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = F
     """
     if _plain(rows, weights):
         return _mm(rows, weights, ends, transposed)
-    result: Tensor = torch.ops.moealign.grouped_mm(rows, weights, ends, transposed)
+    result: Tensor = modes.call(torch.ops.moealign.grouped_mm, rows, weights, ends, transposed)
     return result
 
 
 FEW_ROWS = 64  # rows an expert below which torch's own loop over experts is the faster one on a CPU
 
 
-_KINDS = (Tensor, torch.nn.Parameter)
-
-
 def _plain(*tensors: Tensor) -> bool:
-    """Whether these hold data, and neither a tracer nor a gradient is interested."""
-    if torch.compiler.is_compiling() or not all(type(tensor) in _KINDS for tensor in tensors):
-        return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    """Whether nothing but the values of these is wanted."""
+    return not (modes.watched(*tensors) or modes.forward_mode() or modes.wants_gradient(*tensors))
 
 
 def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
@@ -134,62 +132,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-_library = torch.library.Library("moealign", "FRAGMENT")
-_library.define("grouped_mm(Tensor rows, Tensor weights, Tensor ends, bool transposed=False) -> Tensor")
-_library.define("grouped_mm_weights(Tensor grads, Tensor rows, Tensor ends, SymInt experts) -> Tensor")
-_library.impl("grouped_mm", _mm, "CompositeExplicitAutograd")
-_library.impl("grouped_mm_weights", _mm_weights, "CompositeExplicitAutograd")
-
-
-def _fake_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
-    return rows.new_empty(rows.shape[0], weights.shape[2 if transposed else 1])
-
-
-def _fake_mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
-    return rows.new_empty(experts, grads.shape[1], rows.shape[1])
-
-
-torch.library.register_fake("moealign::grouped_mm", _fake_mm, lib=_library)
-torch.library.register_fake("moealign::grouped_mm_weights", _fake_mm_weights, lib=_library)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, ends, transposed = inputs
-    ctx.save_for_backward(rows, weights, ends)
-    ctx.transposed = transposed
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, weights, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    to_rows = to_weights = None
-    if ctx.needs_input_grad[0]:
-        to_rows = grouped_mm(grad, weights, ends, not ctx.transposed)
-    if ctx.needs_input_grad[1]:
-        left, right = (rows, grad) if ctx.transposed else (grad, rows)
-        to_weights = torch.ops.moealign.grouped_mm_weights(left, right, ends, weights.shape[0])
-    return to_rows, to_weights, None, None
-
-
-def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grads, rows, ends, _ = inputs
-    ctx.save_for_backward(grads, rows, ends)
-
-
-def _backward_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads, rows, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    to_grads = grouped_mm(rows, grad, ends) if ctx.needs_input_grad[0] else None
-    to_rows = grouped_mm(grads, grad, ends, True) if ctx.needs_input_grad[1] else None
-    return to_grads, to_rows, None, None
-
-
-torch.library.register_autograd("moealign::grouped_mm", _backward, setup_context=_save, lib=_library)
-torch.library.register_autograd(
-    "moealign::grouped_mm_weights", _backward_weights, setup_context=_save_weights, lib=_library
-)
-
-
 # ---- one expert at a time --------------------------------------------------------------------------------------------
 
 
@@ -243,56 +185,17 @@ def gather_rows(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -
     ``[n]``, and summed over ``top_k``: no atomics, the same bits every time.
     """
     if _plain(source):
-        return _taken(source, routes, positions, top_k)
-    result: Tensor = _Gather.apply(source, routes, positions, top_k)  # type: ignore[no-untyped-call]
+        return _gather(source, routes, positions, top_k, False)
+    result: Tensor = modes.call(torch.ops.moealign.gather_rows, source, routes, positions, top_k, False)
     return result
 
 
 def scatter_rows(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
     """``rows[positions]``: from the packed order to that of the routes, ``[n, K]``; zero where a route was dropped."""
     if _plain(rows):
-        return _take(rows, positions)
-    result: Tensor = _Scatter.apply(rows, routes, positions)  # type: ignore[no-untyped-call]
+        return _scatter(rows, routes, positions)
+    result: Tensor = modes.call(torch.ops.moealign.scatter_rows, rows, routes, positions)
     return result
-
-
-def _take(rows: Tensor, positions: Tensor) -> Tensor:
-    taken = rows.index_select(0, positions.clamp(min=0))
-    return taken.masked_fill_((positions < 0).unsqueeze(1), 0)
-
-
-def _taken(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
-    return source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(routes, positions)
-        ctx.top_k = top_k
-        return _taken(source, routes, positions, top_k)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _, positions = ctx.saved_tensors
-        taken = _take(grads[0], positions)
-        if ctx.top_k > 1:
-            taken = taken.view(-1, ctx.top_k, taken.shape[1]).sum(1)
-        return taken, None, None, None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
-        ctx.save_for_backward(routes)
-        return _take(rows, positions)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (routes,) = ctx.saved_tensors
-        most = grads[0].shape[0]
-        taken = grads[0].index_select(0, routes.clamp(max=most - 1))
-        return taken.masked_fill_((routes >= most).unsqueeze(1), 0), None, None
 
 
 def bias_rows(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
@@ -305,3 +208,152 @@ def bias_rows(bias: Tensor, ends: Tensor, rows: int) -> Tensor:
 def names(values: Sequence[tuple[str, bool]]) -> str:
     """The activations that can be named, for messages."""
     return ", ".join(sorted({name for name, _ in values}))
+
+
+# ---- the operators -------------------------------------------------------------------------------------------------
+#
+# Each is linear in every tensor that floats, so that its gradients are these operators again.
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define("gather_rows(Tensor source, Tensor routes, Tensor positions, SymInt top_k, bool blank) -> Tensor")
+_library.define("scatter_rows(Tensor rows, Tensor routes, Tensor positions) -> Tensor")
+_library.define("grouped_mm(Tensor rows, Tensor weights, Tensor ends, bool transposed=False) -> Tensor")
+_library.define("grouped_mm_weights(Tensor grads, Tensor rows, Tensor ends, SymInt experts) -> Tensor")
+
+
+def _gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
+    """With `blank`, rows of the sentinel are zero."""
+    taken = source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+    return taken.masked_fill_((routes >= positions.shape[0]).unsqueeze(1), 0) if blank else taken
+
+
+def _fake_gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
+    return source.new_empty(routes.shape[0], source.shape[1])
+
+
+def _formula_gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
+    taken = source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+    return taken.masked_fill((routes >= positions.shape[0]).unsqueeze(1), 0)
+
+
+def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    source, routes, positions, ctx.top_k, _ = inputs
+    ctx.tokens = source.shape[0]
+    ctx.save_for_backward(routes, positions)
+
+
+def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    routes, positions = ctx.saved_tensors
+    taken = scatter_rows(grad, routes, positions)
+    if ctx.top_k != 1:
+        taken = taken.view(ctx.tokens, ctx.top_k, grad.shape[1]).sum(1)
+    return taken, None, None, None, None
+
+
+def _scatter(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
+    if not rows.shape[0]:
+        return rows.new_zeros(positions.shape[0], rows.shape[1])
+    taken = rows.index_select(0, positions.clamp(min=0))
+    return taken.masked_fill_((positions < 0).unsqueeze(1), 0)
+
+
+def _fake_scatter(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
+    return rows.new_empty(positions.shape[0], rows.shape[1])
+
+
+def _formula_scatter(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
+    taken = rows.index_select(0, positions.clamp(min=0))
+    return taken.masked_fill((positions < 0).unsqueeze(1), 0)
+
+
+def _save_scatter(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    routes, positions = ctx.saved_tensors
+    return modes.call(torch.ops.moealign.gather_rows, grad, routes, positions, 1, True), None, None
+
+
+def _fake_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    return rows.new_empty(rows.shape[0], weights.shape[2 if transposed else 1])
+
+
+def _fake_mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
+    return rows.new_empty(experts, grads.shape[1], rows.shape[1])
+
+
+def _of_each(tensor: Tensor, ends: Tensor, experts: int) -> list[Tensor]:
+    """`tensor` once for each expert, with zeros in the rows of all others."""
+    numbers = torch.arange(tensor.shape[0], dtype=ends.dtype, device=ends.device)
+    found, start = [], torch.zeros_like(ends[0])
+    for expert in range(experts):
+        end = ends[expert]
+        found.append(tensor.masked_fill(((numbers < start) | (numbers >= end)).unsqueeze(1), 0))
+        start = end
+    return found
+
+
+def _formula_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    right = weights if transposed else weights.transpose(-2, -1)
+    experts = weights.shape[0]
+    if not modes.readable(ends):  # every row times every expert
+        each = _of_each(rows, ends, experts)
+        return torch.stack([each[expert] @ right[expert] for expert in range(experts)]).sum(0)
+    parts, last = [], 0
+    for expert, start, end in _spans(ends, experts):
+        parts.append(rows[start:end] @ right[expert])
+        last = end
+    rest = torch.zeros(rows.shape[0] - last, right.shape[-1], dtype=rows.dtype, device=rows.device)
+    return torch.cat([*parts, rest])
+
+
+def _formula_mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
+    return torch.stack([each.transpose(0, 1) @ rows for each in _of_each(grads, ends, experts)])
+
+
+def _save_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, weights, ends, ctx.transposed = (*inputs, False)[:4]
+    ctx.save_for_backward(rows, weights, ends)
+
+
+def _backward_mm(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weights, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    to_rows = to_weights = None
+    if ctx.needs_input_grad[0]:
+        to_rows = grouped_mm(grad, weights, ends, not ctx.transposed)
+    if ctx.needs_input_grad[1]:
+        left, right = (rows, grad) if ctx.transposed else (grad, rows)
+        to_weights = modes.call(torch.ops.moealign.grouped_mm_weights, left, right, ends, weights.shape[0])
+    return to_rows, to_weights, None, None
+
+
+def _save_mm_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _backward_mm_weights(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads, rows, ends = ctx.saved_tensors
+    grad = grad.contiguous()
+    to_grads = grouped_mm(rows, grad, ends) if ctx.needs_input_grad[0] else None
+    to_rows = grouped_mm(grads, grad, ends, True) if ctx.needs_input_grad[1] else None
+    return to_grads, to_rows, None, None
+
+
+_OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "gather_rows": (_gather, _fake_gather, _formula_gather, _save_gather, _backward_gather),
+    "scatter_rows": (_scatter, _fake_scatter, _formula_scatter, _save_scatter, _backward_scatter),
+    "grouped_mm": (_mm, _fake_mm, _formula_mm, _save_mm, _backward_mm),
+    "grouped_mm_weights": (
+        _mm_weights, _fake_mm_weights, _formula_mm_weights, _save_mm_weights, _backward_mm_weights,
+    ),
+}  # fmt: skip
+for _name, (_real, _fake, _formula, _save, _backward) in _OPERATORS.items():
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moealign::{_name}", _fake, lib=_library)
+    modes.differentiable(_library, _name, _formula, _save, _backward)
+    modes.batched(_library, _name)
+
+modes.flops("grouped_mm", lambda rows, weights, *_, **__: 2 * rows[0] * math.prod(weights[1:]))
+modes.flops("grouped_mm_weights", lambda grads, rows, *_, **__: 2 * math.prod(grads) * rows[1])

@@ -168,8 +168,8 @@ def _madvise() -> Callable[[int, int], None]:
 
 
 def _ask_for_huge_pages(rows: torch.Tensor) -> bool:
-    """Whether `rows` are so large that it did: one fault for 2 MiB instead of 512.  Advice: where it is not taken nothing
-    changes, and no page is touched."""
+    """Ask if `rows` are large, and say whether: one fault for 2 MiB instead of 512.  It is advice: where it is not
+    taken nothing changes, and no page is touched."""
     if 4 * rows.numel() < HUGE_BYTES:
         return False
     start = -(-rows.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE

@@ -1,0 +1,270 @@
+"""What PyTorch does around a call: tracing, transforming or watching it.
+
+An eager call on plain tensors goes straight to a backend, by address.  Every other call is one of the operators
+``torch.ops.moealign.*``, which compilers, tracers, transforms and modes can follow:
+
+==============================================  ====================================================================
+``torch.compile``, ``torch.export``,            one operator in the graph; sizes by its fake
+``make_fx``, FakeTensor, the meta device
+``torch.jit.trace``                             one operator in the graph
+autograd                                        the operator's own backward, which is made of operators again
+``torch.func`` (``grad``, ``vjp``, ``jvp``),    the operator's formula in torch's own operations
+forward-mode AD
+``torch.vmap``                                  one call a sample
+FLOP counters                                   the products of the operator
+==============================================  ====================================================================
+
+The gradient of an operator is decided where it runs (its kernel for the Autograd key), not where it was traced.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from . import errors
+
+__all__ = [
+    "Refusal",
+    "batched",
+    "call",
+    "checked",
+    "differentiable",
+    "flops",
+    "forward_mode",
+    "has_own_dispatch",
+    "in_autocast_dtype",
+    "readable",
+    "refuse",
+    "transformed",
+    "wants_gradient",
+    "watched",
+]
+
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+_level = torch._C._functorch.maybe_current_level  # of torch.func and vmap
+
+
+def watched(*tensors: Tensor | None) -> bool:
+    """Whether more than the values of `tensors` matters: something follows the call, or there are no values."""
+    if _is_compiling() or _is_tracing() or _modes() or _level() is not None:
+        return True
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and (tensor.is_meta or has_own_dispatch(tensor)):
+            return True
+    return False
+
+
+def has_own_dispatch(tensor: Any) -> bool:
+    """Whether `tensor` is of a subclass that intercepts operators; a Parameter is not."""
+    if type(tensor) is Tensor or not isinstance(tensor, Tensor):
+        return False
+    return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def forward_mode() -> bool:
+    """Whether tensors may carry tangents: inside ``forward_ad.dual_level`` or ``torch.func.jvp``."""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Whether ``torch.func``, ``vmap`` or forward-mode AD is at work."""
+    return _level() is not None or forward_mode()
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host can read the values of `tensor`, inside transforms too."""
+    if _is_compiling() or _is_tracing() or _modes():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)
+    return not (has_own_dispatch(tensor) or tensor.is_meta)
+
+
+def wants_gradient(*tensors: Any) -> bool:
+    """Whether autograd records what is done with one of `tensors`."""
+    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tensors)
+
+
+def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
+    """`tensors` as autocast gives them to a matrix product: in its dtype, unless they are float64 or no tensors."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        each.to(dtype)
+        if isinstance(each, Tensor) and each.is_floating_point() and each.dtype is not torch.float64
+        else each
+        for each in tensors
+    )
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+class Refusal(NamedTuple):
+    """An error that was found while a graph was made; the graph raises it when it runs."""
+
+    kind: str
+    message: str
+
+
+def checked(check: Callable[..., Any], *args: Any) -> Any:
+    """``check(*args)``, whoever traces: under Dynamo its error is returned as a :class:`Refusal`, and under
+    ``torch.jit.trace`` sizes are numbers, not traced tensors."""
+    if _is_compiling():
+        try:
+            return check(*args)
+        except errors.MoealignError as error:
+            return Refusal(type(error).__name__, str(error))
+    if not _is_tracing():
+        return check(*args)
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        return check(*args)
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def refuse(refusal: Refusal, outputs: int = 1) -> list[Tensor]:
+    """The operator that raises `refusal`, in the place of `outputs` tensors."""
+    result: list[Tensor] = torch.ops.moealign.refuse(refusal.kind, refusal.message, outputs)
+    return result
+
+
+def call(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``operator(*args, **kwargs)``; a tensor subclass that does not know it is refused by name."""
+    if _is_compiling():
+        return operator(*args, **kwargs)
+    if _modes():
+        _tell_flop_counters()
+    try:
+        return operator(*args, **kwargs)
+    except (NotImplementedError, TypeError) as error:
+        kinds = sorted({type(each).__name__ for each in (*args, *kwargs.values()) if has_own_dispatch(each)})
+        if not kinds or isinstance(error, errors.MoealignError):
+            raise
+        raise errors.InvalidType(
+            f"expected plain tensors, got {', '.join(kinds)}, which has no rule for moealign's operators ({error}); "
+            "convert it first: dequantize it, or take its local or inner tensor"
+        ) from error
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("moealign", "DEF")
+_library.define("refuse(str kind, str message, int outputs) -> Tensor[]")
+
+
+def _refuse(kind: str, message: str, outputs: int) -> list[Tensor]:
+    raise getattr(errors, kind)(message)
+
+
+def _fake_refuse(kind: str, message: str, outputs: int) -> list[Tensor]:
+    return [torch.empty(0) for _ in range(outputs)]
+
+
+_library.impl("refuse", _refuse, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::refuse", _fake_refuse, lib=_library)
+
+
+def differentiable(
+    library: torch.library.Library,
+    name: str,
+    formula: Callable[..., Any],
+    save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register the derivatives of operator `name`.
+
+    Args:
+        formula: computes the operator from differentiable operations.  It stands in for the operator inside transforms,
+            and where there is no `backward` also where a gradient is wanted.
+        save: ``(ctx, inputs, output)``, what the backward needs.
+        backward: ``(ctx, *gradients of the outputs)``, a gradient or None for each input, by differentiable operations.
+    """
+    operator = getattr(torch.ops.moealign, name).default
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = operator(*args)
+            assert save is not None
+            save(ctx, args, result)
+            return result
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            assert backward is not None
+            return backward(ctx, *gradients)
+
+    Recorded.__name__ = Recorded.__qualname__ = f"moealign_{name}"
+
+    def kernel(*args: Any) -> Any:
+        if transformed():
+            return formula(*args)
+        if wants_gradient(*args):
+            return formula(*args) if backward is None else Recorded.apply(*args)  # type: ignore[no-untyped-call]
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    library.impl(name, kernel, "Autograd")
+
+
+def batched(library: torch.library.Library, name: str) -> None:
+    """Let ``vmap`` call operator `name` once a sample."""
+    operator = getattr(torch.ops.moealign, name).default
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        results = [
+            operator(*(each if dim is None else each.select(dim, i) for each, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(list(each)) for each in zip(*results, strict=True)]
+        return (stacked, [0] * len(stacked)) if isinstance(results[0], list) else (tuple(stacked), (0,) * len(stacked))
+
+    torch.library.register_vmap(f"moealign::{name}", rule, lib=library)
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {}
+
+
+def flops(name: str, formula: Callable[..., int]) -> None:
+    """Let FLOP counters count operator `name`; `formula` gets shapes in the place of tensors."""
+    _FLOPS[getattr(torch.ops.moealign, name)] = formula
+    module = sys.modules.get(_COUNTER)
+    if module is not None:
+        module.register_flop_formula(getattr(torch.ops.moealign, name))(formula)
+
+
+_COUNTER = "torch.utils.flop_counter"  # imports Triton: looked at only where somebody else has imported it
+
+
+def _tell_flop_counters() -> None:
+    """Give the FLOP counters that are at work the formulas that they do not have."""
+    module = sys.modules.get(_COUNTER)
+    if module is None:
+        return
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, module.FlopCounterMode):
+            for operator, formula in _FLOPS.items():
+                counter.flop_registry.setdefault(operator, module.shape_wrapper(formula))
