@@ -28,7 +28,7 @@ __all__ = [
     "raise_for_errors",
 ]
 
-_watched = modes.watched
+_watched, _followed, _strided = modes.watched, modes.followed, torch.strided
 _SCATTER = ("scatter_idx",)
 _NONE: tuple[str, ...] = ()
 _ERRORS = {
@@ -55,12 +55,15 @@ def moe_align_block_size(
     Returns ``(sorted_token_ids [L], expert_ids [cdiv(L, B)], num_tokens_post_padded [1])``, all int32, and with
     `return_scatter_idx` ``scatter_idx [n, 1]`` as a fourth.  Arguments, values and errors are those of :func:`align`.
     """
-    if type(topk_ids) is Tensor and expert_map is None and not return_scatter_idx and not _watched():
+    usual = type(topk_ids) is Tensor and expert_map is None and not return_scatter_idx
+    if usual and type(block_size) is type(num_experts) is int and not _followed() and topk_ids.layout is _strided:
         # The usual call, seen before: what _align does, without its other cases.
-        key = (topk_ids.shape, topk_ids.dtype, topk_ids.device, block_size, num_experts, pad_sorted_ids,
-               ignore_invalid_experts, _NONE, backend)  # fmt: skip
-        plan = _plans.get(key)
-        if plan is not None and type(block_size) is type(num_experts) is int:
+        try:
+            plan = _plans.get((topk_ids.shape, topk_ids.dtype, topk_ids.device, block_size, num_experts, pad_sorted_ids,
+                               ignore_invalid_experts, _NONE, backend))  # fmt: skip
+        except (RuntimeError, TypeError):  # no shape, or not hashable: refused below
+            plan = None
+        if plan is not None:
             if plan.fill_three is not None:
                 rows, blocks, total = _pieces(plan)
                 plan.fill_three(plan.problem, topk_ids, rows, blocks, total)
@@ -315,9 +318,13 @@ def _align(
     out: BlockLayout | Mapping[str, Tensor] | None,
     backend: str | None,
     fill: Callable[..., None] | None = None,
+    eager: bool = False,
 ) -> BlockLayout:
-    """What is left when arguments are in order; `fill` takes the place of the backend's own function."""
-    if _watched(topk_ids, expert_map, num_valid_tokens, error_word):
+    """One layout for every public function.
+
+    `fill` takes the place of the backend's own function; `eager` says that nothing follows the call but its values.
+    """
+    if not eager and _watched(topk_ids, expert_map, num_valid_tokens, error_word):
         flags = (pad_sorted_ids, ignore_invalid_experts)
         checked = modes.checked(
             _check_watched, check_align, (topk_ids, expert_map, num_valid_tokens), error_word, out, extras, backend,
@@ -348,7 +355,10 @@ def _align(
         key = (*ids, block_size, num_experts, *flags, extras, backend)
         if expert_map is not None or num_valid_tokens is not None or error_word is not None:
             key = (*key, _facts(expert_map), _facts(num_valid_tokens), _facts(error_word))
-    plan = _plans.get(key)
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # not hashable: refused below
+        plan = None
     if plan is None:
         problem, room = check_align(
             topk_ids,
@@ -400,7 +410,10 @@ def _align_batched(
     key = None
     if type(block_size) is int and type(max_tokens_per_batch) is int:
         key = (_facts(expert_num_tokens), max_tokens_per_batch, block_size, _facts(error_word), extras, backend)
-    plan = _plans.get(key)
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # not hashable: refused below
+        plan = None
     if plan is None:
         problem, room = check_align_batched(expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras)
         plan = _remember(key, problem, room, dispatch.choose(problem, backend))

@@ -23,7 +23,7 @@ from .layout import (
     capacity_batched,
 )
 
-__all__ = ["check_align", "check_align_batched", "check_out", "check_plain", "check_route"]
+__all__ = ["check_align", "check_align_batched", "check_index", "check_out", "check_plain", "check_route"]
 
 _INTEGERS = frozenset(
     (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -48,6 +48,15 @@ def _integer_tensor(name: str, value: Any) -> None:
     check_plain(name, value)
     if value.dtype not in _INTEGERS:
         raise InvalidType(f"{name}: expected an integer dtype (int8 to uint64), got {value.dtype}; convert it first")
+
+
+def check_index(name: str, value: Any, device: torch.device) -> None:
+    """`value` is a vector of integers on `device`."""
+    _integer_tensor(name, value)
+    if value.dim() != 1:
+        raise InvalidInput(f"{name}: expected one axis, got shape {list(value.shape)}")
+    if value.device != device:
+        raise InvalidInput(f"{name}: expected a tensor on {device} like the rows, got {value.device}")
 
 
 def _integer(name: str, value: Any, least: int) -> Any:

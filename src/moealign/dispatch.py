@@ -52,7 +52,7 @@ def backends() -> dict[str, str | None]:
 def check_name(backend: str | None) -> str | None:
     """The backend that a call asks for, by itself or by MOEALIGN_BACKEND; None where it asks for none."""
     name = backend or FROM_ENVIRONMENT
-    if name is not None and name not in TABLE:
+    if name is not None and (not isinstance(name, str) or name not in TABLE):
         source = "backend" if backend else "MOEALIGN_BACKEND"
         raise BackendUnavailable(f"{source}: expected one of {', '.join(TABLE)}, got {name!r}")
     return name

@@ -101,13 +101,13 @@ def fused_moe(
         elif chosen == "triton":
             result = _op(*inputs, activation, *others, block_size)
         else:
-            result = _packed(*inputs, packed.ACTIVATIONS[activation, gated], *others, None, clean=False)
+            result = modes.call(_packed, *inputs, packed.ACTIVATIONS[activation, gated], *others, None, clean=False)
     else:
         apply = packed.ACTIVATIONS[activation, gated] if isinstance(activation, str) else activation
         if chosen == "triton" and not _nothing(x, gate_up_proj, down_proj, topk_ids):
-            result = _between(*inputs, apply, *others, output_rows, block_size)
+            result = modes.call(_between, *inputs, apply, *others, output_rows, block_size)
         else:
-            result = _packed(*inputs, apply, *others, output_rows, clean=True)
+            result = modes.call(_packed, *inputs, apply, *others, output_rows, clean=True)
     return result.to(hidden_states.dtype)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from . import modes
 from .backends import packed
 from .backends.triton import experts as kernels
-from .checks import check_align, check_plain
+from .checks import check_align, check_index, check_plain
 from .errors import BackendUnavailable, InvalidInput, InvalidType
-from .layout import BlockLayout
+from .layout import REQUIRED, BlockLayout
 
 __all__ = ["check_activation", "check_floats", "check_ids", "choose", "grouped_gemm"]
 
@@ -80,7 +80,7 @@ def grouped_gemm(
     product = (x, weights, *layout, top_k, layout.block_size, row_weights, added, name, gated, transposed)
     if modes.watched(x, weights, added, row_weights, *layout):
         through = torch.ops.moealign.grouped_gemm
-        result: Tensor = _formula(*product) if backend == "packed" else modes.call(through, *product)
+        result: Tensor = modes.call(_formula if backend == "packed" else through, *product)
     elif chosen == "packed":
         result = _formula(*product)
     elif out is not None and x is a:
@@ -111,6 +111,8 @@ def _check(
         raise InvalidType(f"layout: expected a BlockLayout, got {type(layout).__name__}; moealign.align makes one")
     if layout.block_size < 1:
         raise InvalidInput("layout: expected its block_size, got none; BlockLayout(..., block_size=B) says it")
+    for field, tensor in zip(REQUIRED, layout, strict=True):
+        check_index("layout." + field, tensor, a.device)
     if a.dim() != 2 or b.dim() != 3:
         raise InvalidInput(f"a, b: expected [T, K] and [E, N, K], got {list(a.shape)} and {list(b.shape)}")
     inner, columns = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])

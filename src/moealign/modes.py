@@ -37,6 +37,7 @@ __all__ = [
     "checked",
     "differentiable",
     "flops",
+    "followed",
     "forward_mode",
     "has_own_dispatch",
     "in_autocast_dtype",
@@ -48,17 +49,31 @@ __all__ = [
 ]
 
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo = torch.compiler.is_dynamo_compiling  # other compilers bring a mode
 _is_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
+_strided = torch.strided
 _level = torch._C._functorch.maybe_current_level  # of torch.func and vmap
 
 
+def followed() -> bool:
+    """Whether something follows every call that is made now: a compiler, a tracer, a transform or a mode."""
+    return _is_dynamo() or _modes() > 0 or _level() is not None or _is_tracing()
+
+
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether more than the values of `tensors` matters: something follows the call, or there are no values."""
-    if _is_compiling() or _is_tracing() or _modes() or _level() is not None:
+    """Whether more than the values of `tensors` matters: something follows the call, or they do not lie in memory."""
+    if _is_dynamo() or _modes() or _level() is not None or _is_tracing():
         return True
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and (tensor.is_meta or has_own_dispatch(tensor)):
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor:
+            if not isinstance(tensor, Tensor):
+                continue
+            if has_own_dispatch(tensor):
+                return True
+        if tensor.is_meta or tensor.layout is not _strided or tensor.is_nested:
             return True
     return False
 
@@ -94,7 +109,11 @@ def readable(tensor: Tensor) -> bool:
 
 def wants_gradient(*tensors: Any) -> bool:
     """Whether autograd records what is done with one of `tensors`."""
-    return torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in tensors)
+    if torch.is_grad_enabled():
+        for each in tensors:
+            if isinstance(each, Tensor) and each.requires_grad:
+                return True
+    return False
 
 
 def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:

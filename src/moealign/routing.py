@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import dispatch, modes
 from .align import _align, _facts, _wanted, align
 from .checks import check_route
+from .errors import InvalidType
 from .layout import EXTRAS, BlockLayout, Problem, Routing
 
 __all__ = ["route"]
@@ -63,57 +65,64 @@ def route(
     """
     facts = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
     sizes = (top_k, num_groups, topk_groups, scale, scoring, renormalize, backend)
-    unknown = layout.keys() - _OPTIONS
-    if unknown:
-        raise TypeError(
-            f"route: expected arguments of moealign.align besides its own, got {', '.join(sorted(unknown))}"
-        )
-    if not isinstance(router_logits, Tensor) or _eager(router_logits, correction_bias, num_valid_tokens):
+    if not isinstance(router_logits, Tensor) or _eager(
+        router_logits, correction_bias, num_valid_tokens, *layout.values()
+    ):
         key = (*sizes, _facts(router_logits), _facts(correction_bias), _facts(num_valid_tokens))
-        plan = _plans.get(key)
-        if plan is None:
+        try:
+            plan = _plans.get(key)
+        except TypeError:  # not hashable: refused below
+            plan = None
+        if layout:
+            _check_options(layout)
+        if plan is None or not type(top_k) is type(num_groups) is type(topk_groups) is int:
             plan = _plan(key, check_route(router_logits, top_k, *facts), backend)
-        routing, module = plan
-        if hasattr(module, "route_align"):
-            return _together(
-                plan, router_logits, correction_bias, num_valid_tokens, mean_probability, block_size, layout
-            )
-        weights, ids, mean = _empty(router_logits, top_k, mean_probability)
-        given = (router_logits, correction_bias, num_valid_tokens, weights, ids)
-        module.route(routing, *given, mean if mean_probability else None)
-    else:
-        routing = modes.checked(_check_watched, router_logits, top_k, *facts, backend)
-        if isinstance(routing, modes.Refusal):
-            nothing: list[Any] = list(modes.refuse(routing, 6))
-            aligned = BlockLayout(*nothing[3:])
-            return (*nothing[:2], aligned, nothing[2]) if mean_probability else (*nothing[:2], aligned)
-        weights, ids, mean = modes.call(
-            torch.ops.moealign.route,
-            router_logits,
-            routing.top_k,
-            scoring,
-            routing.renormalize,
-            correction_bias,
-            routing.num_groups,
-            routing.topk_groups,
-            routing.scale,
-            num_valid_tokens,
-            bool(mean_probability),
-            backend,
+        return _together(
+            plan, router_logits, correction_bias, num_valid_tokens, mean_probability, block_size, backend, layout
         )
+    routing = modes.checked(_check_watched, router_logits, top_k, *facts, backend, layout)
+    if isinstance(routing, modes.Refusal):
+        nothing: list[Any] = list(modes.refuse(routing, 6))
+        aligned = BlockLayout(*nothing[3:])
+        return (*nothing[:2], aligned, nothing[2]) if mean_probability else (*nothing[:2], aligned)
+    weights, ids, mean = modes.call(
+        torch.ops.moealign.route,
+        router_logits,
+        routing.top_k,
+        scoring,
+        routing.renormalize,
+        correction_bias,
+        routing.num_groups,
+        routing.topk_groups,
+        routing.scale,
+        num_valid_tokens,
+        bool(mean_probability),
+        backend,
+    )
     aligned = align(ids, block_size=block_size, num_experts=routing.num_experts, backend=backend, **layout)
     return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
 
 
-def _eager(router_logits: Tensor, correction_bias: Tensor | None, num_valid_tokens: Tensor | None) -> bool:
+def _eager(router_logits: Tensor, *others: Any) -> bool:
     """Whether nothing but the values is wanted."""
-    followed = modes.watched(router_logits, correction_bias, num_valid_tokens) or modes.forward_mode()
-    return not (followed or modes.wants_gradient(router_logits))
+    if router_logits.requires_grad and torch.is_grad_enabled():
+        return False
+    return not (modes.watched(router_logits, *others) or modes.forward_mode())
 
 
-def _check_watched(router_logits: Tensor, top_k: int, *facts: Any) -> Routing:
-    dispatch.check_name(facts[-1])
-    return check_route(router_logits, top_k, *facts[:-1])
+def _check_watched(router_logits: Tensor, top_k: int, *given: Any) -> Routing:
+    *facts, backend, layout = given
+    _check_options(layout)
+    dispatch.check_name(backend)
+    return check_route(router_logits, top_k, *facts)
+
+
+def _check_options(layout: dict[str, Any]) -> None:
+    unknown = layout.keys() - _OPTIONS
+    if unknown:
+        raise InvalidType(
+            f"route: expected arguments of moealign.align besides its own, got {', '.join(sorted(unknown))}"
+        )
 
 
 # Eager, without gradients: not through the operator, whose dispatch costs more than a small call.
@@ -138,31 +147,36 @@ def _together(
     num_valid_tokens: Tensor | None,
     mean_probability: bool,
     block_size: int,
+    backend: str | None,
     layout: dict[str, Any],
 ) -> tuple[Any, ...]:
     routing, module = plan
     weights, ids, mean = _empty(router_logits, routing.top_k, mean_probability)
+    given = (router_logits, correction_bias, num_valid_tokens, weights, ids, mean if mean_probability else None)
+    fill: Callable[..., None] | None = None
+    if hasattr(module, "route_align"):
+        backend = module.__name__.rsplit(".", 1)[-1]
 
-    def fill(
-        problem: Problem, ids: Tensor, expert_map: Tensor | None, _: None, error_word: Tensor | None, out: BlockLayout
-    ) -> None:
-        shares = mean if mean_probability else None
-        given = (router_logits, correction_bias, num_valid_tokens, weights, ids, shares)
-        module.route_align(routing, problem, *given, expert_map, error_word, out)
+        def fill(problem: Problem, ids: Tensor, expert_map: Any, _: None, error_word: Any, out: BlockLayout) -> None:
+            module.route_align(routing, problem, *given, expert_map, error_word, out)
 
+    else:
+        module.route(routing, *given)
+    asked = layout.get
     aligned = _align(
         ids,
         block_size,
         routing.num_experts,
-        layout.get("expert_map"),
-        layout.get("pad_sorted_ids", False),
-        layout.get("ignore_invalid_experts", False),
+        asked("expert_map"),
+        asked("pad_sorted_ids", False),
+        asked("ignore_invalid_experts", False),
         None,
-        layout.get("error_word"),
-        _wanted(*(layout.get(name, False) for name in EXTRAS)),
-        layout.get("out"),
-        module.__name__.rsplit(".", 1)[-1],
+        asked("error_word"),
+        _wanted(*(asked(name, False) for name in EXTRAS)) if layout else (),
+        asked("out"),
+        backend,
         fill,
+        eager=True,
     )
     return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
 

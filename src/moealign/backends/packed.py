@@ -137,8 +137,9 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def one_by_one(rows: int, experts: int, *tensors: Tensor) -> bool:
     """Whether :func:`expert_rows` takes these: on a CPU, many rows an expert, no gradient."""
-    many = rows >= FEW_ROWS * experts
-    return many and all(tensor.device.type == "cpu" for tensor in tensors) and _plain(*tensors)
+    if not _plain(*tensors):  # first: a traced size must not be compared
+        return False
+    return rows >= FEW_ROWS * experts and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
 def expert_rows(
