@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moealign import InvalidInput, RankFailed, fused_moe
+from moealign import InvalidInput, InvalidType, RankFailed, fused_moe
 from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
 
 EXPERTS, HIDDEN, INNER, TOP_K = 10, 6, 5, 3
@@ -150,6 +150,96 @@ def check_refusals(rank: int, ranks: int) -> None:
     ):  # fmt: skip
         with pytest.raises(InvalidInput, match=message):
             call()
+
+
+def given_to(rank: int, ranks: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """A rank's rows, shards and weights, its ids, and biases of its experts; all but the ids want gradients."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(rank, count, "uniform")
+    wanted = [hidden.requires_grad_(), *shards(placement, dist.get_rank(), True), weights.requires_grad_()]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    biases = {
+        name: torch.randn(placement.slots, size, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_()
+        for name, size in (("gate_up_bias", 2 * INNER), ("down_bias", HIDDEN))
+    }
+    return wanted, ids, biases
+
+
+def check_modes(rank: int, ranks: int) -> None:
+    """Compiled, in lower precision and without autograd, with biases and with no tokens on the last rank."""
+    for function, own in ((replicated_moe, 0), (dispatched_moe, rank)):
+        few = 0 if function is dispatched_moe and rank == ranks - 1 else 7
+        for count in (few, 0):
+            check_modes_of(function, ExpertPlacement.linear(EXPERTS, ranks), *given_to(own, ranks, count))
+
+
+def check_modes_of(function, placement, wanted, ids, biases) -> None:
+    inputs = [*wanted, *biases.values()]
+
+    def layer(x, up, down, weights, up_bias, down_bias):
+        return function(x, up, down, weights, ids, placement, gate_up_bias=up_bias, down_bias=down_bias)
+
+    out = layer(*inputs)
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")(*inputs)
+    close(compiled, out)
+    for got, want in zip(torch.autograd.grad(compiled.square().sum(), inputs), grads, strict=True):
+        close(got, want)
+    with torch.inference_mode():
+        close(layer(*inputs), out)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        low = layer(*(each.float() for each in inputs))
+        assert low.dtype is torch.float32
+        assert float((low - out).norm()) <= 0.03 * float(out.norm())
+    plain = [each.detach() for each in inputs]
+    for tracer in (
+        lambda: layer(*(each.to("meta") for each in plain)),
+        lambda: torch.jit.trace(layer, tuple(plain), check_trace=False),
+        lambda: torch.func.grad(lambda x: layer(x, *plain[1:]).sum())(plain[0]),
+        lambda: torch.fx.experimental.proxy_tensor.make_fx(layer)(*plain),
+    ):
+        with pytest.raises(InvalidInput, match="expected an eager call with plain tensors"):
+            tracer()
+
+
+class Layer(torch.nn.Module):
+    """Experts that every rank holds, as data parallelism has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        up, down = layer(dtype=torch.float32)
+        self.up, self.down = torch.nn.Parameter(up), torch.nn.Parameter(down)
+        generator = torch.Generator().manual_seed(1)
+        self.up_bias = torch.nn.Parameter(torch.randn(EXPERTS, 2 * INNER, generator=generator).to(DEVICE))
+        self.down_bias = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=generator).to(DEVICE))
+
+    def forward(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        biases = {"gate_up_bias": self.up_bias, "down_bias": self.down_bias}
+        return fused_moe(hidden, self.up, self.down, weights, ids, **biases)
+
+
+def check_data_parallel(rank: int, ranks: int) -> None:
+    """DDP and FSDP with a rank that has no tokens: its gradients are zeros, and nobody waits in vain."""
+    from torch.distributed.fsdp import fully_shard
+
+    parts = [tokens_of(r, 0 if r == ranks - 1 else 6 + r, "uniform") for r in range(ranks)]
+    parts = [(hidden.float(), weights.float(), ids) for hidden, weights, ids in parts]
+    alone = Layer()
+    sum(alone(*part).square().sum() for part in parts).backward()
+    want = {name: each.grad / ranks for name, each in alone.named_parameters()}
+    replicated = torch.nn.parallel.DistributedDataParallel(Layer())
+    sharded = fully_shard(Layer(), mesh=dist.device_mesh.init_device_mesh(DEVICE.type, (ranks,)))
+    for wrapped in (replicated, sharded):
+        for _ in range(2):
+            wrapped.zero_grad()
+            wrapped(*parts[rank]).square().sum().backward()
+        for name, parameter in wrapped.named_parameters():
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            torch.testing.assert_close(grad, want[name.removeprefix("module.")], rtol=1e-4, atol=1e-5)
+    outside = next(each for name, each in sharded.named_parameters() if name == "up")
+    with pytest.raises(InvalidType, match="gate_up_proj: expected a plain tensor, got DTensor; pass its local part"):
+        fused_moe(parts[0][0], outside, alone.down, *parts[0][1:])
 
 
 def check_half_precision(rank: int, ranks: int) -> None:

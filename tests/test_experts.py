@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from experts_cases import expert_loop, random_layer, relative_error
 
 import moealign

@@ -93,12 +93,14 @@ def plain_gemm(a, b, bias, factor, ids):
 
 def layout_of(ids, **options):
     layout = align(ids, block_size=B, num_experts=E, positions=True, expert_counts=True, **options)
-    return (*layout, layout.positions, layout.expert_counts)
+    rows, blocks, total = layout
+    return rows, blocks, total, layout.positions, layout.expert_counts
 
 
 def batches_of(ids, **options):
     layout = align_batched(ids, max_tokens_per_batch=3, block_size=B, positions=True, **options)
-    return (*layout, layout.positions)
+    rows, blocks, total = layout
+    return rows, blocks, total, layout.positions
 
 
 ROUTERS: dict[str, dict[str, Any]] = {

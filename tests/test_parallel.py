@@ -58,6 +58,14 @@ def test_both_modes_are_the_single_layer(ranks, tmp_path):
     run(ranks, CHECKS, tmp_path)
 
 
+def test_both_modes_in_the_modes_of_pytorch(tmp_path):
+    run(2, "check_modes", tmp_path)
+
+
+def test_data_parallel_with_a_rank_without_tokens(tmp_path):
+    run(2, "check_data_parallel", tmp_path)
+
+
 def test_a_rank_that_never_comes_is_noticed(tmp_path):
     run(2, "check_a_rank_that_never_comes", tmp_path)
 
@@ -75,6 +83,11 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs
 @two_gpus
 def test_both_modes_are_the_single_layer_with_nccl(tmp_path):
     run(2, CHECKS, tmp_path, "nccl")
+
+
+@two_gpus
+def test_the_modes_of_pytorch_with_nccl(tmp_path):
+    run(2, "check_modes,check_data_parallel", tmp_path, "nccl")
 
 
 @two_gpus

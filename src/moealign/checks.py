@@ -62,15 +62,12 @@ def check_index(name: str, value: Any, device: torch.device) -> None:
 def _integer(name: str, value: Any, least: int) -> Any:
     """`value` as an int of at least `least`; symbolic ints stay symbolic."""
     if type(value) is not int and not isinstance(value, torch.SymInt):
-        try:
-            if isinstance(value, bool | Tensor):
-                raise TypeError
-            value = operator.index(value)
-        except TypeError:
+        if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
             raise InvalidType(
                 f"{name}: expected an int, got {value!r} of type {type(value).__name__}; "
                 "mind that block_size comes before num_experts in vLLM's signature"
-            ) from None
+            )
+        value = operator.index(value)
     if value < least:
         raise InvalidInput(f"{name}: expected an int of at least {least}, got {value}")
     return value

@@ -274,9 +274,11 @@ def _between(
         positions=True,
     )
 
+    blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
+
     def product(rows: Tensor, weights: Tensor, bias: Tensor | None, each: int) -> Tensor:
         result: Tensor = torch.ops.moealign.grouped_gemm(
-            rows, weights, *layout, each, size, None, bias, None, False, transposed
+            rows, weights, *blocks, each, size, None, bias, None, False, transposed
         )
         return result
 

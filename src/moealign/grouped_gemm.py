@@ -77,8 +77,9 @@ def grouped_gemm(
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
     chosen = choose(x, backend, wanted)
-    product = (x, weights, *layout, top_k, layout.block_size, row_weights, added, name, gated, transposed)
-    if modes.watched(x, weights, added, row_weights, *layout):
+    blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
+    product = (x, weights, *blocks, top_k, layout.block_size, row_weights, added, name, gated, transposed)
+    if modes.watched(x, weights, added, row_weights, *blocks):
         through = torch.ops.moealign.grouped_gemm
         result: Tensor = modes.call(_formula if backend == "packed" else through, *product)
     elif chosen == "packed":
@@ -111,8 +112,8 @@ def _check(
         raise InvalidType(f"layout: expected a BlockLayout, got {type(layout).__name__}; moealign.align makes one")
     if layout.block_size < 1:
         raise InvalidInput("layout: expected its block_size, got none; BlockLayout(..., block_size=B) says it")
-    for field, tensor in zip(REQUIRED, layout, strict=True):
-        check_index("layout." + field, tensor, a.device)
+    for field in REQUIRED:
+        check_index("layout." + field, getattr(layout, field), a.device)
     if a.dim() != 2 or b.dim() != 3:
         raise InvalidInput(f"a, b: expected [T, K] and [E, N, K], got {list(a.shape)} and {list(b.shape)}")
     inner, columns = (b.shape[1], b.shape[2]) if transposed else (b.shape[2], b.shape[1])

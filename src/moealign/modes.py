@@ -43,6 +43,7 @@ __all__ = [
     "in_autocast_dtype",
     "readable",
     "refuse",
+    "traced",
     "transformed",
     "wants_gradient",
     "watched",
@@ -53,6 +54,8 @@ _is_dynamo = torch.compiler.is_dynamo_compiling  # other compilers bring a mode
 _is_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
 _strided = torch.strided
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "privateuseone")
+_AUTOCAST = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 _level = torch._C._functorch.maybe_current_level  # of torch.func and vmap
 
 
@@ -95,6 +98,12 @@ def transformed() -> bool:
     return _level() is not None or forward_mode()
 
 
+def traced() -> bool:
+    """Whether operations are written down, or done without data: ``torch.jit.trace``, ``make_fx``, fake tensors."""
+    keys = torch._C._TorchDispatchModeKey
+    return _is_tracing() or any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether the host can read the values of `tensor`, inside transforms too."""
     if _is_compiling() or _is_tracing() or _modes():
@@ -121,7 +130,7 @@ def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
     if not isinstance(tensors[0], Tensor):
         return tensors
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
@@ -149,7 +158,7 @@ def checked(check: Callable[..., Any], *args: Any) -> Any:
         try:
             return check(*args)
         except errors.MoealignError as error:
-            return Refusal(type(error).__name__, str(error))
+            return Refusal(type(error).__name__, error.args[0])
     if not _is_tracing():
         return check(*args)
     state = torch._C._get_tracing_state()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import modes
 from . import placement as tables
 from .align import align
 from .errors import InvalidInput, RankFailed
@@ -142,6 +143,7 @@ class ExpertPlacement:
 Group = Any  # a ProcessGroup, or a DeviceMesh of one dimension
 
 
+@torch.compiler.disable(reason="collectives of moealign run eagerly")
 def replicated_moe(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -173,6 +175,7 @@ def replicated_moe(
         InvalidInput: sizes that do not belong together.
         RankFailed: a collective failed or timed out; the others' state is unknown.
     """
+    _refuse_tracing("replicated_moe", hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
     group, rank = _member(placement, group, gate_up_proj)
     hidden = _Copy.apply(hidden_states, group)
     weights = _Copy.apply(topk_weights, group)
@@ -187,6 +190,7 @@ def replicated_moe(
     return _Reduce.apply(out, group)  # type: ignore[no-any-return]
 
 
+@torch.compiler.disable(reason="collectives of moealign run eagerly")
 def dispatched_moe(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -221,6 +225,7 @@ def dispatched_moe(
         InvalidInput: sizes that do not belong together.
         RankFailed: a collective failed or timed out.
     """
+    _refuse_tracing("dispatched_moe", hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
     group, _ = _member(placement, group, gate_up_proj)
     if type(chunks) is not int or chunks < 1:
         raise InvalidInput(f"chunks: expected an int of at least 1, got {chunks!r}")
@@ -247,9 +252,7 @@ def dispatched_moe(
     both = torch.stack((sent, came)).cpu()
     sends, comes = both.sum(3).tolist()
 
-    gradients = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (hidden_states, gate_up_proj, down_proj, topk_weights)
-    )
+    gradients = modes.wants_gradient(hidden_states, gate_up_proj, down_proj, topk_weights, *options.values())
     slots = torch.arange(placement.slots, dtype=torch.int32, device=bins.device)
     state: list[Any] = []
     for c, (a, b) in enumerate(parts):
@@ -263,11 +266,9 @@ def dispatched_moe(
         rows = exchange.finish()
         counts = came[:, c].reshape(-1)
         ids = slots.repeat(placement.ranks).repeat_interleave(counts, output_size=sum(inward))
-        if len(ids):
-            ones = topk_weights.new_ones(len(ids), 1)
-            result = fused_moe(rows, gate_up_proj, down_proj, ones, ids.unsqueeze(1), **options)
-        else:  # still a function of everything, so that every rank's backward makes the same exchanges
-            result = rows + gate_up_proj.reshape(-1)[:0].sum() + down_proj.reshape(-1)[:0].sum()
+        ones = topk_weights.new_ones(len(ids), 1)
+        # Without rows too a function of everything, so that every rank's backward makes the same exchanges.
+        result = fused_moe(rows, gate_up_proj, down_proj, ones, ids.unsqueeze(1), **options)
         back.append(_Exchange.start(result, outward, inward, group, gradients))
     out = []
     for c, (a, b) in enumerate(parts):
@@ -285,6 +286,15 @@ def dispatched_moe(
 
 
 # ---- collectives ---------------------------------------------------------------------------------------------------
+
+
+def _refuse_tracing(name: str, *tensors: Tensor) -> None:
+    """Collectives run with real tensors only: in a graph their sizes would be those of the example."""
+    if modes.traced() or modes.transformed() or any(each.is_meta or modes.has_own_dispatch(each) for each in tensors):
+        raise InvalidInput(
+            f"{name}: expected an eager call with plain tensors, got one inside a tracer or transform, or with tensors "
+            "that hold no data; its collectives run eagerly, also inside torch.compile"
+        )
 
 
 def _member(placement: ExpertPlacement, group: Group, weights: Tensor) -> tuple[Group, int]:
