@@ -58,10 +58,8 @@ def counts(batches: int, seed: int = 0) -> Tensor:
 
 def share(ids: Tensor, weights: Tensor) -> Tensor:
     """[T, E]: what a token takes of each expert."""
-    return sum(
-        torch.where(ids[:, j, None] == torch.arange(E, device=ids.device), weights[:, j, None], 0.0)
-        for j in range(ids.shape[1])
-    )
+    experts = torch.arange(E, device=ids.device)
+    return sum(torch.where(ids[:, j, None] == experts, weights[:, j, None], 0.0) for j in range(ids.shape[1]))
 
 
 def silu_mul(rows: Tensor) -> Tensor:
@@ -175,10 +173,8 @@ def inputs(case: Case, tokens: int = 5, seed: int = 0, gradients: bool = False) 
 def floating(output: Any) -> Tensor:
     """One number out of all of an output that floats, to be differentiated."""
     leaves = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    numbers = [
-        (leaf.double() * torch.linspace(1, 2, leaf.numel(), device=leaf.device).view(leaf.shape)).square().sum()
-        for leaf in leaves
-    ]
+    scales = [torch.linspace(1, 2, leaf.numel(), device=leaf.device).view(leaf.shape) for leaf in leaves]
+    numbers = [(leaf.double() * scale).square().sum() for leaf, scale in zip(leaves, scales, strict=True)]
     return torch.stack(numbers).sum().to(leaves[0].dtype)
 
 

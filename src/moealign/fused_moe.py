@@ -263,7 +263,11 @@ def _between(
     """The kernels with a callable in between, on rows in the order of the routes."""
     top_k = topk_ids.shape[1]
     experts = gate_up_proj.shape[0]
-    size = block_size or kernels.block_size_of(hidden_states, topk_ids.numel(), gate_up_proj, down_proj, transposed)
+    if block_size is None and (modes.traced() or torch.compiler.is_exporting()):
+        size = 64  # one program for all numbers of tokens
+    else:
+        routes = topk_ids.numel()
+        size = block_size or kernels.block_size_of(hidden_states, routes, gate_up_proj, down_proj, transposed)
     layout = align(
         topk_ids,
         block_size=size,

@@ -76,7 +76,7 @@ def grouped_gemm(
         refusal = modes.checked(_check_out, out, a, routes, width, wanted)
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
-    chosen = choose(x, backend, wanted)
+    chosen = choose(x, backend, wanted, layout.block_size)
     blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
     product = (x, weights, *blocks, top_k, layout.block_size, row_weights, added, name, gated, transposed)
     if modes.watched(x, weights, added, row_weights, *blocks):
@@ -188,13 +188,15 @@ def check_activation(name: object, gated: bool) -> None:
         )
 
 
-def choose(a: Tensor, backend: str | None, gradients: bool) -> str:
-    """``triton`` where it runs, takes the dtype and no gradients are wanted; else ``packed``."""
+def choose(a: Tensor, backend: str | None, gradients: bool, block_size: int | None = None) -> str:
+    """``triton`` where it runs, takes the dtype and the blocks, and no gradients are wanted; else ``packed``."""
     if backend is not None and backend not in BACKENDS:
         raise BackendUnavailable(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "packed":
         return backend
     reason = "it gives no gradients; call it under torch.no_grad()" if gradients else kernels.refuses(a)
+    if reason is None and block_size is not None and block_size not in kernels.BLOCK_SIZES:
+        reason = f"it takes blocks of {', '.join(map(str, kernels.BLOCK_SIZES))} rows, these are of {block_size}"
     if reason is None:
         return "triton"
     if backend is not None:
@@ -286,7 +288,7 @@ def _op(
 ) -> Tensor:
     layout = (sorted_token_ids, expert_ids, num_tokens_post_padded)
     options: tuple[Any, ...] = (top_k, block_size, row_weights, bias, activation, gated, transposed)
-    if kernels.refuses(a) is not None:
+    if choose(a, None, False, block_size) == "packed":
         return _formula(a, b, *layout, *options)
     out = a.new_zeros(a.shape[0] * top_k, _width(b, gated, transposed))
     _fill(a, b, *layout, *options, out=out)
@@ -316,7 +318,7 @@ def _fill(
 ) -> None:
     """Fill the rows of `out` that the layout names."""
     layout = (sorted_token_ids, expert_ids, num_tokens_post_padded)
-    if kernels.refuses(a) is not None or not b.numel():  # traced for a GPU where Triton turns out not to be installed
+    if choose(a, None, False, block_size) == "packed" or not b.numel():
         options: tuple[Any, ...] = (top_k, block_size, row_weights, bias, activation, gated, transposed)
         out.copy_(_formula(a, b, *layout, *options))
     elif out.numel():
