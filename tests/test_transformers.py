@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 import moealign
 from moealign.backends import packed
+from moealign.integrations import router_forms
 from moealign.integrations import transformers as integration
 from moealign.trace import load_trace, save_trace
 
@@ -325,13 +327,20 @@ def test_capture_says_what_is_wrong():
 # ---- routers ---------------------------------------------------------------------------------------------------------
 
 
+def routers_of(model):
+    return [module for module in model.modules() if type(module).__name__.endswith(("TopKRouter", "TopkRouter"))]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_routers_choose_by_the_kernel_and_logits_stay(name):
     eager, ours = make(name)
-    layers = sum(type(module).__name__ in integration._ROUTERS for module in ours.modules())
+    layers = len(routers_of(ours))
     assert layers > 0
-    assert integration.replace_routers(ours) == layers
-    assert integration.replace_routers(ours) == 0  # twice is as good as once
+    count = integration.replace_routers(ours)
+    assert (count, count.reasons) == (layers, {})
+    again = integration.replace_routers(ours)  # twice is as good as once
+    assert again == 0
+    assert set(again.reasons.values()) == {"it is replaced already"}
     with torch.no_grad():
         want, got = eager(TEXT).logits, ours(TEXT).logits
         again = copy.deepcopy(ours)(TEXT).logits
@@ -346,26 +355,249 @@ def test_training_through_a_replaced_router():
     integration.replace_routers(ours)
     for model in (eager, ours):
         model.train()
-        model(TEXT, labels=TEXT).loss.backward()
+        model(TEXT, labels=TEXT, output_router_logits=True).loss.backward()  # with the auxiliary loss
     for (name, theirs), (_, mine) in zip(eager.named_parameters(), ours.named_parameters(), strict=True):
         if "gate.weight" in name:
             close(mine.grad, theirs.grad, 1e-5)
 
 
-def test_a_router_that_chooses_otherwise_is_left_alone():
-    _, ours = make("qwen3-moe")
+# Every router of Transformers that computes one of the forms, by its module and class; each is made small.
+ROUTERS = [
+    ("afmoe", "AfmoeTokenChoiceRouter"), ("aria", "AriaTextTopKRouter"), ("axk1", "AXK1TopkRouter"),
+    ("bailing_hybrid", "BailingHybridTopkRouter"), ("beam", "BeamTopKRouter"),
+    ("cohere2_moe", "Cohere2MoeTopKRouter"), ("deepseek_v2", "DeepseekV2TopkRouter"),
+    ("deepseek_v3", "DeepseekV3TopkRouter"), ("deepseek_v32", "DeepseekV32TopkRouter"), ("dots1", "Dots1TopkRouter"),
+    ("exaone_moe", "ExaoneMoeTopkRouter"), ("flex_olmo", "FlexOlmoTopKRouter"), ("flint", "FlintTopKRouter"),
+    ("glm4_moe", "Glm4MoeTopkRouter"), ("glm4_moe_lite", "Glm4MoeLiteTopkRouter"),
+    ("glm4v_moe", "Glm4vMoeTextTopkRouter"), ("glm_moe_dsa", "GlmMoeDsaTopkRouter"), ("gpt_oss", "GptOssTopKRouter"),
+    ("granitemoe", "GraniteMoeTopKRouter"), ("granitemoehybrid", "GraniteMoeHybridTopKRouter"),
+    ("granitemoeshared", "GraniteMoeSharedTopKRouter"), ("hunyuan_v1_moe", "HunYuanMoEV1Gate"),
+    ("hy_v3", "HYV3TopKRouter"), ("jamba", "JambaTopKRouter"), ("kimi_linear", "KimiLinearTopkRouter"),
+    ("laguna", "LagunaTopKRouter"), ("lara_mini", "LaraMiniTopKRouter"), ("mellum", "MellumTopKRouter"),
+    ("mimo_v2_flash", "MiMoV2FlashTopkRouter"), ("minimax", "MiniMaxTopKRouter"),
+    ("minimax_m2", "MiniMaxM2TopKRouter"), ("minimax_m3_vl", "MiniMaxM3VLTopKRouter"),
+    ("mixtral", "MixtralTopKRouter"), ("nemotron_h", "NemotronHTopkRouter"), ("olmoe", "OlmoeTopKRouter"),
+    ("openai_privacy_filter", "OpenAIPrivacyFilterTopKRouter"), ("qwen2_moe", "Qwen2MoeTopKRouter"),
+    ("qwen3_5_moe", "Qwen3_5MoeTopKRouter"), ("qwen3_moe", "Qwen3MoeTopKRouter"),
+    ("qwen3_next", "Qwen3NextTopKRouter"), ("qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter"),
+    ("solar_open", "SolarOpenTopkRouter"), ("step3p7", "Step3p7TopKRouter"),
+]  # fmt: skip
 
-    class Qwen3MoeTopKRouter(torch.nn.Module):
-        def __init__(self, other):
-            super().__init__()
-            self.__dict__.update(other.__dict__)
 
-        def forward(self, hidden_states):
-            logits = torch.nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-            values, ids = torch.topk(-logits, self.top_k, dim=-1)
-            return logits, values, ids
+class Sizes:
+    """Whatever a router asks its configuration for."""
 
-    mlp = ours.model.layers[0].mlp
-    mlp.gate = Qwen3MoeTopKRouter(mlp.gate)
-    assert integration.replace_routers(ours) == 1  # the other layer's
-    assert "forward" not in vars(mlp.gate)
+    hidden_size = width = hidden_dim = emb_dim = 32
+    num_experts = num_local_experts = n_routed_experts = moe_num_experts = num_routed_experts = 16
+    num_experts_per_tok = top_k = moe_topk = num_experts_per_token = moe_k = experts_per_token = moe_top_k = 3
+    n_group = num_expert_group = num_expert_groups = num_group = 4
+    topk_group = num_limited_groups = 2
+    norm_topk_prob = True
+    routed_scaling_factor = moe_router_scaling_factor = router_scaling_factor = route_scale = 2.5
+    router_logit_softcapping = moe_router_logit_softcapping = 0.0
+    expert_selection_fn, topk_method, scoring_func = "softmax", "group_limited_greedy", "sigmoid"
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def router_of(module, name, dtype=torch.float32):
+    try:
+        home = __import__(f"transformers.models.{module}.modeling_{module}", fromlist=[name])
+        made = getattr(home, name)(Sizes()).to(dtype).eval()
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"this Transformers has no {name}: {error}")
+    generator = torch.Generator().manual_seed(5)
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) / 4)
+    return made
+
+
+def asked(router, rows):
+    """What the router gets: some want the rows of a batch, or a bias besides."""
+    bias = torch.linspace(-0.3, 0.3, 16)
+    name = type(router).__name__
+    if name == "AfmoeTokenChoiceRouter":
+        return rows[None], bias
+    return (rows, bias) if name in ("HYV3TopKRouter", "MiniMaxM2TopKRouter") else (rows,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("module", "name"), ROUTERS, ids=[name for _, name in ROUTERS])
+def test_every_router_of_a_known_form_is_replaced(module, name, dtype, monkeypatch):
+    router = router_of(module, name, dtype)
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6)).to(dtype)
+    with torch.no_grad():
+        want = router(*asked(router, rows))
+        ran = count_runs(monkeypatch)
+        count = integration.replace_routers(torch.nn.Sequential(router))
+        assert count == 1, count.reasons
+        ran.clear()
+        got = router(*asked(router, rows))
+    assert len(ran) == 1, "it is the kernel that chose"
+    equal_choices(got, want)
+
+
+def count_runs(monkeypatch):
+    """The plans that were run, one after the other."""
+    ran, run = [], router_forms.Plan.run
+    monkeypatch.setattr(router_forms.Plan, "run", lambda self, *args: ran.append(self) or run(self, *args))
+    return ran
+
+
+def equal_choices(got, want):
+    """The same dtypes and logits, and to each token the same experts with the same weights, in any order."""
+    assert [(each.dtype, each.shape) for each in got] == [(each.dtype, each.shape) for each in want]
+    assert torch.equal(got[0], want[0])
+    most = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[want[1].dtype]
+    order, ours = (each[2].argsort(1) for each in (want, got))
+    torch.testing.assert_close(
+        got[1].gather(1, ours).float(), want[1].gather(1, order).float(), rtol=most, atol=most / 4
+    )
+    assert torch.equal(got[2].gather(1, ours), want[2].gather(1, order))
+
+
+class Chooser(torch.nn.Module):
+    """A router of a user's own, with names of its own."""
+
+    def __init__(self, kind="softmax"):
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.matrix = torch.nn.Parameter(torch.randn(16, 32, generator=generator) / 4)
+        self.register_buffer("shift", torch.randn(16, generator=generator) / 4)
+        self.how_many, self.kind, self.factor = 3, kind, 1.5
+
+    def forward(self, x):
+        scores = torch.nn.functional.linear(x, self.matrix)
+        probabilities = scores.float().softmax(-1) if self.kind == "softmax" else scores.float().sigmoid()
+        if self.kind == "shifted":
+            ids = (probabilities + self.shift).topk(self.how_many).indices
+            values = probabilities.gather(-1, ids)
+        else:
+            values, ids = probabilities.topk(self.how_many, dim=-1)
+        if self.kind == "root":
+            values = values.sqrt()
+        if self.kind == "noise" and self.training:
+            values = values + torch.rand_like(values)
+        if self.kind == "least":
+            values, ids = probabilities.topk(self.how_many, dim=-1, largest=False)
+        if self.kind == "of others":
+            values = values.flip(-1)
+        if self.kind == "flat":
+            values = values / (values.sum(-1, keepdim=True) + 1e-2)
+        if self.kind == "bent":
+            scores = scores * 1.0001
+        return scores, values * self.factor, ids
+
+
+class Other(Chooser):
+    """A subclass with the same forward."""
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "shifted", "noise"])
+@pytest.mark.parametrize("router", [Chooser, Other])
+def test_a_router_of_any_class_and_names_is_replaced(router, kind, monkeypatch):
+    module = router(kind).eval()
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+    want = module(rows)
+    ran = count_runs(monkeypatch)
+    assert integration.replace_routers(module) == 1
+    ran.clear()
+    equal_choices(module(rows), want)
+    assert len(ran) == 1
+    module.train()
+    module(rows)
+    assert len(ran) == (1 if kind == "noise" else 2), "noise that training adds is its own forward's"
+
+
+@pytest.mark.parametrize("kind", ["root", "least", "of others", "flat", "bent"])
+def test_a_router_that_computes_something_else_is_left_alone_with_a_reason(kind):
+    module = torch.nn.Sequential(Chooser(kind))
+    with pytest.warns(UserWarning, match=r"expected a router that moealign.route can stand for .* got 0: expected"):
+        count = integration.replace_routers(module)
+    assert count == 0
+    assert list(count.reasons) == ["0"]
+    assert "forward" not in vars(module[0])
+
+
+def test_where_nothing_is_replaced_a_warning_says_why():
+    with pytest.warns(UserWarning, match="in Linear, got no module that routes by itself"):
+        assert integration.replace_routers(torch.nn.Linear(2, 2)) == 0
+    double = Chooser().double()
+    with pytest.warns(UserWarning, match="Chooser: InvalidType: router_logits: expected float32, bfloat16 or float16"):
+        integration.replace_routers(double)
+    wrapped = Chooser()
+    wrapped.forward = lambda rows: Chooser.forward(wrapped, rows)
+    with pytest.warns(UserWarning, match="its forward is another library's; replace routers before it is wrapped"):
+        integration.replace_routers(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"), [("how_many", 2), ("factor", 3.0), ("kind", "sigmoid"), ("kind", "root"), ("kind", "shifted")]
+)
+def test_a_replaced_router_follows_later_changes(change, value):
+    module, own = Chooser(), Chooser()
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+    integration.replace_routers(module)
+    for each in (module, own):
+        setattr(each, change, value)
+    equal_choices(module(rows), own(rows))
+    module.shift.add_(1), own.shift.add_(1)
+    module.matrix.data.mul_(2), own.matrix.data.mul_(2)
+    equal_choices(module(rows), own(rows))
+
+
+def test_a_replaced_router_is_converted_copied_pickled_and_compiled(monkeypatch):
+    module = Chooser("shifted")
+    integration.replace_routers(module)
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+    ran = count_runs(monkeypatch)
+    for number, each in enumerate((copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module), 1):
+        equal_choices(each(rows), Chooser.forward(each, rows))
+        assert len(ran) == number
+    assert each.state_dict().keys() == Chooser().state_dict().keys()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        module.to(dtype)
+        ran.clear()
+        got, want = module(rows.to(dtype)), Chooser.forward(module, rows.to(dtype))
+        assert len(ran) >= 1
+        assert [each.dtype for each in got] == [each.dtype for each in want]
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(module, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    with torch.no_grad():
+        equal_choices(compiled(rows), Chooser.forward(module, rows))
+        module.how_many = 2
+        equal_choices(compiled(rows), Chooser.forward(module, rows))
+    assert "moealign.route" in graphs[0].code
+    with torch.autocast("cpu", torch.bfloat16):
+        equal_choices(module(rows), Chooser.forward(module, rows))
+    module.to("meta")
+    assert [each.shape for each in module(rows.to("meta"))] == [(40, 16), (40, 2), (40, 2)]
+
+
+def test_a_router_under_accelerate_s_hooks_is_replaced(monkeypatch):
+    hooks = pytest.importorskip("accelerate.hooks")
+    module, rows = Chooser(), torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+    want = module(rows)
+
+    class Doubled(hooks.ModelHook):
+        def pre_forward(self, module, rows):
+            return (rows * 2,), {}
+
+    hooks.add_hook_to_module(module, Doubled())
+    ran = count_runs(monkeypatch)
+    assert integration.replace_routers(module) == 1
+    ran.clear()
+    equal_choices(module(rows / 2), want)
+    assert len(ran) == 1
+    assert integration.restore_routers(module) == 1
+    equal_choices(module(rows / 2), want)
+    assert len(ran) == 1
+    integration.replace_routers(module)
+    hooks.remove_hook_from_module(module)
+    equal_choices(module(rows), want)
+    assert integration.restore_routers(module) == 1
+    equal_choices(module(rows), want)

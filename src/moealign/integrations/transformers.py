@@ -11,16 +11,22 @@ is exactly Transformers' plain one, in which case it is computed inside the prod
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
+import types
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import BackendUnavailable
 from ..fused_moe import fused_moe
+from .router_forms import Plan, Unlike, recognise
 
-__all__ = ["NAME", "experts_forward", "install", "replace_routers", "restore_routers", "uninstall"]
+__all__ = ["NAME", "Replaced", "experts_forward", "install", "replace_routers", "restore_routers", "uninstall"]
 
 #: What ``experts_implementation`` is called.
 NAME = "moealign"
@@ -36,6 +42,7 @@ _NAMED = {
     "ReLUSquaredActivation": "relu2",
 }
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 #: Transformers' own ``_apply_gate``, from :func:`install` on: torch.compile follows no import out of its lazy modules.
 _plain_gate: Any = None
@@ -47,18 +54,24 @@ def install() -> None:
     A model takes it at loading, ``from_pretrained(..., experts_implementation="moealign")``, or later by
     ``model.set_experts_implementation("moealign")``.  Models that share one config object share the choice.
 
+    Quantised experts (FP8, FP4 and the like) take another implementation: a model of them that asks for this one gets
+    a BackendUnavailable in its first forward, which names those that it may ask for.
+
     Raises:
         BackendUnavailable: Transformers is not installed, or has no experts implementations (before 5.0).
     """
     global _plain_gate
     _registry().register(NAME, experts_forward)
+    for registry in _quantised_registries():
+        registry.register(NAME, _quantised_forward)
     _plain_gate = getattr(sys.modules["transformers.integrations.moe"], "_default_apply_gate", None)
 
 
 def uninstall() -> None:
     """Take it back.  Models that still ask for it will be refused by Transformers at their next call."""
     registry = _registry()
-    for place in (type(registry)._global_mapping, getattr(registry, "_local_mapping", {})):
+    others = [each._global_mapping for each in _quantised_registries()]
+    for place in (type(registry)._global_mapping, getattr(registry, "_local_mapping", {}), *others):
         place.pop(NAME, None)
 
 
@@ -73,26 +86,66 @@ def _registry() -> Any:
     return ALL_EXPERTS_FUNCTIONS
 
 
+def _quantised_registries() -> list[Any]:
+    """Transformers' registries for experts of other formats, each with implementations of its own."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("transformers.integrations.finegrained_fp8")
+    found = list(type(_registry()).__subclasses__())
+    for each in found:
+        found.extend(each.__subclasses__())
+    return [each for each in found if "_global_mapping" in vars(each)]
+
+
+def _quantised_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    raise _refusal(module, "weights in bfloat16, float16, float32 or float64", "quantised ones")
+
+
+def _refusal(module: Any, expected: str, got: str) -> BackendUnavailable:
+    return BackendUnavailable(
+        f"experts_implementation={NAME!r}: expected {expected} in {type(module).__name__}, got {got}; set another by "
+        "model.set_experts_implementation('grouped_mm'), 'batched_mm' or 'eager', or load the model dequantised"
+    )
+
+
+def _weights_of(module: Any, *names: str) -> list[Tensor]:
+    """The parameters that an experts module must have, of dtypes and a kind that can be multiplied, or a refusal."""
+    found = []
+    for name in names:
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor):
+            raise _refusal(module, f"a parameter {name}", "none")
+        if weight.dtype not in _DTYPES:
+            raise _refusal(module, f"{name} in bfloat16, float16, float32 or float64", str(weight.dtype))
+        if _is_wrapper(weight):
+            raise _refusal(module, f"{name} to be an ordinary tensor", type(weight).__name__)
+        found.append(weight)
+    return found
+
+
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``[T, H]`` from ``[T, H]`` and the router's ``[T, k]`` ids and weights, by the experts of `module`.
 
     Ids equal to the number of local experts are what Transformers' expert parallelism writes for an expert of another
     rank; they are dropped, as any id out of range is.
+
+    Raises:
+        BackendUnavailable: the module's weights are missing, quantised, or not ordinary tensors.
     """
     gated = getattr(module, "has_gate", True)
     biased = getattr(module, "has_bias", False)
-    first = module.gate_up_proj if gated else module.up_proj
+    name = "gate_up_proj" if gated else "up_proj"
+    first, second = _weights_of(module, name, "down_proj")
+    first_bias, second_bias = _weights_of(module, f"{name}_bias", "down_proj_bias") if biased else (None, None)
     dtype = first.dtype
-    bias = module.gate_up_proj_bias if gated and biased else module.up_proj_bias if biased else None
     result = fused_moe(
         hidden_states.to(dtype),  # under autocast rows may come in float32 beside weights that do not
         first,
-        module.down_proj,
+        second,
         top_k_weights,
         top_k_index,
         activation=_activation(module, gated),
-        gate_up_bias=bias,
-        down_bias=module.down_proj_bias if biased else None,
+        gate_up_bias=first_bias,
+        down_bias=second_bias,
         transposed=getattr(module, "is_transposed", False),
         output_rows=_post_norm(module),
     )
@@ -128,105 +181,140 @@ def _post_norm(module: Any) -> Any:
 
 # ---- routers ---------------------------------------------------------------------------------------------------------
 
-#: How Transformers' routers choose, by the name of their class.  Each still has to show that it does.
-_SOFTMAX = {"scoring": "softmax"}
-_SIGMOID = {"scoring": "sigmoid"}
-_ROUTERS = {
-    "MixtralTopKRouter": _SOFTMAX,
-    "Qwen2MoeTopKRouter": _SOFTMAX,
-    "Qwen3MoeTopKRouter": _SOFTMAX,
-    "OlmoeTopKRouter": _SOFTMAX,
-    "GptOssTopKRouter": _SOFTMAX,
-    "DeepseekV3TopkRouter": _SIGMOID,
-    "Glm4MoeTopkRouter": _SIGMOID,
-}
-_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+class Replaced(int):
+    """How many routers :func:`replace_routers` replaced, and why it left the others alone."""
+
+    reasons: dict[str, str]  #: name of a router that was left alone -> why
+
+    def __new__(cls, count: int, reasons: dict[str, str] | None = None) -> Replaced:
+        self = super().__new__(cls, count)
+        self.reasons = {} if reasons is None else reasons
+        return self
 
 
-def replace_routers(model: torch.nn.Module) -> int:
-    """Let routers of `model` that this library knows choose by :func:`moealign.route`'s kernel; how many did.
+def replace_routers(model: torch.nn.Module) -> Replaced:
+    """Let the routers of `model` choose by :func:`moealign.route`'s kernel; how many do from now on.
 
-    One kernel then stands where Transformers has a softmax, a top-k, a sum and a division or more.  A router is
-    replaced only if, on random rows, it chooses as its own ``forward`` does.  Weights stay in float32.  The ids are
-    int32, which the experts of this library take: set ``experts_implementation="moealign"`` as well.
+    One kernel then stands where Transformers has a softmax, a top-k, a sum and a division or more.  A router of any
+    class is replaced if the operations of its own ``forward`` amount to one of the forms of :func:`moealign.route`, and
+    if on random rows it chooses the same (:mod:`moealign.integrations.router_forms`).  It returns logits ``[T, E]``,
+    weights ``[T, k]`` and ids ``[T, k]`` in the dtypes of its own ``forward``, ids best first.
+
+    What the router's ``forward`` reads (``top_k``, ``norm_topk_prob``, a scale, a bias, ``training``) is looked at in
+    every call: after a change the router is recognised again.  Its own ``forward`` runs where that fails, under
+    autocast, for hidden states that are tensor subclasses (DTensor), and inside torch.compile if something changed
+    since its last call outside.  It may be copied, pickled, moved, converted, and be wrapped by accelerate's hooks or
+    by FSDP2.  Before Transformers distributes a model is the time to replace its routers.
+
+    Returns:
+        The count, an int, whose ``reasons`` name every router that was left alone and why.  Where there is none to
+        replace, a warning says so too.
     """
-    replaced = 0
-    for module in model.modules():
-        how = _ROUTERS.get(type(module).__name__)
-        if how is None or "forward" in vars(module):
+    count, reasons, plans = 0, {}, {}  # type: ignore[var-annotated]
+    for name, module in model.named_modules():
+        if not _is_router(module):
             continue
-        facts = _facts(module, how)
-        if facts is None or not _agree(module, facts):
+        place = "_old_forward" if "_old_forward" in vars(module) else "forward"  # accelerate calls the former
+        present = vars(module).get(place)
+        if isinstance(present, _Router):
+            reasons[name] = "it is replaced already"
             continue
-        module.forward = _Router(module, facts)
-        replaced += 1
-    return replaced
+        own = getattr(present, "__func__", None) is type(module).forward
+        if present is not None and not own:
+            reasons[name] = "its forward is another library's; replace routers before it is wrapped"
+            continue
+        try:
+            setattr(module, place, _Router(module, _plan(module, plans)))
+        except Unlike as error:
+            reasons[name] = str(error)
+        else:
+            count += 1
+    if count == 0 and "it is replaced already" not in reasons.values():
+        said = "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in reasons.items())
+        warnings.warn(
+            f"replace_routers: expected a router that moealign.route can stand for in {type(model).__name__}, got "
+            f"{said or 'no module that routes by itself'}; the model is as it was",
+            stacklevel=2,
+        )
+    return Replaced(count, reasons)
 
 
 def restore_routers(model: torch.nn.Module) -> int:
     """Give the routers of `model` their own ``forward`` back; how many had lost it."""
-    replaced = [module for module in model.modules() if isinstance(vars(module).get("forward"), _Router)]
-    for module in replaced:
-        del module.forward
-    return len(replaced)
+    count = 0
+    for module in model.modules():
+        for place in ("forward", "_old_forward"):
+            if isinstance(vars(module).get(place), _Router):
+                delattr(module, place)
+                if place == "_old_forward":
+                    setattr(module, place, types.MethodType(type(module).forward, module))
+                count += 1
+    return count
 
 
-def _facts(module: Any, how: dict[str, str]) -> tuple[Any, ...] | None:
-    """What the operator takes behind the logits, up to the bias; None where something is missing."""
-    try:
-        if how is _SOFTMAX:
-            renormalize = bool(getattr(module, "norm_topk_prob", True))
-            return (module.top_k, "softmax", renormalize, 1, 1, 1.0)
-        return (
-            module.top_k, "sigmoid", bool(module.norm_topk_prob), module.num_group, module.topk_group,
-            float(module.routed_scaling_factor),
-        )  # fmt: skip
-    except AttributeError:
-        return None
+def _is_router(module: torch.nn.Module) -> bool:
+    """Whether `module` looks as if it chose experts; its forward is read only then."""
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn.") or any(each.dim() > 2 for each in module.parameters()):
+        return False
+    if "router" in kind.__name__.lower():
+        return True
+    if any(True for child in module.children() for _ in child.children()):
+        return False
+    functions = (each for base in kind.__mro__ if base is not torch.nn.Module for each in vars(base).values())
+    return any("topk" in getattr(each, "__code__", _is_router.__code__).co_names for each in functions)
+
+
+def _plan(module: torch.nn.Module, plans: dict[Any, list[Plan]]) -> Plan:
+    """The plan of `module`, perhaps that of a layer like it."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    kinds = tuple(type(each) for each in module.modules())
+    like = plans.setdefault((kinds, tuple((name, each.shape) for name, each in tensors)), [])
+    for plan in like:
+        rows = torch.empty((0,) * plan.dims, dtype=plan.linear_dtypes[0])
+        if plan.fits(module, rows):
+            return plan
+    like.append(recognise(module))
+    return like[-1]
 
 
 class _Router:
-    """A router's ``forward``: logits as its own, weights and ids from one kernel."""
+    """A router's ``forward``: by its plan while that fits, else by its own."""
 
-    def __init__(self, module: Any, facts: tuple[Any, ...]) -> None:
-        self.module, self.facts = module, facts
+    def __init__(self, module: torch.nn.Module, plan: Plan | None) -> None:
+        self.module, self.plan = module, plan
+        self.failed: Any = None  #: what it was like when it could not be recognised
 
-    def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        top_k, scoring, renormalize, groups, topk_groups, scale = self.facts
-        hidden_states = hidden_states.reshape(-1, module.hidden_dim)
-        weight, bias = module.weight, None
-        if scoring == "sigmoid":
-            hidden_states, weight = hidden_states.to(torch.float32), weight.to(torch.float32)
-            bias = module.e_score_correction_bias
-        logits = torch.nn.functional.linear(hidden_states, weight, getattr(module, "bias", None))
-        weights, ids, _ = torch.ops.moealign.route(
-            logits, top_k, scoring, renormalize, bias, groups, topk_groups, scale, None, False, None
-        )
-        return logits, weights, ids
+        others = kwargs or hidden_states.is_meta or _is_wrapper(hidden_states)
+        if others or torch.is_autocast_enabled(hidden_states.device.type):
+            return type(module).forward(module, hidden_states, *args, **kwargs)
+        plan = self.plan
+        if plan is None or not plan.fits(module, hidden_states):
+            plan = None if torch.compiler.is_compiling() else self._again(hidden_states, args)
+        if plan is None:
+            return type(module).forward(module, hidden_states, *args)
+        return plan.run(module, hidden_states, args)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        import copy
-
-        return _Router(copy.deepcopy(self.module, memo), self.facts)
-
-
-def _agree(module: Any, facts: tuple[Any, ...]) -> bool:
-    """Whether both choose the same experts with the same weights for 64 random rows."""
-    weight = module.weight
-    if weight.device.type == "meta":
-        return False
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(64, module.hidden_dim, generator=generator).to(weight.device, weight.dtype)
-    with torch.no_grad():
+    def _again(self, hidden_states: Tensor, args: tuple[Any, ...]) -> Plan | None:
+        module = self.module
+        tensors = (*module.parameters(), *module.buffers(), hidden_states)
+        seen = {name: each for name, each in vars(module).items() if isinstance(each, (bool, int, float, str))}
+        state = (seen, [each.dtype for each in tensors], hidden_states.dim())
+        if self.failed == state:
+            return None
         try:
-            (_, theirs, which), (_, ours, ids) = type(module).forward(module, rows), _Router(module, facts)(rows)
-        except Exception:
-            return False
-    if which.shape != ids.shape or theirs.shape != ours.shape:
-        return False
-    # Of equal scores, which a router of zeros has everywhere, theirs may choose others: weights alone then agree.
-    most = _TOLERANCE.get(weight.dtype, 1e-5) * max(1.0, float(ours.abs().max()))
-    close = (theirs.float().sort(1).values - ours.sort(1).values).abs().max() <= most
-    alike = (which.long().sort(1).values == ids.long().sort(1).values).all(1).float().mean()
-    return bool(close) and (float(alike) > 0.9 or not bool(weight.any()))
+            self.plan, self.failed = recognise(module, hidden_states, args), None
+        except Unlike:
+            self.plan, self.failed = None, state
+        return self.plan
+
+    def __reduce__(self) -> Any:
+        return _Router, (self.module, self.plan)
+
+
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether `tensor` is one of a subclass that stands for others, as DTensor."""
+    return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
