@@ -2,7 +2,8 @@
 
 A trace is a ``.safetensors`` file with one tensor, ``topk_ids`` ``[layers, tokens, top_k]`` in the smallest integer
 dtype that fits, and one metadata entry, ``moealign``, holding JSON: ``experts``, ``k``, ``model``, ``source``,
-``revision``, and whatever else its maker wants to say.  ``-1`` is a route without an expert (then the dtype is signed).
+``revision``, perhaps ``calls``, the number of tokens of each call of the model, and whatever else its maker wants to
+say.  ``-1`` is a route without an expert (then the dtype is signed).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Trace:
     model: str  #: what routed
     source: str  #: what it read
     revision: str  #: which version of both
-    details: Mapping[str, Any] = field(default_factory=dict)  #: the rest of the metadata
+    details: Mapping[str, Any] = field(default_factory=dict)  #: the rest of the metadata, as JSON has it
 
     @property
     def layers(self) -> int:
@@ -46,6 +47,11 @@ class Trace:
     @property
     def top_k(self) -> int:
         return self.topk_ids.shape[2]
+
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """How many tokens came in each call of the model, in order; () where the trace does not say."""
+        return tuple(self.details.get("calls", ()))
 
 
 def example_trace() -> Path:
@@ -60,19 +66,24 @@ def save_trace(path: str | Path, trace: Trace) -> None:
         TraceError: the trace is not one (see :func:`load_trace`), or safetensors is not installed.
     """
     save_file = _safetensors("torch").save_file
-    _check_ids(str(path), trace.topk_ids, trace.num_experts)
-    signed = bool((trace.topk_ids < 0).any())
-    fitting = [torch.int8, torch.int16, torch.int32] if signed else [torch.uint8, torch.int16, torch.int32]
-    dtype = next(dtype for dtype in fitting if trace.num_experts - 1 <= torch.iinfo(dtype).max)
+    topk_ids = trace.topk_ids
+    if not isinstance(topk_ids, Tensor):
+        raise TraceError(f"{path}: expected topk_ids to be a tensor, got {type(topk_ids).__name__}")
     about = {
         "experts": trace.num_experts,
-        "k": trace.top_k,
+        "k": topk_ids.shape[-1] if topk_ids.dim() else 0,
         "model": trace.model,
         "source": trace.source,
         "revision": trace.revision,
-        **trace.details,
     }
-    ids = trace.topk_ids.to(dtype).contiguous()
+    _check_shape(path, topk_ids)
+    _check_about(path, about)
+    _check_ids(path, topk_ids, trace.num_experts)
+    about |= _checked_details(path, trace.details, trace.tokens)
+    signed = bool((topk_ids < 0).any())
+    fitting = [torch.int8, torch.int16, torch.int32] if signed else [torch.uint8, torch.int16, torch.int32]
+    dtype = next(dtype for dtype in fitting if trace.num_experts - 1 <= torch.iinfo(dtype).max)
+    ids = topk_ids.to(dtype).contiguous()
     save_file({"topk_ids": ids}, str(path), metadata={"moealign": json.dumps(about)})
 
 
@@ -94,12 +105,12 @@ def load_trace(path: str | Path) -> Trace:
     except safetensors.SafetensorError as error:
         raise TraceError(f"{path}: expected a .safetensors file, got something else ({error})") from None
     about = _metadata(path, metadata)
-    if topk_ids.dim() != 3:
-        raise TraceError(f"{path}: expected topk_ids of shape [layers, tokens, k], got {list(topk_ids.shape)}")
+    _check_shape(path, topk_ids)
     if topk_ids.shape[2] != about["k"]:
         raise TraceError(f"{path}: expected k = {about['k']} ids a token as its metadata says, got {topk_ids.shape[2]}")
-    _check_ids(str(path), topk_ids, about["experts"])
+    _check_ids(path, topk_ids, about["experts"])
     details = {name: value for name, value in about.items() if name not in _REQUIRED}
+    _checked_details(path, details, topk_ids.shape[1])
     return Trace(topk_ids, about["experts"], about["model"], about["source"], about["revision"], details)
 
 
@@ -112,6 +123,11 @@ def _metadata(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         raise TraceError(f"{path}: expected JSON metadata, got text that is not JSON ({error})") from None
     if not isinstance(about, dict):
         raise TraceError(f"{path}: expected a JSON object as metadata, got {type(about).__name__}")
+    _check_about(path, about)
+    return about
+
+
+def _check_about(path: str | Path, about: Mapping[str, Any]) -> None:
     for name, kind in _REQUIRED.items():
         if name not in about:
             raise TraceError(f"{path}: expected {name} in its metadata, got {', '.join(about) or 'nothing'}")
@@ -121,16 +137,46 @@ def _metadata(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             )
     if about["experts"] < 1 or about["k"] < 1:
         raise TraceError(f"{path}: expected experts and k of at least 1, got {about['experts']} and {about['k']}")
-    return about
 
 
-def _check_ids(path: str, topk_ids: Tensor, num_experts: int) -> None:
+def _checked_details(path: str | Path, details: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The details as JSON has them, or a refusal."""
+    if not isinstance(details, Mapping):
+        raise TraceError(f"{path}: expected details to be a mapping of names to values, got {type(details).__name__}")
+    for name in details:
+        if not isinstance(name, str):
+            raise TraceError(f"{path}: expected names of details to be strings, got {name!r}")
+        if name in _REQUIRED:
+            raise TraceError(
+                f"{path}: expected details besides {', '.join(_REQUIRED)}, got {name}; set it in the trace"
+            )
+    for name, value in details.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise TraceError(
+                f"{path}: expected details that JSON can hold, got {name} = {type(value).__name__} ({error})"
+            ) from None
+    calls = details.get("calls")
+    if "calls" in details:
+        whole = isinstance(calls, (list, tuple)) and all(type(each) is int and each > 0 for each in calls)
+        if not whole or sum(calls) != tokens:  # type: ignore[arg-type]
+            raise TraceError(
+                f"{path}: expected calls to be the tokens of each call, at least 1 and {tokens} in all, got {calls!r}"
+            )
+    return dict(details)
+
+
+def _check_shape(path: str | Path, topk_ids: Tensor) -> None:
     if topk_ids.dim() != 3:
         raise TraceError(f"{path}: expected topk_ids of shape [layers, tokens, k], got {list(topk_ids.shape)}")
-    if topk_ids.dtype not in _INTEGERS:
-        raise TraceError(f"{path}: expected topk_ids of an integer dtype, got {topk_ids.dtype}")
     if topk_ids.numel() == 0:
         raise TraceError(f"{path}: expected at least one layer, token and choice, got {list(topk_ids.shape)}")
+
+
+def _check_ids(path: str | Path, topk_ids: Tensor, num_experts: int) -> None:
+    if topk_ids.dtype not in _INTEGERS:
+        raise TraceError(f"{path}: expected topk_ids of an integer dtype, got {topk_ids.dtype}")
     low, high = int(topk_ids.min()), int(topk_ids.max())
     if low < -1 or high >= num_experts:
         raise TraceError(f"{path}: expected ids in [-1, {num_experts}), got {low} to {high}")

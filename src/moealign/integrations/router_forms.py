@@ -144,7 +144,8 @@ def _stand_in(module: nn.Module, path: tuple[str, ...], facts: dict[Any, Any], t
         try:
             return nn.Module.__getattr__(self, name)
         except AttributeError:
-            facts[(*path, name)] = _MISSING
+            missing = (*path, name)
+            facts[missing] = _MISSING
             raise
 
     if path and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
