@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -320,8 +321,361 @@ def test_capture_says_what_is_wrong():
     _, ours = make("mixtral")
     with moealign.capture(ours) as seen:
         pass
-    with pytest.raises(moealign.InvalidInput, match="at least one call"):
+    for asked in (seen.trace, seen.traces):
+        with pytest.raises(moealign.InvalidInput, match="at least one call"):
+            asked()
+    with pytest.raises(moealign.InvalidInput, match="padding: expected one of drop, keep, got 'no'"):
+        moealign.capture(ours, padding="no").__enter__()
+    for wrong, got in ((torch.ones(3), r"\[3\]"), ([[1]], "list")):
+        with pytest.raises(
+            moealign.InvalidInput, match=rf"attention_mask: expected a tensor \[batch, length\], got {got}"
+        ):
+            moealign.capture(ours, attention_mask=wrong).__enter__()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm", "moealign"])
+@pytest.mark.parametrize("how", ["whole", "in place", "a layer", "warmed up inside"])
+def test_capture_misses_no_call_of_a_compiled_model(how, implementation):
+    _, model = make("qwen3-moe")
+    model.set_experts_implementation(implementation)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="eager") if how in ("whole", "warmed up inside") else model
+    if how == "in place":
+        model.compile(backend="eager")
+    if how == "a layer":
+        model.model.layers[1].compile(backend="eager")
+    with torch.no_grad():
+        if how != "warmed up inside":
+            want = run(TEXT).logits
+            run(TEXT[:, :7])
+        with moealign.capture(run) as seen:
+            got = run(TEXT).logits
+            run(TEXT[:, :7])
+            run(TEXT[:, :4])
+        assert seen.layers == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
+        assert seen.trace().calls == (22, 14, 8)
+        after = run(TEXT).logits
+    assert seen.trace().tokens == 44
+    close(got, after, 1e-6)
+    if how != "warmed up inside":
+        close(got, want, 1e-6)
+
+
+def test_blocks_of_capture_end_in_any_order_and_compiled_models_are_compiled_again():
+    _, model = make("qwen3-moe")
+    other = copy.deepcopy(model)
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph)
+    first, second = moealign.capture(compiled), moealign.capture(other)
+    one, two = first.__enter__(), second.__enter__()
+    with torch.no_grad():
+        first.__exit__(None, None, None)
+        compiled(TEXT), other(TEXT)
+        second.__exit__(None, None, None)
+        assert not graphs, "still eager inside the second block"
+        compiled(TEXT)
+    assert graphs
+    assert (one.layers, two.trace().tokens) == ([], 22)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_capture_does_not_count_what_gradient_checkpointing_computes_again(name, reentrant):
+    _, model = make(name)
+    model.train()
+    with moealign.capture(model) as plain:
+        model(TEXT, labels=TEXT).loss.backward()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with moealign.capture(model) as seen:
+        model(TEXT, labels=TEXT).loss.backward()
+        model(TEXT[:1], labels=TEXT[:1]).loss.backward()
+    assert seen.trace().calls == (22, 11)
+    assert torch.equal(seen.trace().topk_ids[:, :22], plain.trace().topk_ids)
+
+
+PADDED = torch.ones(2, 11, dtype=torch.long)
+PADDED[0, :7] = 0
+
+
+@pytest.mark.parametrize("mask", ["long", "bool", "positional", "four dimensions", "given", "a model of its own"])
+def test_capture_leaves_padding_out(mask):
+    _, model = make("qwen3-moe")
+    causal = torch.ones(11, 11, dtype=torch.bool).tril() & PADDED.bool()[:, None, None, :]
+    call = {
+        "long": lambda: model(TEXT, attention_mask=PADDED),
+        "bool": lambda: model(input_ids=TEXT, attention_mask=PADDED.bool()),
+        "positional": lambda: model(TEXT, PADDED),
+        "four dimensions": lambda: model(TEXT, attention_mask=causal),
+        "given": lambda: model(TEXT),
+        "a model of its own": lambda: model.model(TEXT, attention_mask=PADDED),
+    }[mask]
+    given = PADDED if mask == "given" else None
+    with (
+        torch.no_grad(),
+        moealign.capture(model, padding="keep") as all_,
+        moealign.capture(model, attention_mask=given) as seen,
+    ):
+        call()
+    assert all_.trace().tokens == 22
+    assert torch.equal(seen.trace().topk_ids, all_.trace().topk_ids[:, PADDED.flatten().bool()])
+    assert seen.trace().calls == (15,)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_capture_knows_prefill_and_decode_of_a_padded_batch(cache):
+    _, model = make("mixtral")
+    with moealign.capture(model) as seen:
+        model.generate(TEXT, attention_mask=PADDED, max_new_tokens=4, do_sample=False, cache_implementation=cache)
+    assert seen.trace().calls == (15, 2, 2, 2)
+
+
+def test_capture_of_an_encoder_and_a_decoder_whose_routers_give_masks():
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=97, d_model=32, d_ff=48, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=4, num_experts=4,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    chosen = []
+    router = next(module for module in model.encoder.modules() if type(module).__name__.endswith("Top1Router"))
+    router.classifier.register_forward_hook(lambda module, args, output: chosen.append(output.argmax(-1)))
+    with torch.no_grad(), moealign.capture(model) as seen:
+        model(input_ids=TEXT, attention_mask=PADDED, decoder_input_ids=TEXT[:, :5])
+    assert [trace.tokens for trace in seen.traces()] == [15, 10]
+    (first, ids), _ = seen.topk_ids.items()
+    assert first.startswith("encoder.")
+    assert set(seen.num_experts.values()) == {4}
+    assert torch.equal(ids[ids[:, 0] >= 0, 0], chosen[0].flatten()[PADDED.flatten().bool()][ids[:, 0] >= 0].int())
+    with pytest.raises(moealign.InvalidInput, match=r"15 tokens to 1 of 4 experts in 1 calls; decoder.* traces"):
         seen.trace()
+
+
+# ---- capture: modules by themselves ----------------------------------------------------------------------------------
+
+
+class Named(torch.nn.Module):
+    """Experts that compute nothing."""
+
+    def __init__(self, num_experts=4):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, hidden_states, top_k_index, top_k_weights=None):
+        return hidden_states
+
+
+class Calls(torch.nn.Module):
+    """A model that calls its experts as it is told: names and ids."""
+
+    def __init__(self, **experts):
+        super().__init__()
+        for name, module in experts.items():
+            setattr(self, name, module)
+
+    def forward(self, *calls):
+        for name, ids in calls:
+            if name == "fail":
+                raise RuntimeError("half way")
+            rows = torch.zeros(*ids.shape[:-1], 3)
+            getattr(self, name)(rows, ids)
+
+
+def ids_of(*rows):
+    return torch.tensor(rows)
+
+
+def test_layers_of_several_kinds_give_a_trace_each():
+    model = Calls(text=Named(), more=Named(), vision=Named(), large=Named(9), wide=Named())
+    with moealign.capture(model) as seen:
+        model(
+            ("text", ids_of([0, 1], [2, 3])), ("more", ids_of([3, 1], [2, 0])), ("vision", ids_of([1, 2])),
+            ("large", ids_of([8, 0], [1, 2])), ("wide", ids_of([0, 1, 2], [1, 2, 3])),
+        )  # fmt: skip
+    assert {name: ids.tolist() for name, ids in seen.topk_ids.items()}["vision"] == [[1, 2]]
+    assert seen.num_experts["large"] == 9
+    assert [trace.details["layers"] for trace in seen.traces()] == [["text", "more"], ["vision"], ["large"], ["wide"]]
+    with pytest.raises(moealign.InvalidInput, match=r"text and 1 more: .*; vision and 0 more: 1 tokens .* topk_ids"):
+        seen.trace()
+
+
+def test_layers_that_saw_other_tokens_are_not_laid_side_by_side():
+    """As many tokens, but of other calls: one layer was skipped in the first call, the other in the second."""
+    model = Calls(a=Named(), b=Named())
+    with moealign.capture(model) as seen:
+        model(("a", ids_of([0, 1])))
+        model(("b", ids_of([1, 2])))
+        model(("a", ids_of([2, 3])), ("b", ids_of([3, 0])))
+    assert len(seen.traces()) == 2
+    assert seen.calls == {"a": (1, 1), "b": (1, 1)}
+
+
+def test_a_module_that_is_used_twice_is_recorded_twice_under_its_first_name():
+    shared = Named()
+    model = Calls(first=shared, second=shared)
+    with moealign.capture(model) as seen:
+        model(("first", ids_of([0, 1])), ("second", ids_of([2, 3], [1, 0])))
+    assert seen.layers == ["first"]
+    assert seen.trace().calls == (1, 2)
+    assert seen.trace().topk_ids.tolist() == [[[0, 1], [2, 3], [1, 0]]]
+
+
+def test_a_call_that_raises_leaves_nothing():
+    model = Calls(a=Named(), b=Named())
+    with moealign.capture(model) as seen:
+        with pytest.raises(RuntimeError, match="half way"):
+            model(("a", ids_of([0, 1])), ("fail", None))
+        model(("a", ids_of([2, 3])), ("b", ids_of([1, 0])))
+    assert seen.trace().topk_ids.tolist() == [[[2, 3]], [[1, 0]]]
+    with pytest.raises(ZeroDivisionError), moealign.capture(model) as seen:
+        raise ZeroDivisionError
+    model(("a", ids_of([2, 3])))
+    assert seen.layers == []
+
+
+def test_threads_keep_their_calls_together():
+    model = Calls(a=Named(16), b=Named(16))
+    barrier = threading.Barrier(4)
+
+    def work(number):
+        barrier.wait()
+        for _ in range(20):
+            model(("a", ids_of([number, 8])), ("b", ids_of([number, 9])))
+
+    with moealign.capture(model) as seen:
+        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    ids = seen.trace().topk_ids
+    assert ids.shape == (2, 80, 2)
+    assert torch.equal(ids[0, :, 0], ids[1, :, 0])
+
+
+def test_blocks_may_be_nested_and_parts_captured():
+    model = Calls(a=Named(), inner=Calls(b=Named()))
+    with moealign.capture(model) as whole, moealign.capture(model.inner) as part:
+        model(("a", ids_of([0, 1])))
+        model.inner(("b", ids_of([2, 3])))
+        model.a(torch.zeros(1, 3), ids_of([1, 0]))
+    assert (whole.layers, part.layers) == (["a", "inner.b"], ["b"])
+    assert whole.topk_ids["a"].tolist() == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "want"),
+    [
+        (ids_of([0, 4], [-1, 3]), [[0, -1], [-1, 3]]),
+        (ids_of([[0, 1], [2, 3]], [[1, 0], [3, 2]]).to(torch.uint8), [[0, 1], [2, 3], [1, 0], [3, 2]]),
+        (ids_of([0, 1, 0, 1], [1, 0, 0, 0]), [[1, 3], [0, -1]]),
+        (ids_of([0, 1, 0, 1], [1, 0, 0, 0]).bool(), [[1, 3], [0, -1]]),
+        (ids_of([1, 1], [2, 2]), [[1, 1], [2, 2]]),
+    ],
+    ids=["sentinels", "a batch", "a mask of integers", "a mask", "an expert twice"],
+)
+def test_ids_and_masks_are_understood(ids, want):
+    model = Calls(a=Named())
+    with moealign.capture(model) as seen:
+        model(("a", ids))
+    assert seen.topk_ids["a"].tolist() == want
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.rand(2, 2), "InvalidType", r"expected the choice that a gets to be integer ids .* got torch.float32"),
+        (torch.ones(2, 2, dtype=torch.bool), "InvalidInput", r"expected a mask \[tokens, 4\] of zeros and ones in a"),
+        (ids_of([0, 5]), "InvalidInput", r"expected ids in \[0, 4\) .* got \[0, 5\] for one"),
+        (ids_of([0, -2]), "InvalidInput", r"-1 or 4 for none, in a, got \[0, -2\]"),
+        (ids_of([7, 0, 0, 0]), "InvalidInput", r"expected a mask \[tokens, 4\] of zeros and ones in a"),
+        (ids_of([0, 1]).to("meta"), "InvalidInput", "expected ids with values in a"),
+        (torch.tensor(3), "InvalidInput", r"expected ids \[tokens, k\] in a, got a single number"),
+    ],
+)
+def test_what_is_no_choice_is_refused(ids, error, message):
+    model = Calls(a=Named())
+    with moealign.capture(model), pytest.raises(getattr(moealign, error), match=message):
+        model(("a", ids))
+
+
+def test_a_choice_that_is_not_of_the_tokens_is_refused():
+    model = Calls(a=Named())
+    with moealign.capture(model) as seen:
+        with pytest.raises(moealign.InvalidInput, match=r"a to get the choice of each of its 5 tokens, got .* 4"):
+            model.a(torch.zeros(5, 3), ids_of(*[[0, 1]] * 4))
+        with pytest.raises(moealign.InvalidType, match="got NoneType"):
+            model.a(torch.zeros(5, 3), None)
+    assert seen.layers == []
+
+
+def test_a_mask_of_other_tokens_is_refused():
+    model = Calls(a=Named())
+    mask = torch.tensor([[0, 1, 1]])
+    with moealign.capture(model, attention_mask=mask) as seen:
+        model(("a", ids_of([0, 1], [1, 2], [2, 3])))
+        with pytest.raises(moealign.InvalidInput, match=r"a to route the 1 x 3 tokens .* \[1, 3\] .* got 2 .*'keep'"):
+            model(("a", ids_of([0, 1], [1, 2])))
+    assert seen.topk_ids["a"].tolist() == [[1, 2], [2, 3]]
+
+
+class SomeRouter(torch.nn.Module):
+    """A router whose experts tell nothing, and which returns what it is given."""
+
+    def __init__(self, top_k=2):
+        super().__init__()
+        self.num_experts, self.top_k = 4, top_k
+
+    def forward(self, *given):
+        return given
+
+
+SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3]])
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ((SCORES, ids_of([1, 2], [0, 3])), [[1, 2], [0, 3]]),
+        ((SCORES.topk(2).indices[..., :1], SCORES), "neither"),
+        ((torch.tensor([[0, 0.4, 0.3, 0], [0.5, 0, 0, 0.3]]), -SCORES), [[1, 2], [0, 3]]),
+        ((SCORES, SCORES.log()), [[1, 2], [0, 3]]),
+        ((SCORES, -SCORES), "expected .* to return its choice, or scores that it chooses by, got .* do not agree"),
+        ((SCORES > 0.25,), [[1, 2], [0, 3]]),
+        (((SCORES > 0.25).long(), SCORES), [[1, 2], [0, 3]]),
+        ((SCORES[:, :3],), r"expected router to return ids \[tokens, k\], or a mask or scores \[tokens, 4\]"),
+        ((ids_of([1, 1], [0, 3]),), "expected different ids"),
+    ],
+    ids=[
+        "ids", "ids of another width", "sparse scores", "scores and logits", "scores that disagree", "a mask",
+        "a mask of integers", "nothing", "positions",
+    ],
+)  # fmt: skip
+def test_what_a_router_returns_is_understood_or_refused(given, want):
+    model = torch.nn.Sequential()
+    model.router = SomeRouter()
+    with moealign.capture(model) as seen:
+        if want == "neither":
+            model.router(*given)
+            want = [[1, 2], [0, 3]]
+        elif isinstance(want, str):
+            with pytest.raises((moealign.InvalidInput, moealign.InvalidType), match=want):
+                model.router(*given)
+            return
+        else:
+            model.router(*given)
+    assert seen.topk_ids["router"].tolist() == want
+
+
+def test_scores_that_a_bias_shifts_are_refused():
+    model = torch.nn.Sequential()
+    model.router = SomeRouter()
+    model.router.register_buffer("e_score_correction_bias", torch.zeros(4))
+    with (
+        moealign.capture(model),
+        pytest.raises(moealign.InvalidType, match="choice that e_score_correction_bias shift"),
+    ):
+        model.router(SCORES)
 
 
 # ---- routers ---------------------------------------------------------------------------------------------------------
