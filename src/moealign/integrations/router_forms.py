@@ -51,7 +51,8 @@ class Plan:
     num_groups: int
     topk_groups: int
     scale: float
-    out_dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  #: of logits, weights and ids
+    out_dtypes: tuple[torch.dtype, ...]  #: of logits, weights and ids
+    order: tuple[int, ...]  #: which of logits, weights and ids comes first, second, third
 
     def fits(self, module: nn.Module, hidden_states: Tensor) -> bool:
         """Whether everything that the plan was concluded from is as it was."""
@@ -63,7 +64,7 @@ class Plan:
         return all(_same(_at(module, path), value) for path, value in self.facts)
 
     def run(self, module: nn.Module, hidden_states: Tensor, more: tuple[Any, ...] = ()) -> tuple[Tensor, ...]:
-        """Logits, weights and ids, in the dtypes of the router's own."""
+        """Logits, weights and ids, in the order and the dtypes of the router's own."""
         dtype = self.linear_dtypes[1]
         rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
         bias = None if self.linear_bias is None else tensor_at(module, self.linear_bias).to(dtype)
@@ -77,7 +78,8 @@ class Plan:
             self.scale, None, False, None,
         )  # fmt: skip
         of_logits, of_weights, of_ids = self.out_dtypes
-        return logits.to(of_logits), weights.to(of_weights), ids.to(of_ids)
+        made = (logits.to(of_logits), weights.to(of_weights), ids.to(of_ids))
+        return tuple([made[role] for role in self.order])
 
 
 _MISSING = "<no such attribute>"
@@ -340,18 +342,36 @@ def _recognise(module: nn.Module, rows: Tensor, more: tuple[Any, ...]) -> Plan:
         result = forward(stand_in, rows, *more)
         if not isinstance(result, tuple) or len(result) != 3 or not all(isinstance(each, Tensor) for each in result):
             raise Unlike("expected logits, weights and ids from its forward, got something else")
-        logits, weights, ids = (written.of(each) for each in result)
-    read = tuple(facts.items())
-    plan = _plan(logits, weights, ids, result, rows, tensors, more, read)
+        expressions = [written.of(each) for each in result]
+    order = _order(result, expressions)
+    plan = _plan(
+        [expressions[place] for place in order],
+        [result[place] for place in order],
+        order,
+        rows,
+        tensors,
+        more,
+        tuple(facts.items()),
+    )
     for scale in SCALES:
         _check(plan, forward, stand_in, rows * scale, more)
     return plan
 
 
+def _order(result: tuple[Tensor, ...], expressions: list[Any]) -> list[int]:
+    """Where logits, weights and ids are: a product of the rows, something made of it, and integers."""
+    integers = [place for place, each in enumerate(result) if not each.is_floating_point()]
+    products = [place for place, each in enumerate(expressions) if _raised(each)[0] == "linear"]
+    if len(integers) == len(products) == 1:
+        return [products[0], 3 - products[0] - integers[0], integers[0]]
+    return [0, 1, 2]
+
+
 def _plan(
-    logits: Any, weights: Any, ids: Any, result: tuple[Tensor, ...], rows: Tensor, tensors: dict[str, Tensor],
+    expressions: list[Any], result: list[Tensor], order: list[int], rows: Tensor, tensors: dict[str, Tensor],
     more: tuple[Any, ...], facts: tuple[Any, ...],
 ) -> Plan:  # fmt: skip
+    logits, weights, ids = expressions
     for expression in (ids, weights, logits):
         unknown = _unknown(expression)
         if unknown is not None:
@@ -421,12 +441,12 @@ def _plan(
     if _raised(score) != logits:
         raise Unlike("expected a choice by the logits, got one by something made of them")
     used = tuple((name, each.dtype) for name, each in tensors.items() if name in (*names, correction))
-    dtypes = (result[0].dtype, result[1].dtype, result[2].dtype)
+    roles = tuple(order.index(place) for place in range(3))
     weight, bias = names[1], names[2]
     assert weight is not None
     return Plan(
         facts, used, rows.dim(), weight, bias, (rows.dtype, within), correction, top_k, scoring, renormalize, groups,
-        topk_groups, scale, dtypes,
+        topk_groups, scale, tuple(each.dtype for each in result), roles,
     )  # fmt: skip
 
 
@@ -486,11 +506,13 @@ def _group_scores(expression: Any, scores: Any) -> tuple[str, Any, int]:
 
 def _check(plan: Plan, forward: Any, stand_in: Any, rows: Tensor, more: tuple[Any, ...]) -> None:
     """The plan and the router's own forward on the same rows: the same logits, weights and, without ties, ids."""
-    logits, theirs, which = forward(stand_in, rows, *more)
-    again, ours, ids = plan.run(stand_in, rows, more)
-    for name, own, got in (("logits", logits, again), ("weights", theirs, ours), ("ids", which, ids)):
-        if own.shape != got.shape or own.dtype != got.dtype:
-            raise Unlike(f"expected {name} {list(got.shape)} of {got.dtype}, got {list(own.shape)} of {own.dtype}")
+    own, got = forward(stand_in, rows, *more), plan.run(stand_in, rows, more)
+    for one, other in zip(own, got, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            raise Unlike(f"expected {list(other.shape)} of {other.dtype}, got {list(one.shape)} of {one.dtype}")
+    (logits, theirs, which), (again, ours, ids) = (
+        [each[plan.order.index(role)] for role in range(3)] for each in (own, got)
+    )
     most = TOLERANCE.get(theirs.dtype, 1e-5) * max(1e-6, float(theirs.abs().max()))
     sorted_theirs, sorted_ours = theirs.float().sort(1).values, ours.float().sort(1).values
     close = bool((sorted_theirs - sorted_ours).abs().max() <= most)
