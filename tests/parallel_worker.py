@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import inspect
+import itertools
 import os
 import sys
 import time
@@ -277,16 +279,32 @@ def check_half_precision(rank: int, ranks: int) -> None:
             assert float((got.double() - expected[span]).norm()) < 1e-2 * scale, (tokens, chunks)
 
 
+def transformers_mesh(ranks: int) -> object:
+    """What `maybe_distribute_model` takes: from 5.19 on a pair of meshes, before it one mesh."""
+    import transformers
+
+    if "mesh_manager" not in inspect.signature(transformers.PreTrainedModel.maybe_distribute_model).parameters:
+        return dist.device_mesh.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    from transformers.distributed.utils import TransformersDeviceMesh
+
+    dense, expert = (
+        dist.device_mesh.init_device_mesh("cpu", (1, 1, 1, ranks), mesh_dim_names=("pp", "dp_replicate", *names))
+        for names in (("fsdp", "tp"), ("efsdp", "ep"))
+    )
+    return TransformersDeviceMesh(dense, expert)
+
+
 def check_transformers_own_plan(rank: int, ranks: int) -> None:
-    """Whole models under Transformers' expert-parallel plan, local ids and a sentinel, against one process."""
+    """Whole models under Transformers' expert-parallel plan, in each of its ways, against one process."""
     import transformers
     from transformers.distributed import DistributedConfig
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    import moealign
     import moealign.integrations.transformers as integration
 
     small = {
-        "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
     }  # fmt: skip
     seen: list[tuple[int, int, bool]] = []
@@ -297,26 +315,42 @@ def check_transformers_own_plan(rank: int, ranks: int) -> None:
         # Transformers gives these a weight of zero: with NaN only a route that is really dropped adds nothing.
         return integration.experts_forward(module, x, ids, weights.masked_fill(foreign, float("nan")))
 
+    integration.install()
     ALL_EXPERTS_FUNCTIONS.register(integration.NAME, forward)
-    mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    mesh = transformers_mesh(ranks)
+    fields = inspect.signature(DistributedConfig).parameters
+    size = {"ep_size": ranks} if "ep_size" in fields else {"enable_expert_parallel": True}
+    ways = ["all_reduce", "all_to_all"] if "ep_implementation" in fields else [None]
     text = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(1))
     for config in (
         transformers.MixtralConfig(**small, num_local_experts=6),
         transformers.Qwen3MoeConfig(**small, num_experts=8, moe_intermediate_size=24, head_dim=8),
     ):
-        torch.manual_seed(0)  # the same model on every rank
-        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
-        with torch.no_grad():
-            expected = model(text).logits
-        model.set_experts_implementation(integration.NAME)
-        plan = DistributedConfig(tp_size=ranks, tp_plan="auto", enable_expert_parallel=True)
-        model = type(model).maybe_distribute_model(model, plan, mesh)
-        seen.clear()
-        with torch.no_grad():
-            got = model(text).logits
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-        local = config.num_experts // ranks
-        assert seen == [(local, local, True)] * config.num_hidden_layers, seen
+        for way, routers in itertools.product(ways, (False, True)):
+            torch.manual_seed(0)  # the same model on every rank
+            model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+            with moealign.capture(model) as one, torch.no_grad():
+                expected = model(text).logits
+            model.set_experts_implementation(integration.NAME)
+            if routers:
+                assert integration.replace_routers(model) == config.num_hidden_layers
+            plan = DistributedConfig(
+                tp_size=ranks, tp_plan="auto", **size, **({"ep_implementation": way} if way else {})
+            )
+            model = type(model).maybe_distribute_model(model, plan, mesh)
+            seen.clear()
+            with moealign.capture(model) as all_, torch.no_grad():
+                got = model(text).logits
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+            local = config.num_experts // ranks
+            assert [each[:2] for each in seen] == [(local, local)] * config.num_hidden_layers, seen
+            for name, ids in all_.topk_ids.items():
+                whole = one.topk_ids[name].sort(1).values
+                if all_.num_experts[name] == config.num_experts:  # the hook stands before the ids become local
+                    assert torch.equal(ids.sort(1).values, whole), (way, name)
+                else:
+                    own = torch.where(whole // local == rank, whole % local, -1)
+                    assert torch.equal(ids.sort(1).values, own.sort(1).values), (way, name)
 
 
 def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:

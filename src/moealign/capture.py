@@ -338,11 +338,18 @@ def _again() -> bool:
     return torch._C._current_graph_task_id() != -1 or torch.compiler.is_compiling()
 
 
-def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
-    try:
-        return dict(inspect.signature(module.forward).parameters)
-    except (TypeError, ValueError):
-        return {}
+def _names(forward: Any, first: int) -> list[str]:
+    """What `forward` calls its parameters from `first` on, where it can be said."""
+    with contextlib.suppress(TypeError, ValueError):
+        found = list(inspect.signature(forward).parameters.values())[first:]
+        if any(each.kind is each.POSITIONAL_OR_KEYWORD for each in found):
+            return [each.name for each in found]
+    return []
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """Names of what `module` takes, in order; its class knows them where a wrapper of its forward does not."""
+    return _names(module.forward, 0) or _names(type(module).forward, 1)
 
 
 def _masked(module: nn.Module) -> bool:
@@ -350,7 +357,7 @@ def _masked(module: nn.Module) -> bool:
 
 
 def _frame_hooks(seen: Capture, module: nn.Module) -> list[Any]:
-    order = list(_parameters(module))
+    order = _parameters(module)
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _again():
@@ -397,19 +404,24 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _number_of_experts(module: nn.Module) -> int | None:
-    """Of all ranks, where ids are global: where Transformers shards the weights of the experts."""
+def _number_of_experts(module: nn.Module, choice: str) -> int | None:
+    """How many experts the ids are of: all, or those of this rank, as Transformers' releases have it.
+
+    From 5.19 on experts that are sharded get the ids of all experts, by a forward of their own that sends tokens to the
+    ranks; before, ids are of this rank's when they come.
+    """
     found = [value for name in _EXPERTS if type(value := getattr(module, name, None)) is int]
     if not found:
         return None
+    sends = choice in _names(vars(module).get("forward"), 0)
     shards = [each.shape[0] for each in module.parameters(recurse=False) if hasattr(each, "full_tensor")]
-    return max(found[0], *shards, 0)
+    return max(found[0], *shards) if sends and shards else found[0]
 
 
 def _experts_hook(seen: Capture, name: str, module: nn.Module) -> Any:
-    order = list(_parameters(module))
+    order = _parameters(module)
     choice = next((each for each in _CHOICES if each in order), None)
-    if choice is None or _number_of_experts(module) is None:
+    if choice is None or _number_of_experts(module, choice) is None:
         return None
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -417,7 +429,7 @@ def _experts_hook(seen: Capture, name: str, module: nn.Module) -> Any:
             return
         at = order.index(choice)
         chosen = kwargs.get(choice, args[at] if at < len(args) else None)
-        experts = _number_of_experts(module)
+        experts = _number_of_experts(module, choice)
         assert experts is not None
         ids = _ids(name, chosen, experts, None, distinct=False)
         rows = kwargs.get("hidden_states", args[0] if args else None)
