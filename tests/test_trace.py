@@ -86,6 +86,51 @@ def test_a_trace_that_is_none_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+class Unknown:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(({"details": {name: 2}}, f"expected other details than .*, got {name}; set the field") for name in ABOUT),
+        ({"details": {"when": Unknown()}}, "expected details that JSON can hold, got when = Unknown"),
+        ({"details": {"loss": float("nan")}}, "expected details that JSON can hold, got loss = float"),
+        ({"details": {3: "x"}}, "expected names of details to be strings, got 3"),
+        ({"details": [1]}, "expected details to be a mapping of names to values, got list"),
+        ({"model": None}, "expected model to be of type str in its metadata, got None"),
+        ({"source": b"s"}, "expected source to be of type str in its metadata, got b's'"),
+        ({"revision": 3}, "expected revision to be of type str in its metadata, got 3"),
+        ({"num_experts": 8.0}, "expected experts to be of type int in its metadata, got 8.0"),
+        ({"num_experts": True}, "expected experts to be of type int in its metadata, got True"),
+        ({"num_experts": 0}, "expected experts and k of at least 1, got 0 and 2"),
+        ({"topk_ids": [[[1]]]}, "expected topk_ids to be a tensor, got list"),
+        ({"topk_ids": IDS[0]}, r"expected topk_ids of shape \[layers, tokens, k\], got \[10, 2\]"),
+        ({"topk_ids": torch.tensor(1)}, r"expected topk_ids of shape \[layers, tokens, k\], got \[\]"),
+        ({"topk_ids": IDS[:, :0]}, "expected at least one layer, token and choice"),
+        ({"topk_ids": IDS > 1}, "expected topk_ids of an integer dtype, got torch.bool"),
+        *(
+            ({"details": {"calls": calls}}, "expected calls to be the tokens of each call, at least 1 and 10 in all")
+            for calls in ([4, 5], [10, 0], [4.0, 6.0], 10, None, "10", [True, 9])
+        ),
+    ],
+)
+def test_what_would_not_be_read_back_is_not_written(tmp_path, changes, message):
+    fields = {"topk_ids": IDS, "num_experts": 8, "model": "m", "source": "s", "revision": "r", "details": {}}
+    with pytest.raises(TraceError, match=message):
+        save_trace(tmp_path / "t.safetensors", Trace(**fields | changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calls_are_kept_and_checked(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_trace(path, Trace(IDS, 8, "m", "s", "r", {"calls": (7, 1, 1, 1)}))
+    assert load_trace(path).calls == (7, 1, 1, 1)
+    assert load_trace(write(path, {"topk_ids": IDS}, ABOUT)).calls == (), "a file that does not say"
+    with pytest.raises(TraceError, match=r"expected calls to be the tokens .* 10 in all, got \[7, 1\]"):
+        load_trace(write(path, {"topk_ids": IDS}, {**ABOUT, "calls": [7, 1]}))
+
+
 def overlap(ids: torch.Tensor) -> float:
     """Mean number of experts that a token shares with the token before it."""
     hot = torch.zeros(*ids.shape[:2], int(ids.max()) + 1).scatter_(2, ids.long(), 1.0)

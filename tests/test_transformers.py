@@ -139,6 +139,43 @@ def test_a_model_is_loaded_with_it(tmp_path):
     close(loaded(TEXT).logits, eager(TEXT).logits, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3"])
+def test_compiled_gradients_equal_eager(name):
+    """Of the hidden states (through the layer below), the experts' weights and the routers, which are replaced."""
+    eager, ours = make(name)
+    integration.replace_routers(ours)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    for model in (eager, compiled):
+        model(TEXT, labels=TEXT, use_cache=False).loss.backward()
+    theirs = dict(eager.named_parameters())
+    for key, parameter in ours.named_parameters():
+        if theirs[key].grad is not None:
+            close(parameter.grad, theirs[key].grad, 1e-5)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("weights", "inside"), [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", None)])
+def test_mixed_precision_is_within_its_rounding(weights, inside, grad):
+    eager, ours = make("qwen3-moe")
+    integration.replace_routers(ours)
+    inside = None if inside is None else getattr(torch, inside)
+    results = []
+    for model in (eager, ours):
+        model.to(getattr(torch, weights))
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", inside, enabled=inside is not None):
+            results.append(model(TEXT).logits)
+    assert results[0].dtype == results[1].dtype
+    close(results[1].float(), results[0].float(), 5e-2)
+
+
+def test_inference_mode():
+    eager, ours = make("qwen3-moe")
+    integration.replace_routers(ours)
+    with torch.inference_mode():
+        close(ours(TEXT).logits, eager(TEXT).logits, 1e-6)
+
+
 def test_compiles_as_one_graph():
     """With a graph break nowhere; Transformers' own eager loop cannot be compiled whole."""
     _, ours = make("qwen3-moe")
@@ -255,6 +292,64 @@ def test_every_named_activation_is_what_it_is_called():
         if integration._activation(type("M", (), {"act_fn": function})(), False) is not function:
             close(packed.ACTIVATIONS[said, False](rows), function(rows), 1e-6)
     assert known >= 5
+
+
+class Marked(torch.Tensor):
+    """A tensor that stands for others, as quantised and sharded ones do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return function(*(each.inner if isinstance(each, cls) else each for each in args), **(kwargs or {}))
+
+
+def of_dtype(dtype):
+    return lambda module: vars(module)["_parameters"].update(
+        down_proj=torch.nn.Parameter(module.down_proj.data.to(dtype), requires_grad=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (of_dtype(torch.float8_e4m3fn), "down_proj in bfloat16, .* got torch.float8_e4m3fn"),
+        (of_dtype(torch.int8), "got torch.int8"),
+        (of_dtype(torch.uint8), "got torch.uint8"),
+        (lambda module: delattr(module, "gate_up_proj"), "a parameter gate_up_proj in Experts, got none"),
+        (lambda module: module.register_parameter("down_proj", None), "a parameter down_proj in Experts, got none"),
+        (
+            lambda module: vars(module)["_parameters"].update(down_proj=Marked(module.down_proj.data)),
+            "down_proj to be an ordinary tensor in Experts, got Marked",
+        ),
+    ],
+    ids=["FP8", "int8", "packed", "no first", "no second", "a subclass"],
+)
+def test_experts_with_other_weights_are_refused_with_the_way_out(change, got):
+    module = experts_of()
+    change(module)
+    with pytest.raises(moealign.BackendUnavailable, match=rf"{got}.*; set another by .*'grouped_mm'.*dequantised"):
+        module(torch.randn(6, 12), torch.randint(0, 5, (6, 2)), torch.rand(6, 2))
+
+
+def test_fp8_experts_of_transformers_are_refused_with_the_way_out():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["qwen3-moe"](), experts_implementation="moealign")
+    config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
+    model = fp8.replace_with_fp8_linear(model, quantization_config=config)
+    experts = model.model.layers[0].mlp.experts
+    x, ids = torch.empty(3, 32, device="meta"), torch.zeros(3, 2, dtype=torch.long, device="meta")
+    with pytest.raises(moealign.BackendUnavailable, match="in FP8Experts, got quantised ones; set another by"):
+        experts(x, ids, torch.empty(3, 2, device="meta"))
+    integration.uninstall()
+    with pytest.raises(KeyError, match="not a valid experts implementation"):
+        experts(x, ids, torch.empty(3, 2, device="meta"))
 
 
 def test_says_what_is_missing(monkeypatch):
@@ -962,3 +1057,30 @@ def test_a_router_under_accelerate_s_hooks_is_replaced(monkeypatch):
     equal_choices(module(rows), want)
     assert integration.restore_routers(module) == 1
     equal_choices(module(rows), want)
+
+
+def test_a_router_under_fsdp_is_replaced(tmp_path, monkeypatch):
+    """Its parameters are shards when it is replaced, and whole when it runs."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+    want = Chooser()(rows)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for before in (True, False):
+            module = Chooser()
+            if before:
+                integration.replace_routers(module)
+            fsdp.fully_shard(module, mesh=mesh)
+            assert integration.replace_routers(module) == (0 if before else 1)
+            ran = count_runs(monkeypatch)
+            got = module(rows)
+            equal_choices(got, want)
+            assert len(ran) >= 1
+            got[1].sum().backward()
+            assert module.matrix.grad is not None
+    finally:
+        dist.destroy_process_group()

@@ -147,9 +147,7 @@ def _checked_details(path: str | Path, details: Mapping[str, Any], tokens: int) 
         if not isinstance(name, str):
             raise TraceError(f"{path}: expected names of details to be strings, got {name!r}")
         if name in _REQUIRED:
-            raise TraceError(
-                f"{path}: expected details besides {', '.join(_REQUIRED)}, got {name}; set it in the trace"
-            )
+            raise TraceError(f"{path}: expected other details than {', '.join(_REQUIRED)}, got {name}; set the field")
     for name, value in details.items():
         try:
             json.dumps(value, allow_nan=False)

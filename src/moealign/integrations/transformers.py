@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import BackendUnavailable
 from ..fused_moe import fused_moe
@@ -316,5 +315,8 @@ class _Router:
 
 
 def _is_wrapper(tensor: Tensor) -> bool:
-    """Whether `tensor` is one of a subclass that stands for others, as DTensor."""
-    return type(tensor) is not Tensor and is_traceable_wrapper_subclass(tensor)
+    """Whether `tensor` is of a subclass that stands for others, as DTensor and quantised ones, but not a compiler's."""
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith("torch._subclasses"):
+        return False
+    return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
