@@ -479,6 +479,23 @@ def test_blocks_of_capture_end_in_any_order_and_compiled_models_are_compiled_aga
     assert (one.layers, two.trace().tokens) == ([], 22)
 
 
+def test_capture_does_not_begin_inside_a_compiled_function():
+    model = Calls(a=Named())
+
+    @torch.compile(backend="eager")
+    def inside(x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        with moealign.capture(model):
+            return x
+
+    with pytest.raises(moealign.InvalidInput, match="expected to begin outside a compiled function, got one that runs"):
+        inside(torch.ones(2))
+    with moealign.capture(model) as seen:
+        model(("a", ids_of([0, 1])))
+    assert seen.layers == ["a"]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_capture_does_not_count_what_gradient_checkpointing_computes_again(name, reentrant):
@@ -728,6 +745,22 @@ class SomeRouter(torch.nn.Module):
 
     def forward(self, *given):
         return given
+
+
+def test_a_router_is_recorded_only_where_its_experts_tell_nothing():
+    model = Calls(one=torch.nn.Module(), two=torch.nn.Module())
+    for part, experts in ((model.one, True), (model.two, False)):
+        part.mlp = torch.nn.Module()
+        part.mlp.gate = torch.nn.Module()
+        part.mlp.gate.router = SomeRouter()
+        if experts:
+            part.mlp.experts = Named()
+    ids = ids_of([0, 1])
+    with moealign.capture(model) as seen:
+        for part in (model.one, model.two):
+            part.mlp.gate.router(ids)
+        model.one.mlp.experts(torch.zeros(1, 3), ids)
+    assert seen.layers == ["two.mlp.gate.router", "one.mlp.experts"]
 
 
 SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3]])
@@ -1032,6 +1065,23 @@ def test_a_replaced_router_is_converted_copied_pickled_and_compiled(monkeypatch)
         equal_choices(module(rows), Chooser.forward(module, rows))
     module.to("meta")
     assert [each.shape for each in module(rows.to("meta"))] == [(40, 16), (40, 2), (40, 2)]
+
+
+def test_a_replaced_router_inside_transforms_of_torch_func():
+    module, own = Chooser(), Chooser()
+    with torch.device("meta"):  # what the context makes is not what recognises
+        assert integration.replace_routers(module) == 1
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+
+    def total(router):
+        return lambda rows: router(rows)[1].square().sum()
+
+    for transform in (
+        lambda router: torch.func.grad(total(router))(rows),
+        lambda router: torch.vmap(total(router))(rows[None]),
+        lambda router: torch.func.jvp(total(router), (rows,), (rows,))[1],
+    ):
+        torch.testing.assert_close(transform(module), transform(own), rtol=1e-4, atol=1e-5)
 
 
 def test_a_router_under_accelerate_s_hooks_is_replaced(monkeypatch):

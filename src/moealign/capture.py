@@ -288,7 +288,7 @@ def capture(model: nn.Module, *, padding: str = "drop", attention_mask: Tensor |
                 places.append(name.rpartition(".")[0])
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in model.named_modules():
-            if _is_router(module) and name.rpartition(".")[0] not in places:  # whose experts do not tell
+            if _is_router(module) and not _near(name.rpartition(".")[0], places):  # its experts do not tell
                 handles.append(module.register_forward_hook(_router_hook(seen, name)))
         if not handles:
             raise InvalidInput(
@@ -318,7 +318,13 @@ def _eagerly() -> Iterator[None]:
     global _blocks, _before
     with _stance:
         if _blocks == 0:
-            _before = torch.compiler.set_stance("force_eager")
+            try:
+                _before = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:
+                raise InvalidInput(
+                    f"capture: expected to begin outside a compiled function, got one that runs ({error}); put the "
+                    "with statement around its call"
+                ) from None
             _before.__enter__()
         _blocks += 1
     try:
@@ -350,6 +356,15 @@ def _names(forward: Any, first: int) -> list[str]:
 def _parameters(module: nn.Module) -> list[str]:
     """Names of what `module` takes, in order; its class knows them where a wrapper of its forward does not."""
     return _names(module.forward, 0) or _names(type(module).forward, 1)
+
+
+def _near(place: str, others: list[str]) -> bool:
+    """Whether `place` is, is in, or holds one of `others`."""
+    pairs = ((f"{place}.", f"{each}.") for each in others)
+    return any(
+        one == other or ("." not in (one, other) and (one.startswith(other) or other.startswith(one)))
+        for one, other in pairs
+    )
 
 
 def _masked(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,13 +173,17 @@ def _random(value: Tensor | None, path: tuple[str, ...], tensors: dict[str, Tens
     if value is None:
         return None
     if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
-        made = torch.zeros(value.shape, dtype=value.dtype)
+        made = torch.zeros(value.shape, dtype=value.dtype, device="cpu")
     else:
-        generator = torch.Generator().manual_seed(len(tensors))
+        generator = torch.Generator("cpu").manual_seed(len(tensors))
         spread = 1 / math.sqrt(max(1, value.shape[-1])) if value.dim() == 2 else 0.1
-        made = (torch.randn(value.shape, generator=generator) * spread).to(value.dtype)
+        made = (_normal(value.shape, generator) * spread).to(value.dtype)
     tensors[".".join(path)] = made
     return made
+
+
+def _normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 # ---- what the forward computes ---------------------------------------------------------------------------------------
@@ -308,15 +312,17 @@ def recognise(module: nn.Module, hidden_states: Tensor | None = None, more: tupl
             each for each in list(inspect.signature(forward).parameters.values())[2:]
             if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
         ]  # fmt: skip
-        more = tuple(torch.zeros(experts) for _ in wanted)
-    given = tuple(torch.randn(each.shape).to(each.dtype) * 0.1 if isinstance(each, Tensor) else each for each in more)
+        more = tuple(torch.zeros(experts, device="cpu") for _ in wanted)
+    noise = torch.Generator("cpu").manual_seed(8)
+    given = tuple(
+        (_normal(each.shape, noise) * 0.1).to(each.dtype) if isinstance(each, Tensor) else each for each in more
+    )
     shapes = [(ROWS, width), (2, ROWS // 2, width)]
     if hidden_states is not None:
         shapes = [shapes[hidden_states.dim() == 3]]
     said: list[Exception] = []
     for shape in shapes:
-        generator = torch.Generator().manual_seed(7)
-        rows = torch.randn(shape, generator=generator).to(dtype)
+        rows = _normal(shape, torch.Generator("cpu").manual_seed(7)).to(dtype)
         try:
             with torch.no_grad():
                 return _recognise(module, rows, given)

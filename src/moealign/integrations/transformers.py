@@ -201,10 +201,11 @@ def replace_routers(model: torch.nn.Module) -> Replaced:
     weights ``[T, k]`` and ids ``[T, k]`` in the dtypes of its own ``forward``, ids best first.
 
     What the router's ``forward`` reads (``top_k``, ``norm_topk_prob``, a scale, a bias, ``training``) is looked at in
-    every call: after a change the router is recognised again.  Its own ``forward`` runs where that fails, under
-    autocast, for hidden states that are tensor subclasses (DTensor), and inside torch.compile if something changed
-    since its last call outside.  It may be copied, pickled, moved, converted, and be wrapped by accelerate's hooks or
-    by FSDP2.  Before Transformers distributes a model is the time to replace its routers.
+    every call: after a change the router is recognised again.  Its own ``forward`` runs where that fails; under
+    autocast, on the meta device, for DTensors, in transforms of torch.func and with forward-mode gradients; and inside
+    torch.compile if something changed since its last call outside.  It may be copied, pickled, moved, converted, and
+    be wrapped by accelerate's hooks or by FSDP2.  Before Transformers distributes a model is the time to replace its
+    routers.
 
     Returns:
         The count, an int, whose ``reasons`` name every router that was left alone and why.  Where there is none to
@@ -287,7 +288,7 @@ class _Router:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         module = self.module
-        others = kwargs or hidden_states.is_meta or _is_wrapper(hidden_states)
+        others = kwargs or hidden_states.is_meta or _is_wrapper(hidden_states) or _is_transformed(hidden_states)
         if others or torch.is_autocast_enabled(hidden_states.device.type):
             return type(module).forward(module, hidden_states, *args, **kwargs)
         plan = self.plan
@@ -320,3 +321,10 @@ def _is_wrapper(tensor: Tensor) -> bool:
     if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith("torch._subclasses"):
         return False
     return kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether `tensor` is in one of torch.func's transforms or carries a forward-mode gradient."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad._current_level >= 0 or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
