@@ -1011,6 +1011,70 @@ def test_a_router_that_computes_something_else_is_left_alone_with_a_reason(kind)
     assert "forward" not in vars(module[0])
 
 
+class Sparse(torch.nn.Module):
+    """Attention that looks at the best tokens: no router."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(32, 32)
+
+    def forward(self, hidden_states, cos, sin):
+        return self.proj(hidden_states).topk(4).indices
+
+
+class Decorated(Chooser):
+    """A router whose forward is wrapped by a decorator."""
+
+    @torch.inference_mode(False)
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Cut(Chooser):
+    """A router whose weights pass no gradient on."""
+
+    def forward(self, x):
+        scores, values, ids = super().forward(x)
+        return scores, values.detach(), ids
+
+
+class Halved(Chooser):
+    """A router through whose rows half of the gradient goes."""
+
+    def forward(self, x):
+        scores, values, ids = super().forward(x)
+        return scores, Half.apply(values), ids
+
+
+class Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (Cut, "expected its forward to pass a gradient on, got none"),
+        (Halved, "expected the gradient of moealign.route"),
+    ],
+)
+def test_a_router_with_a_gradient_of_its_own_is_left_alone(router, message):
+    with torch.inference_mode(), pytest.warns(UserWarning, match=message):
+        assert integration.replace_routers(router()) == 0
+
+
+def test_only_what_routes_is_looked_at():
+    model = torch.nn.ModuleDict({"sparse": Sparse(), "router": Decorated(), "plain": torch.nn.Linear(32, 16)})
+    count = integration.replace_routers(model)
+    assert (count, count.reasons) == (1, {})
+    assert "forward" in vars(model["router"])
+
+
 def test_where_nothing_is_replaced_a_warning_says_why():
     with pytest.warns(UserWarning, match="in Linear, got no module that routes by itself"):
         assert integration.replace_routers(torch.nn.Linear(2, 2)) == 0

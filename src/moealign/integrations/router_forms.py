@@ -63,6 +63,11 @@ class Plan:
                 return False
         return all(_same(_at(module, path), value) for path, value in self.facts)
 
+    def roles(self, made: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, weights and ids of what the router returns."""
+        logits, weights, ids = (made[self.order.index(role)] for role in range(3))
+        return logits, weights, ids
+
     def run(self, module: nn.Module, hidden_states: Tensor, more: tuple[Any, ...] = ()) -> tuple[Tensor, ...]:
         """Logits, weights and ids, in the order and the dtypes of the router's own."""
         dtype = self.linear_dtypes[1]
@@ -313,24 +318,26 @@ def recognise(module: nn.Module, hidden_states: Tensor | None = None, more: tupl
             if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
         ]  # fmt: skip
         more = tuple(torch.zeros(experts, device="cpu") for _ in wanted)
-    noise = torch.Generator("cpu").manual_seed(8)
-    given = tuple(
-        (_normal(each.shape, noise) * 0.1).to(each.dtype) if isinstance(each, Tensor) else each for each in more
-    )
     shapes = [(ROWS, width), (2, ROWS // 2, width)]
     if hidden_states is not None:
         shapes = [shapes[hidden_states.dim() == 3]]
     said: list[Exception] = []
     for shape in shapes:
-        rows = _normal(shape, torch.Generator("cpu").manual_seed(7)).to(dtype)
         try:
-            with torch.no_grad():
-                return _recognise(module, rows, given)
+            with torch.inference_mode(False), torch.no_grad():
+                noise = torch.Generator("cpu").manual_seed(7)
+                rows = _normal(shape, noise).to(dtype)
+                return _recognise(module, rows, tuple(_like(each, noise) for each in more))
         except Unlike as error:
             said.append(error)
         except Exception as error:  # of the router's own forward, or a refusal by route
             said.append(Unlike(f"{type(error).__name__}: {error}".splitlines()[0]))
     raise said[0]
+
+
+def _like(given: Any, generator: torch.Generator) -> Any:
+    """A stand-in for a further argument."""
+    return (_normal(given.shape, generator) * 0.1).to(given.dtype) if isinstance(given, Tensor) else given
 
 
 def _floats(module: nn.Module) -> list[Tensor]:
@@ -361,6 +368,7 @@ def _recognise(module: nn.Module, rows: Tensor, more: tuple[Any, ...]) -> Plan:
     )
     for scale in SCALES:
         _check(plan, forward, stand_in, rows * scale, more)
+    _check_gradients(plan, forward, stand_in, rows, more)
     return plan
 
 
@@ -516,9 +524,7 @@ def _check(plan: Plan, forward: Any, stand_in: Any, rows: Tensor, more: tuple[An
     for one, other in zip(own, got, strict=True):
         if one.shape != other.shape or one.dtype != other.dtype:
             raise Unlike(f"expected {list(other.shape)} of {other.dtype}, got {list(one.shape)} of {one.dtype}")
-    (logits, theirs, which), (again, ours, ids) = (
-        [each[plan.order.index(role)] for role in range(3)] for each in (own, got)
-    )
+    (logits, theirs, which), (again, ours, ids) = plan.roles(own), plan.roles(got)
     most = TOLERANCE.get(theirs.dtype, 1e-5) * max(1e-6, float(theirs.abs().max()))
     sorted_theirs, sorted_ours = theirs.float().sort(1).values, ours.float().sort(1).values
     close = bool((sorted_theirs - sorted_ours).abs().max() <= most)
@@ -527,3 +533,41 @@ def _check(plan: Plan, forward: Any, stand_in: Any, rows: Tensor, more: tuple[An
     alike = (which.sort(1).values == ids.sort(1).values).all(1)
     if not close or not bool(alike[apart].all()) or not bool(torch.equal(logits, again)):
         raise Unlike("expected moealign.route's choice on random rows, got another")
+
+
+def _check_gradients(plan: Plan, forward: Any, stand_in: Any, rows: Tensor, more: tuple[Any, ...]) -> None:
+    """Logits and weights pass the same gradients on to the rows, the weight and its bias."""
+    leaves = [rows.clone(), *(tensor_at(stand_in, each) for each in (plan.weight, plan.linear_bias) if each)]
+    noise = torch.Generator("cpu").manual_seed(9)
+    with torch.enable_grad():
+        for each in leaves:
+            each.requires_grad_()
+        x = leaves[0] * 1.0  # no leaf, as a model's rows are none
+        own, got = plan.roles(forward(stand_in, x, *more)), plan.roles(plan.run(stand_in, x, more))
+        orders = [ids.argsort(1) for _, _, ids in (own, got)]
+        alike = (own[2].gather(1, orders[0]) == got[2].gather(1, orders[1])).all(1, keepdim=True)  # no ties
+        for role in range(2):
+            factor = _normal(own[role].shape, noise) * alike
+            one, other = (
+                _gradients(made[role] if role == 0 else made[role].gather(1, order), factor, leaves)
+                for made, order in zip((own, got), orders, strict=True)
+            )
+            for theirs, ours in zip(one, other, strict=True):
+                if (theirs is None) != (ours is None):
+                    raise Unlike(
+                        f"expected its forward to pass a gradient on, got {'none' if theirs is None else 'one'}"
+                    )
+                most = 4 * TOLERANCE.get(rows.dtype, 1e-5)
+                if theirs is None or ours is None:
+                    continue
+                if float((theirs - ours).norm()) > most * float(theirs.norm()):
+                    raise Unlike("expected the gradient of moealign.route, got another")
+    for each in leaves:
+        each.requires_grad_(False)
+
+
+def _gradients(made: Tensor, factor: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    if not made.requires_grad:
+        return [None] * len(leaves)
+    found = torch.autograd.grad((made.float() * factor).sum(), leaves, retain_graph=True, allow_unused=True)
+    return [None if each is None else each.float() for each in found]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import sys
 import types
 import warnings
@@ -260,10 +261,11 @@ def _is_router(module: torch.nn.Module) -> bool:
         return False
     if "router" in kind.__name__.lower():
         return True
-    if any(True for child in module.children() for _ in child.children()):
+    needed = [each for each in inspect.signature(kind.forward).parameters.values() if each.default is each.empty]
+    if len(needed) > 3 or any(True for child in module.children() for _ in child.children()):
         return False
-    functions = (each for base in kind.__mro__ if base is not torch.nn.Module for each in vars(base).values())
-    return any("topk" in getattr(each, "__code__", _is_router.__code__).co_names for each in functions)
+    functions = (inspect.unwrap(each) for base in kind.__mro__ for each in vars(base).values() if callable(each))
+    return any("topk" in each.__code__.co_names for each in functions if isinstance(each, types.FunctionType))
 
 
 def _plan(module: torch.nn.Module, plans: dict[Any, list[Plan]]) -> Plan:
