@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moealign
 from moealign.backends import packed
@@ -718,6 +719,9 @@ def test_what_is_no_choice_is_refused(ids, error, message):
 
 def test_a_choice_that_is_not_of_the_tokens_is_refused():
     model = Calls(a=Named())
+    fake = FakeTensorMode().from_tensor(ids_of([0, 1]))
+    with moealign.capture(model), pytest.raises(moealign.InvalidInput, match="values in a, got a FakeTensor without"):
+        model.a(torch.zeros(1, 3), fake)
     with moealign.capture(model) as seen:
         with pytest.raises(moealign.InvalidInput, match=r"a to get the choice of each of its 5 tokens, got .* 4"):
             model.a(torch.zeros(5, 3), ids_of(*[[0, 1]] * 4))

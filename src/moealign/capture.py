@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InvalidInput, InvalidType
 from .trace import Trace
@@ -520,7 +519,7 @@ def _ids(layer: str, chosen: Any, experts: int, top_k: int | None, distinct: boo
             f"capture: expected the choice that {layer} gets to be integer ids [tokens, k] or a mask [tokens, "
             f"{experts}], got {got}; weights and probabilities say nothing certain about the choice"
         )
-    if chosen.device.type == "meta" or isinstance(chosen, FakeTensor):
+    if chosen.device.type == "meta" or type(chosen).__module__.startswith("torch._subclasses"):
         raise InvalidInput(f"capture: expected ids with values in {layer}, got a {type(chosen).__name__} without")
     if chosen.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InvalidInput(f"capture: expected {layer} to run outside the capture of a CUDA graph; capture without it")
