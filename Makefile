@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-engines lint docs figures bench-cpu fuzz clean
+.PHONY: setup demo test test-engines test-versions lint docs figures bench-cpu fuzz clean
 
 setup: $(READY)
 
@@ -23,6 +23,10 @@ test: $(READY)
 # The drop-ins inside the real vLLM and SGLang: fetches the Python files of their wheels.
 test-engines: $(READY)
 	$(BIN)/python tests/real_vllm.py
+
+# The tests under other releases of torch, Transformers, Triton and Python, each in an environment of its own under .versions.
+test-versions:
+	$(PYTHON) tests/versions.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -44,4 +48,4 @@ fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py --cases 100000
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .versions build dist site .pytest_cache .mypy_cache .ruff_cache
