@@ -40,6 +40,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
     "README.md": [
         ("performance", "results/align_{gpu}", tables.performance_table),
         ("performance-cpu", "results/align_cpu", tables.cpu_table),
+        ("versions", "results/versions", tables.versions_table),
     ],
     "docs/performance.md": [
         ("cpu-goals", "results/align_cpu", goals.cpu_goals),

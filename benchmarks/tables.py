@@ -328,3 +328,12 @@ def parallel_model(rows: Sequence[Row], source: str = "", shape: tuple[int, int,
     )
     header = ["ranks", "tokens a rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
     return f"{said}\n\n{markdown(header, lines)}"
+
+
+def versions_table(rows: Sequence[Row], source: str) -> str:
+    """How the tests end under other releases; tests/versions.py writes the rows."""
+    columns = ("name", "python", "torch", "transformers", "triton", "numba", "numpy", "passed", "failed", "skipped")
+    lines = [[row[name] for name in columns] for row in rows]
+    dates = sorted({row["date"] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"`make test-versions`, {when}; `{source}`.\n\n{markdown(columns, lines)}"

@@ -21,7 +21,7 @@ OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
 def on_files(files: Files, config: Any) -> Files:
     for path in sorted({path for page in files.documentation_pages() for path in _outside(page)}):
         files.append(File.generated(config, _place(path), abs_src_path=str(ROOT / path)))
-    for path in sorted(RESULTS.glob("*.csv")):
+    for path in sorted(RESULTS.glob("*_*.csv")):
         name = _place(str(path.relative_to(ROOT)))
         if name not in files.src_uris:
             files.append(File.generated(config, name, abs_src_path=str(path)))
@@ -45,9 +45,9 @@ def _place(path: str) -> str:
 
 
 def tables() -> str:
-    """Every row of every tracked CSV."""
+    """Every row of every tracked CSV of times; their names are of what is timed and where."""
     parts = []
-    for path in sorted(RESULTS.glob("*.csv")):
+    for path in sorted(RESULTS.glob("*_*.csv")):
         with path.open(newline="") as source:
             rows = list(csv.DictReader(source))
         first = rows[0]

@@ -46,6 +46,9 @@ between
 <!-- performance-cpu:begin -->
 stale
 <!-- performance-cpu:end -->
+
+<!-- versions:begin -->
+<!-- versions:end -->
 """
 
 
@@ -184,7 +187,7 @@ def test_rows_have_the_columns(tmp_path: Path) -> None:
     assert len(lines) == 3
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.csv")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*_*.csv")), ids=lambda path: path.name)
 def test_tracked_results_have_the_columns_and_one_row_a_measurement(path: Path) -> None:
     with path.open(newline="") as source:
         reader = csv.DictReader(source)
@@ -262,6 +265,22 @@ def test_every_marker_of_a_page_is_filled_by_the_script() -> None:
     for page, tables_of in figures.PAGES.items():
         found = re.findall(r"<!-- (\S+):begin -->", (ROOT / page).read_text())
         assert sorted(found) == sorted(marker for marker, *_ in tables_of), page
+
+
+VERSIONS = """name,python,torch,transformers,triton,numba,numpy,passed,failed,skipped,date
+torch-2.10,3.11.7,2.10.0,5.24.0,3.6.0,0.68.1,2.4.6,900,1,12,2026-11-26
+oldest,3.10.13,2.10.0,5.16.0,-,0.61.0,1.26.4,950,0,10,2026-11-27
+"""
+
+
+def test_the_table_of_versions_is_its_rows_and_the_dates_they_span(tmp_path: Path) -> None:
+    (tmp_path / "versions.csv").write_text(VERSIONS)
+    rows = figures.read(tmp_path / "versions.csv")
+    said, _, table = tables.versions_table(rows, "a.csv").partition("\n\n")
+    assert said == "`make test-versions`, 2026-11-26 to 2026-11-27; `a.csv`."
+    header, _, *lines = (line.strip("| ").split(" | ") for line in table.splitlines())
+    assert [header, *lines] == [line.split(",")[:-1] for line in VERSIONS.splitlines()]
+    assert tables.versions_table(rows[:1], "a.csv").startswith("`make test-versions`, 2026-11-26; `a.csv`.")
 
 
 # ---- goals, experts, routers, plug-ins, trials -----------------------------------------------------------------------
