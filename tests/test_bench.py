@@ -69,8 +69,8 @@ def test_the_paths_and_backends_that_were_asked_for(few, tmp_path):
 def test_refusals_are_one_line(arguments, message):
     result = run(*arguments)
     assert result.exit_code == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

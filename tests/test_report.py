@@ -363,8 +363,8 @@ def test_a_dark_and_a_light_png(tmp_path):
 def test_refusals_of_the_command(arguments, message):
     result = run(str(example_trace()), *arguments)
     assert result.exit_code == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
 
 
 def test_refusals(report, tmp_path):
