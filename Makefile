@@ -1,5 +1,6 @@
 # `make demo` and `make test` set up all they need in .venv; nothing else on the machine is touched.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -17,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/moealign demo
 
+# ARGS="--order 1" runs them in a random order.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The drop-ins inside the real vLLM and SGLang: fetches the Python files of their wheels.
 test-engines: $(READY)

@@ -1,8 +1,9 @@
-"""Backends and hypothesis profiles for all tests.  A new backend is covered by its row in moealign.backends.TABLE."""
+"""For all tests: backends, hypothesis' profile, random order.  A new backend is covered by its row in TABLE."""
 
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 import torch
@@ -19,6 +20,24 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("moealign")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--order", type=int, metavar="SEED", help="run files, and the tests of each, in this random order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("--order")) is not None:
+        shuffle(items, seed)
+
+
+def shuffle(items: list[pytest.Item], seed: int) -> None:
+    """Files in random order, and in each its tests, which stay together for the sake of its fixtures."""
+    chance = random.Random(seed)
+    files = list(dict.fromkeys(item.path for item in items))
+    chance.shuffle(files)
+    chance.shuffle(items)
+    items.sort(key=lambda item: files.index(item.path))
 
 
 def places() -> list[tuple[str, str]]:

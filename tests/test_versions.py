@@ -1,14 +1,17 @@
-"""The driver of the version matrix: its rows, its counts, its file and its refusals, without installing anything."""
+"""How the tests are run: the driver of the version matrix, without installing anything, and the random order."""
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import versions
+from conftest import shuffle
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = """
@@ -48,7 +51,6 @@ def test_it_counts_what_pytest_counts(tmp_path):
 def test_a_run_that_dies_is_a_failure(tmp_path):
     (tmp_path / "test_dies.py").write_text("import os\ndef test(): os._exit(0)\n")
     assert versions.run(Path(sys.executable), [str(tmp_path)]) == {"passed": 0, "failed": 1, "skipped": 0}
-    assert versions.run(Path(sys.executable), [str(tmp_path / "none.py")])["failed"] == 1
 
 
 def line(name: str, passed: int = 1, failed: int = 0) -> dict[str, str]:
@@ -134,3 +136,24 @@ def test_installed_versions_are_read():
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert re.match(r"\d+\.\d+", found["torch"])
     assert set(found) == {"python", *versions.RECORDED}
+
+
+# ---- random order --------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    path: str
+    number: int
+
+
+def test_a_seed_orders_files_and_their_tests_and_loses_none():
+    given = [Item(path, number) for path in "abcdef" for number in range(6)]
+    first, again, second = orders = [list(given) for _ in range(3)]
+    for order, seed in zip(orders, (1, 1, 2), strict=True):
+        shuffle(order, seed)
+    assert first == again
+    assert len({tuple(each) for each in (given, first, second)}) == 3
+    for order in (first, second):
+        assert sorted(order) == given
+        assert [path for path, _ in itertools.groupby(order, lambda item: item.path)] != list("abcdef")
+        assert len(list(itertools.groupby(order, lambda item: item.path))) == 6, "each file stays together"
