@@ -17,6 +17,8 @@ from typing import NamedTuple
 import pytest
 from sass import disassembler, touched_before_the_wait
 
+from moealign.backends import cache
+
 compile_ = importlib.import_module("moealign.backends.cuda.compile")
 
 
@@ -149,9 +151,11 @@ def test_a_compile_error_says_what_nvrtc_says():
 def folder(tmp_path, monkeypatch):
     path = tmp_path / "cache"
     monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(path))
-    compile_._checked.cache_clear()
+    cache._checked.cache_clear()
+    cache._warn.cache_clear()
     yield path
-    compile_._checked.cache_clear()
+    cache._checked.cache_clear()
+    cache._warn.cache_clear()
 
 
 @pytest.fixture
@@ -241,10 +245,10 @@ def test_a_folder_that_cannot_be_made_is_done_without(folder, builds):
 def test_the_folder_is_the_users_own(monkeypatch, tmp_path):
     monkeypatch.delenv("MOEALIGN_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert compile_._folder() == tmp_path / "xdg" / "moealign"
+    assert cache._folder() == tmp_path / "xdg" / "moealign"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert compile_._folder() == tmp_path / "home" / ".cache" / "moealign"
+    assert cache._folder() == tmp_path / "home" / ".cache" / "moealign"
 
 
 def test_an_interrupted_write_leaves_nothing_behind(folder, builds, monkeypatch):
@@ -275,7 +279,7 @@ def test_four_processes_at_once_end_with_one_good_entry(folder):
         each.join(60)
     assert len(codes) == 1
     (entry,) = folder.iterdir()
-    assert compile_._read(entry, entry.stem) == codes.pop()
+    assert cache.read(entry, entry.stem) == codes.pop()
 
 
 def test_importing_the_backend_imports_no_cuda_core():

@@ -18,26 +18,23 @@ Conventions for a ``.cu`` file, which stands beside this one and includes nothin
   specialisation compiles that kernel alone.
 - Clusters are a property of the code (``__cluster_dims__``).  Dynamic shared memory needs no attribute from the caller.
 
-A compiled kernel is kept in the user's cache folder, :func:`cache_folder`.  An entry is a SHA-256 over its key and its
-code, then the code; one whose hash does not fit is compiled again: that is for damage.  Against other users there are
-the folder's permissions: it is used only if its owner alone can write it.
+A compiled kernel is kept in the user's cache folder: see :mod:`moealign.backends.cache`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
 import re
 import struct
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..cache import cache_folder, key_of, read, write
 
 __all__ = ["COOPERATIVE", "OVERLAP", "PLAIN", "Kernel", "build", "cache_folder", "compiler_version", "kernel"]
 
@@ -48,7 +45,6 @@ Defines = tuple[tuple[str, int], ...]
 PLAIN, COOPERATIVE, OVERLAP = range(3)
 
 _STANDARD = "c++17"
-_log = logging.getLogger("moealign")
 
 
 # ---------------------------------------------------------------------------------------------------------- compiling
@@ -78,69 +74,7 @@ def build(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
 
 def cache_key(source_text: str, name: str, defines: Defines, arch: str, version: str) -> str:
     """Names one cubin: it changes with everything that the code depends on."""
-    ingredients = (source_text, name, *(f"{key}={value}" for key, value in defines), arch, version, _STANDARD)
-    digest = hashlib.sha256()
-    for each in ingredients:
-        encoded = each.encode()
-        digest.update(struct.pack("<q", len(encoded)) + encoded)
-    return digest.hexdigest()
-
-
-def _folder() -> Path:
-    named = os.environ.get("MOEALIGN_CACHE_DIR")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moealign"
-
-
-@functools.cache
-def _checked(folder: Path) -> Path | None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = folder.stat()
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & 0o022):
-            raise PermissionError(f"{folder} belongs to another user or can be written by others")
-        if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} cannot be read and written")
-    except (OSError, RuntimeError) as error:
-        _log.warning("kernels are compiled in every process: %s; set MOEALIGN_CACHE_DIR to a folder of yours", error)
-        return None
-    return folder
-
-
-def cache_folder() -> Path | None:
-    """MOEALIGN_CACHE_DIR, else XDG_CACHE_HOME/moealign, else ~/.cache/moealign; None if that is not safe to use."""
-    try:
-        return _checked(_folder())
-    except RuntimeError:  # no home folder
-        return None
-
-
-def _read(path: Path, key: str) -> bytes | None:
-    try:
-        entry = path.read_bytes()
-    except OSError:
-        return None
-    code = entry[32:]
-    if not code or hashlib.sha256(key.encode() + code).digest() != entry[:32]:
-        _log.warning("%s is damaged: compiling again", path)
-        return None
-    return code
-
-
-def _write(path: Path, key: str, code: bytes) -> None:
-    """Whole or not at all: a reader sees no half-written entry, and of many writers the last one wins with the same."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(key.encode() + code).digest() + code)
-        os.replace(temporary, path)
-    except OSError as error:
-        _log.warning("%s was not written: %s", path, error)
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    return key_of(source_text, name, *(f"{key}={value}" for key, value in defines), arch, version, _STANDARD)
 
 
 def cubin(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
@@ -150,10 +84,10 @@ def cubin(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
         return build(source_text, name, defines, arch)
     key = cache_key(source_text, name, defines, arch, compiler_version())
     path = folder / f"{key}.cubin"
-    code = _read(path, key)
+    code = read(path, key)
     if code is None:
         code = build(source_text, name, defines, arch)
-        _write(path, key, code)
+        write(path, key, code)
     return code
 
 
