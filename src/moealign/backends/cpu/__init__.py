@@ -5,18 +5,17 @@ Bytes: ids are read twice, every output is written once; scratch is one int32 co
 with at most `CHUNKS_A_THREAD` chunks a thread, and three tables.
 
 Ids of any integer dtype and of any strides that collapse to two dimensions are read in place; only other
-strides are copied.  Nothing here imports numba before the first call.
+strides are copied.  Nothing imports numba before somebody asks whether this backend runs here.
+
+No call leaves anything behind for another: what a kernel reads and writes is held by the call that runs it, and an
+exception or a call from inside a call, wherever it comes, finds every table whole.
 """
 
 from __future__ import annotations
 
 import ctypes
-import glob
-import importlib.util
 import mmap
-import os
 import struct
-import sys
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -24,10 +23,13 @@ from typing import Any
 
 import torch
 
+from moealign.errors import MoealignError
 from moealign.layout import BlockLayout, Problem
 
+from .. import reference
+from . import compiled
 from .routing import route
-from .threads import helpers, num_threads
+from .threads import check_num_threads, helpers, num_threads
 
 __all__ = ["align", "align_batched", "align_three", "note", "num_threads", "refuses", "route", "unavailable"]
 
@@ -51,15 +53,11 @@ _OUTPUTS_AT = 18 * 8  # of the arguments of `serial`
 _NOTHING = (None, None, None)
 _MOST_USUAL = 256
 
-_kernels: Any = None
-
 
 @lru_cache(maxsize=1)
 def unavailable() -> str | None:
     """Why numba cannot run here."""
-    if importlib.util.find_spec("numba") is None:
-        return "numba is not installed; pip install 'moealign[cpu]'"
-    return None
+    return compiled.failure()
 
 
 def refuses(problem: Problem) -> str | None:
@@ -70,44 +68,21 @@ def refuses(problem: Problem) -> str | None:
 
 
 def note(problem: Problem) -> str:
-    """What the first call in this process waits for."""
+    """What the first call in this process waits for, or what every call is refused for."""
+    try:
+        check_num_threads()
+    except MoealignError as error:
+        return f"but calls are refused: {error}"
     width = abs(_CODES[problem.dtype])
-    if _kernels is not None:
-        first = _kernels.batched_scan if problem.op == "align_batched" else _kernels.serial[width]
-        if first.signatures or (problem.op == "align" and _kernels.shared[width].signatures):
-            return ""
-    folder, cached = _cache()
-    if cached:
+    first, *others = [("batched_scan", 0)] if problem.op == "align_batched" else [("serial", width), ("shared", width)]
+    if unavailable() is not None or not compiled.loaded or any(compiled.is_ready(*each) for each in (first, *others)):
+        return ""
+    folder = compiled.loaded["kernels"].kept_in()
+    if folder is None:
+        return "the first call compiles with numba, about 3 s, in every process: see the warning about the cache folder"
+    if compiled.is_kept("kernels", *first):
         return f"compiled by numba before, cached in {folder}: the first call loads it, about 0.5 s"
     return f"the first call compiles with numba, about 3 s, then it is cached in {folder}"
-
-
-def _cache() -> tuple[str, bool]:
-    """Where numba keeps what it compiled from kernels.py, and whether there is something."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    pycache = os.path.join(here, "__pycache__")
-    home = os.path.expanduser("~")
-    if sys.platform == "darwin":
-        user = os.path.join(home, "Library", "Caches", "numba")
-    elif sys.platform == "win32":
-        user = os.path.join(os.environ.get("LOCALAPPDATA", home), "numba", "numba", "Cache")
-    else:
-        user = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache"), "numba")
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    writable = os.access(pycache if os.path.isdir(pycache) else here, os.W_OK)
-    folder = given or (pycache if writable else user)
-    # Under a folder of its own numba keeps one sub-folder a source folder, named <parent>_<hash>.
-    places = [folder] if folder == pycache else sorted(glob.glob(os.path.join(glob.escape(folder), "cpu_*")))
-    return folder, any(glob.glob(os.path.join(glob.escape(place), "kernels.*.nbi")) for place in places)
-
-
-def _load() -> Any:
-    global _kernels
-    if _kernels is None:
-        from moealign.backends.cpu import kernels
-
-        _kernels = kernels
-    return _kernels
 
 
 def _walk(ids: torch.Tensor, routes: int) -> tuple[torch.Tensor, int, int, int]:
@@ -127,33 +102,63 @@ def _walk(ids: torch.Tensor, routes: int) -> tuple[torch.Tensor, int, int, int]:
     return ids.contiguous(), routes, 0, 1
 
 
+class _Rows:
+    """Three rows of counters."""
+
+    def __init__(self, ints: int) -> None:
+        self.ints = ints
+        self.memory = torch.empty(3 * ints, dtype=torch.int32)
+        self.address = self.memory.data_ptr()
+
+
 class _Arguments:
-    """Room for the arguments of one call: `pack(buffer, 0, ...)` writes them, `address` is what the kernel gets."""
+    """Room for the arguments of one call: `pack(buffer, 0, ...)` writes them, `address` is what the kernel gets.
+    `rows` are those that the arguments name: they live as long."""
 
     def __init__(self, count: int) -> None:
         self.buffer = ctypes.create_string_buffer(8 * count)
         self.address = ctypes.addressof(self.buffer)
         self.pack = struct.Struct(f"{count}q").pack_into
+        self.rows: _Rows | None = None
 
 
-class _Scratch(threading.local):
-    """Kept for each thread from call to call, since a call of a few routes is shorter than a malloc: three rows of
-    counters, and room for arguments (a list, so that a call inside a call takes another).  `usual` has the arguments of
-    calls with three outputs from contiguous ids and nothing else, in which only four addresses change."""
+class _Scratch:
+    """Kept for each thread from call to call, since a call of a few routes is shorter than a malloc: rows of counters,
+    and room for arguments.  `usual` has the arguments of calls with three outputs from contiguous ids and nothing else,
+    in which only four addresses change.
+
+    A call takes its arguments out and puts them back at its end, so that a call inside it has others, and one that
+    ends by an exception leaves them behind.  The rows may be shared: a kernel expects nothing in them, and inside it
+    nothing else runs on this thread."""
 
     def __init__(self) -> None:
-        self.row_ints = self.address = 0
-        self.rows: torch.Tensor | None = None
+        self.rows = _Rows(0)
         self.free: list[_Arguments] = []
         self.usual: dict[int, tuple[Problem, _Arguments, Any]] = {}
 
-    def grow(self, row_ints: int) -> None:
-        self.rows = torch.empty(3 * row_ints, dtype=torch.int32)
-        self.address, self.row_ints = self.rows.data_ptr(), row_ints
-        self.usual.clear()
+    def rows_of(self, ints: int) -> _Rows:
+        rows = self.rows
+        if rows.ints < ints:
+            rows = self.rows = _Rows(ints)
+            self.usual.clear()  # which would keep the smaller ones alive
+        return rows
+
+    def arguments(self, count: int) -> _Arguments:
+        try:
+            return self.free.pop()
+        except IndexError:
+            return _Arguments(count)
 
 
-_own = _Scratch()
+_threads_own = threading.local()
+
+
+def _scratch() -> _Scratch:
+    try:
+        return _threads_own.scratch  # type: ignore[no-any-return]
+    except AttributeError:
+        made = _threads_own.scratch = _Scratch()
+        return made
 
 
 @lru_cache(maxsize=1)
@@ -192,13 +197,22 @@ def align(
     out: BlockLayout,
 ) -> None:
     """Fill `out`; see the package's text for how."""
-    own = _own
     if _as_before(problem, topk_ids, out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded):
         return
-    kernels = _kernels or _load()
+    check_num_threads()
     routes, experts, block_size = problem.routes, problem.num_experts, problem.block_size
     code = _CODES[problem.dtype]
     width = abs(code)
+    if routes >= PARALLEL_ROUTES:
+        threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
+    else:
+        threads = 1
+    kernel = compiled.find("kernels", "shared" if threads > 1 else "serial", width)
+    prepare = compiled.find("kernels", "prepare") if threads > 1 else None
+    if kernel is None or (prepare is None and threads > 1):
+        reference.align(problem, topk_ids, expert_map, num_valid_tokens, error_word, out)
+        return
+    kernels = compiled.loaded["kernels"]
     signed = 1 if code > 0 else 0
     bound = min(experts, 128 if width == 1 else 32768) if signed and width < 4 else experts
     if topk_ids.is_contiguous():
@@ -222,31 +236,28 @@ def align(
 
     length = sorted_ids.numel()
     huge = _ask_for_huge_pages(sorted_ids)
-    if routes >= PARALLEL_ROUTES:
-        threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
-    else:
-        threads = 1
     row_ints = (experts + 1 + 63) // 64 * 64  # two pairs of cache lines: threads must share none, nor its neighbour
-    if threads <= 1:
-        if own.row_ints < row_ints:
-            own.grow(row_ints)
-        arguments = own.free.pop() if own.free else _Arguments(kernels.SERIAL_ARGUMENTS)
+    if prepare is None:
+        own = _scratch()
+        table = own.rows_of(row_ints)
+        arguments = own.arguments(kernels.SERIAL_ARGUMENTS)
+        arguments.rows = table
         arguments.pack(
             arguments.buffer, 0,
             ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
             map_address, map_code, map_stride, ignore, num_valid, error,
             routes, problem.top_k, experts, block_size, length, expert_ids.numel(),
             sorted_ids.data_ptr(), expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr(),
-            counts, offsets, ends, positions, block_rows, scatter_idx, own.address, row_ints,
+            counts, offsets, ends, positions, block_rows, scatter_idx, table.address, row_ints,
         )  # fmt: skip
-        kernels.serial[width](arguments.address)
+        kernel(arguments.address)
         small = routes < PARALLEL_ROUTES and not huge
         given = (expert_map, num_valid_tokens, error_word)
         if small and not problem.extras and given == _NOTHING and topk_ids.is_contiguous():
             if len(own.usual) >= _MOST_USUAL:
                 own.usual.clear()
             # `problem` lives as long, since its id is the key; one of another length is another object
-            own.usual[id(problem)] = (problem, arguments, kernels.serial[width])
+            own.usual[id(problem)] = (problem, arguments, kernel)
         else:
             own.free.append(arguments)
         return
@@ -258,7 +269,7 @@ def align(
     memory = torch.empty((head + 256) // 4 + rows * row_ints, dtype=torch.int32)
     control = (memory.data_ptr() + 255) // 256 * 256
     scratch = control + head
-    valid = kernels.prepare(
+    valid = prepare(
         map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.top_k, experts, scratch
     )
     told = bytes(kernels.CONTROL_BYTES) + _SHARED(
@@ -270,26 +281,30 @@ def align(
         counts, offsets, ends, positions, block_rows, scatter_idx,
     )  # fmt: skip
     ctypes.memmove(control, told, len(told))
-    task = kernels.shared[width]
-    helpers.ask(threads - 1, task, (0, control), memory)
-    task(1, control)
+    helpers.ask(threads - 1, kernel, (0, control), memory)
+    kernel(1, control)
 
 
 def _as_before(
     problem: Problem, topk_ids: torch.Tensor, rows: torch.Tensor, blocks: torch.Tensor, total: torch.Tensor
 ) -> bool:
     """Whether a call like this one was made before, with three outputs and no options: then it is made again."""
-    usual = _own.usual.pop(id(problem), None)  # a call inside this one finds none
+    try:
+        own = _threads_own.scratch
+    except AttributeError:  # this thread's first call
+        return False
+    usual = own.usual.pop(id(problem), None)  # a call inside this one finds none
     if usual is None:
         return False
     if not topk_ids.is_contiguous():
-        _own.free.append(usual[1])
+        own.free.append(usual[1])
         return False
+    check_num_threads()
     arguments = usual[1]
     _IDS(arguments.buffer, 0, topk_ids.data_ptr())
     _OUTPUTS(arguments.buffer, _OUTPUTS_AT, rows.data_ptr(), blocks.data_ptr(), total.data_ptr())
     usual[2](arguments.address)
-    _own.usual[id(problem)] = usual
+    own.usual[id(problem)] = usual
     return True
 
 
@@ -308,7 +323,12 @@ def align_batched(
     out: BlockLayout,
 ) -> None:
     """Fill `out` from counts."""
-    kernels = _kernels or _load()
+    check_num_threads()
+    scan, fill = compiled.find("kernels", "batched_scan"), compiled.find("kernels", "batched_fill")
+    if scan is None or fill is None:
+        reference.align_batched(problem, expert_num_tokens, error_word, out)
+        return
+    kernels = compiled.loaded["kernels"]
     batches, most = problem.num_experts, problem.top_k
     sorted_ids, expert_ids = out.sorted_token_ids, out.expert_ids
     control_ints = kernels.CONTROL_BYTES // 4
@@ -316,7 +336,7 @@ def align_batched(
     memory[:control_ints] = 0
     control = memory.data_ptr()
     scratch = control + kernels.CONTROL_BYTES
-    kernels.batched_scan(
+    scan(
         expert_num_tokens.data_ptr(), _CODES[problem.dtype], expert_num_tokens.stride(0), most, batches,
         problem.block_size, _address(error_word), scratch,
         out.num_tokens_post_padded.data_ptr(), _address(out.expert_counts), _address(out.expert_offsets),
@@ -333,5 +353,5 @@ def align_batched(
         sorted_ids.data_ptr(), expert_ids.data_ptr(), _address(out.positions), _address(out.block_rows),
     )  # fmt: skip
     if threads > 1:
-        helpers.ask(threads - 1, kernels.batched_fill, (0, *arguments), memory)
-    kernels.batched_fill(1, *arguments)
+        helpers.ask(threads - 1, fill, (0, *arguments), memory)
+    fill(1, *arguments)

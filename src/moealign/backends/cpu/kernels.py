@@ -16,12 +16,21 @@ E, which lies behind the last one and is filled with the sentinel: there is alwa
 from __future__ import annotations
 
 import os
+import pickle
+import sys
 
+import llvmlite
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.caching import NullCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 from numba.extending import intrinsic
+
+from ..cache import cache_folder, key_of, read, write
 
 __all__ = [
     "CONTROL_BYTES",
@@ -30,9 +39,13 @@ __all__ = [
     "SHARED_ARGUMENTS",
     "batched_fill",
     "batched_scan",
+    "joins",
+    "kept_in",
+    "kernel",
     "prepare",
     "serial",
     "shared",
+    "text_of",
 ]
 
 # Up to here the count uses two tables of counters side by side.
@@ -48,12 +61,67 @@ FILL_FIRST = 32
 SERIAL_ARGUMENTS = 29
 # int64 that `shared` reads, behind what its threads tell each other.
 SHARED_ARGUMENTS = 29
-# What threads of a call tell each other: seven int64, each in a cache line of its own.
-CONTROL_BYTES = 448
+# What threads of a call tell each other: eight int64, each in a cache line of its own.
+CONTROL_BYTES = 512
+# A helper that is there before the leader looks for it so often, offering the processor in between: some milliseconds.
+PATIENCE = 4096
 
-_JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
+_JIT = {"nogil": True, "error_model": "numpy"}
 _PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
 _UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}
+
+
+def text_of(module):  # type: ignore[no-untyped-def]
+    """The source of a module, as the one who imported it reads it."""
+    return module["__loader__"].get_data(module["__file__"])
+
+
+class Kept(NullCache):
+    """Keeps what numba compiled in :func:`kept_in`, under a key of all that the machine code depends on."""
+
+    def __init__(self, function, *texts):  # type: ignore[no-untyped-def]
+        cells = [str(cell.cell_contents) for cell in function.__closure__ or ()]
+        versions = (numba.__version__, llvmlite.__version__, str(sys.implementation.cache_tag))
+        self.ingredients = (*texts, function.__qualname__, *cells, *versions)
+
+    def place(self, signature, codegen):  # type: ignore[no-untyped-def]
+        """Path and key of an entry, None if nothing is kept; `codegen` knows the processor."""
+        folder = kept_in()
+        if folder is None:
+            return None
+        key = key_of(*self.ingredients, str(signature), str(codegen.magic_tuple()))
+        return folder / f"{key}.numba", key
+
+    def load_overload(self, signature, target_context):  # type: ignore[no-untyped-def]
+        target_context.refresh()
+        place = self.place(signature, target_context.codegen())
+        code = place and read(*place)
+        return code and CompileResult._rebuild(target_context, *pickle.loads(code))
+
+    def save_overload(self, signature, result):  # type: ignore[no-untyped-def]
+        place = self.place(signature, result.codegen)
+        if place is not None:
+            write(*place, dumps(result._reduce()))
+
+
+def kept_in():  # type: ignore[no-untyped-def]
+    """The folder of compiled kernels, None if nothing is kept.  The user's NUMBA_CACHE_DIR holds it unless
+    MOEALIGN_CACHE_DIR is set."""
+    return cache_folder(os.environ.get("NUMBA_CACHE_DIR"))
+
+
+def kernel(*texts):  # type: ignore[no-untyped-def]
+    """The decorator of what Python calls; `texts` are the sources that it is made of."""
+
+    def decorate(function):  # type: ignore[no-untyped-def]
+        dispatcher = njit(**_JIT)(function)
+        dispatcher._cache = Kept(function, *texts)
+        return dispatcher
+
+    return decorate
+
+
+_kernel = kernel(text_of(globals()))
 
 
 @intrinsic(prefer_literal=True)
@@ -140,6 +208,21 @@ def _wait(address, least):  # type: ignore[no-untyped-def]
         turns += 1
         if turns % 64 == 0:
             _yield()
+
+
+@njit(**_PART)
+def joins(begun, leader):  # type: ignore[no-untyped-def]
+    """Whether this thread takes part in a call.  A helper does only once the leader is inside, where no exception can
+    reach it: whoever takes a chunk is waited for.  Where the leader does not come, its helpers touch nothing."""
+    if leader != 0:
+        _add(begun, 1)
+        return True
+    for turn in range(64 * PATIENCE):
+        if _read(begun) > 0:
+            return True
+        if turn % 64 == 63:
+            _yield()
+    return False
 
 
 @njit(**_PART)
@@ -412,7 +495,7 @@ def _unwanted(positions, scatter_idx, valid, routes):  # type: ignore[no-untyped
 
 
 def _make_serial(width):  # type: ignore[no-untyped-def]
-    @njit(**_JIT)
+    @_kernel
     def serial(arguments):  # type: ignore[no-untyped-def]
         """All of it on this thread.  `arguments`: address of SERIAL_ARGUMENTS int64, as numba takes 75 ns for each."""
         given = _i64(arguments)
@@ -518,7 +601,7 @@ def _scan(  # type: ignore[no-untyped-def]
     _i32(total_out)[0] = np.int32(first)
 
 
-@njit(**_JIT)
+@_kernel
 def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes, top_k, experts, table):  # type: ignore[no-untyped-def]
     """Before `shared`: the map as a table of bins.  Returns how many routes count."""
     if map_address != 0:
@@ -527,7 +610,7 @@ def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes,
 
 
 def _make_shared(width):  # type: ignore[no-untyped-def]
-    @njit(**_JIT)
+    @_kernel
     def shared(leader, control):  # type: ignore[no-untyped-def]
         """What every thread of a call runs: chunks are taken from counters at `control` until none is left.
 
@@ -535,6 +618,8 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
         and nobody waits for a thread that has not taken a chunk.  A helper that comes too late finds none left: it
         reads `control` and leaves.
         """
+        if not joins(control + 448, leader):
+            return
         given = _i64(control + CONTROL_BYTES)
         chunks, valid, scratch, row_ints = given[0], given[1], given[2], given[3]
         ids_address, cols, row_stride, col_stride, bound_, signed = (
@@ -608,7 +693,7 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
     return shared
 
 
-@njit(**_JIT)
+@_kernel
 def batched_scan(  # type: ignore[no-untyped-def]
     counts_in, code, stride, most, batches, block_size, error, scratch,
     total_out, counts_out, offsets_out, ends_out,
@@ -640,12 +725,14 @@ def batched_scan(  # type: ignore[no-untyped-def]
         _i32(error)[0] |= np.int32(8)
 
 
-@njit(**_JIT)
+@_kernel
 def batched_fill(  # type: ignore[no-untyped-def]
     leader, control, parts, most, batches, block_size, length, num_blocks, scratch,
     sorted_ids, expert_ids, positions, block_rows,
 ):  # fmt: skip
     """Batched, pass 2, what every thread runs: a share of the batches and of the tails, until none is left."""
+    if not joins(control + 128, leader):
+        return
     kept = _i32(scratch)
     target = _i32(sorted_ids)
     routes = batches * most

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ...layout import Routing
-from .threads import helpers, num_threads
+from .. import reference_routing
+from . import compiled
+from .threads import check_num_threads, helpers, num_threads
 
 __all__ = ["route"]
 
@@ -31,8 +33,13 @@ def route(
     mean_probability: Tensor | None,
 ) -> None:
     """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` where it is wanted."""
-    from . import routing_kernels  # numba, at the first call
-
+    check_num_threads()
+    kernel = compiled.find("routing_kernels", "route")
+    if kernel is None:
+        given = (router_logits, correction_bias, num_valid_tokens)
+        reference_routing.route(routing, *given, weights, ids, mean_probability)
+        return
+    first = compiled.loaded["routing_kernels"].TOLD
     tokens, experts = routing.tokens, routing.num_experts
     logits, bias = _plain(router_logits), None if correction_bias is None else _plain(correction_bias)
     valid = tokens if num_valid_tokens is None else min(max(int(num_valid_tokens), 0), tokens)
@@ -40,9 +47,9 @@ def route(
     if tokens * experts >= PARALLEL_LOGITS and mean_probability is None:
         threads = min(num_threads(), tokens * experts // MIN_LOGITS_A_THREAD, tokens)
         chunks = min(CHUNKS_A_THREAD * threads, tokens) if threads > 1 else 1
-    told = ctypes.create_string_buffer(routing_kernels.TOLD + _PACK.size)
+    told = ctypes.create_string_buffer(first + _PACK.size)
     _PACK.pack_into(
-        told, routing_kernels.TOLD,
+        told, first,
         chunks, tokens, experts, routing.top_k, valid,
         routing.scoring == "sigmoid", routing.renormalize, routing.num_groups, routing.topk_groups,
         logits.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(), ids.data_ptr(),
@@ -50,8 +57,8 @@ def route(
     )  # fmt: skip
     address = ctypes.addressof(told)
     if threads > 1:
-        helpers.ask(threads - 1, routing_kernels.route, (0, address), (told, logits, bias, weights, ids))
-    routing_kernels.route(1, address)
+        helpers.ask(threads - 1, kernel, (0, address), told)
+    kernel(1, address)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ from __future__ import annotations
 import numpy as np
 from numba import carray, njit, types
 
+from .. import reference_routing
 from ..reference_routing import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
-from .kernels import _add, _i32, _i64, _pointer_to, _wait
+from . import kernels
+from .kernels import _PART, _add, _i32, _i64, _pointer_to, _wait, joins, kernel, text_of
 
 __all__ = ["ARGUMENTS", "TOLD", "route"]
 
-_JIT = {"cache": True, "nogil": True, "error_model": "numpy"}
 LANES = 16  # a constant: the loops over it become vectors
-TOLD = 128  # bytes of two counters, a cache line each
+TOLD = 192  # bytes of three counters, a cache line each
 ARGUMENTS = 14
-_PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
+_kernel = kernel(*(text_of(vars(module)) for module in (kernels, reference_routing)), text_of(globals()))
 _f32, _f64 = _pointer_to(types.float32), _pointer_to(types.float64)
 _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _FAR, _TINY = np.float32(FAR), np.float32(TINY)
@@ -62,7 +63,7 @@ def _sigmoid32(x):  # type: ignore[no-untyped-def]
     return _ONE / (_ONE + _exp32(-min(x, _FAR + _ONE)))
 
 
-@njit(**_JIT)
+@_kernel
 def _exp32_each(x, powers):  # type: ignore[no-untyped-def]
     """x[e] = _exp32(x[e]), NaN to 0, without a branch or a table, so that the loops become vectors; x is at most FAR.
     `powers` is room for as many int32."""
@@ -81,7 +82,7 @@ def _exp32_each(x, powers):  # type: ignore[no-untyped-def]
         x[e] = x[e] * power[e]
 
 
-@njit(**_JIT)
+@_kernel
 def _sigmoid32_each(row, out, powers):  # type: ignore[no-untyped-def]
     """out[e] = _sigmoid32(row[e])."""
     for e in range(out.size):
@@ -186,22 +187,31 @@ def _choose_groups(score, ordered, biased, num_groups, topk_groups, best, groups
 
 
 @njit(**_PART)
+def _room(experts, biased, k, num_groups, topk_groups):  # type: ignore[no-untyped-def]
+    """What one thread works in."""
+    return (
+        np.empty(topk_groups, np.float32),
+        np.empty(topk_groups, np.int64),
+        np.empty(num_groups, np.bool_),
+        np.empty(experts if biased else 0, np.float32),
+        np.empty(experts, np.float32),
+        np.empty(experts, np.int32),
+        np.full((experts + LANES - 1) // LANES * LANES, _TAKEN, np.int64),
+        np.empty(LANES, np.int64),
+        np.empty(k, np.int64),
+    )
+
+
+@njit(**_PART)
 def _rows(  # type: ignore[no-untyped-def]
-    lo, hi, logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums
+    lo, hi, logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums, room
 ):
-    """Tokens [lo, hi).  Shares are added to sums [E], unless that is empty."""
+    """Tokens [lo, hi).  Shares are added to sums [E], unless that is empty.  `room` is from :func:`_room`: with nothing
+    to allocate, nothing here can fail."""
     experts = logits.shape[1]
     k = weights.shape[1]
     size = experts // num_groups
-    best_groups = np.empty(topk_groups, np.float32)
-    groups = np.empty(topk_groups, np.int64)
-    chosen = np.empty(num_groups, np.bool_)
-    biased = np.empty(experts if bias.size > 0 else 0, np.float32)
-    every = np.empty(experts, np.float32)
-    powers = np.empty(experts, np.int32)
-    ordered = np.full((experts + LANES - 1) // LANES * LANES, _TAKEN, np.int64)
-    lane_best = np.empty(LANES, np.int64)
-    index = np.empty(k, np.int64)
+    best_groups, groups, chosen, biased, every, powers, ordered, lane_best, index = room
     for t in range(lo, min(hi, valid)):
         row = logits[t]
         score = row
@@ -258,12 +268,13 @@ def _rows(  # type: ignore[no-untyped-def]
             weights[t, i] = _ZERO
 
 
-@njit(**_JIT)
+@_kernel
 def route(leader, address):  # type: ignore[no-untyped-def]
     """What every thread of a call runs: chunks of the tokens are taken from a counter until none is left.
 
-    At `address` stand the number of the next chunk and, from TOLD / 2 on, how many are done; from TOLD on ARGUMENTS
-    int64 and `scale` as float64.  The leader waits for the chunks that others have taken.  A mean has one chunk.
+    At `address` stand the number of the next chunk, how many are done and whether the leader has begun; from TOLD on
+    ARGUMENTS int64 and `scale` as float64.  The leader waits for the chunks that others have taken.  A mean has one
+    chunk.  Memory is taken before a thread joins: whoever finds none has taken no chunk.
     """
     given = _i64(address + TOLD)
     chunks, tokens, experts, k, valid = given[0], given[1], given[2], given[3], given[4]
@@ -275,15 +286,18 @@ def route(leader, address):  # type: ignore[no-untyped-def]
     mean = carray(_f32(given[13]), experts if given[13] != 0 else 0)
     scale = _f64(address + TOLD + 8 * ARGUMENTS)[0]
     sums = np.zeros(mean.size, np.float64)
+    room = _room(experts, bias.size > 0, k, num_groups, topk_groups)
+    if not joins(address + 128, leader):
+        return
     chunk = _add(address, 1)
     while chunk < chunks:
         _rows(
             tokens * chunk // chunks, tokens * (chunk + 1) // chunks,
-            logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums,
+            logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums, room,
         )  # fmt: skip
-        _add(address + TOLD // 2, 1)
+        _add(address + 64, 1)
         chunk = _add(address, 1)
     if leader != 0:
-        _wait(address + TOLD // 2, chunks)
+        _wait(address + 64, chunks)
         for e in range(mean.size):
             mean[e] = sums[e] / max(valid, 1)

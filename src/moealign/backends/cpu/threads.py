@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -13,66 +15,87 @@ import torch
 
 from moealign.errors import InvalidInput
 
-__all__ = ["Helpers", "helpers", "num_threads"]
+__all__ = ["Helpers", "check_num_threads", "helpers", "num_threads"]
 
 MAX_THREADS = 64
+LONGEST_CLOSE = 2.0  # seconds
+
+
+_VARIABLE = "MOEALIGN_NUM_THREADS"
+# os.environ encodes and decodes at each look, which takes as long as a third of a small call.
+_raw = getattr(os.environ, "_data", os.environ).get
+_RAW_VARIABLE = os.environ.encodekey(_VARIABLE) if hasattr(os.environ, "encodekey") else _VARIABLE
+_UNREAD = object()
+_seen: Any = _UNREAD  # what the variable held when it was last found right
+
+
+def check_num_threads() -> None:
+    """Raise InvalidInput if MOEALIGN_NUM_THREADS is none: for calls of any size, whether they use threads or not."""
+    if _raw(_RAW_VARIABLE) is not _seen:
+        num_threads()
 
 
 def num_threads() -> int:
     """Threads of a large call: MOEALIGN_NUM_THREADS if set, else as many as torch uses; at most 64."""
-    given = os.environ.get("MOEALIGN_NUM_THREADS")
-    if given is None:
-        return min(torch.get_num_threads(), MAX_THREADS)
+    global _seen
+    raw = _raw(_RAW_VARIABLE)
+    given = os.environ.get(_VARIABLE)
     try:
-        threads = int(given)
+        threads = torch.get_num_threads() if given is None else int(given)
     except ValueError:
         threads = 0
     if threads < 1:
         raise InvalidInput(f"MOEALIGN_NUM_THREADS: expected a whole number from 1 on, got {given!r}")
+    _seen = raw
     return min(threads, MAX_THREADS)
 
 
 class Helpers:
     """Daemon threads that run (task, arguments) from a queue; started when first needed, and again in a forked child.
 
-    The first thread of a call never waits for a helper to come, so calls from many threads share them safely.
+    The first thread of a call never waits for a helper to come, so calls from many threads share them safely, and a
+    thread that cannot be started or has died is not missed.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler may call from inside `ask`
         self.queue: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], object] | None] = SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.closed = False
 
     def ask(self, count: int, task: Callable[..., Any], arguments: tuple[Any, ...], alive: object) -> None:
-        """Let `count` helpers run task(*arguments); `alive` stays alive until the last of them has left."""
+        """Let up to `count` helpers run task(*arguments); `alive` stays alive until the last of them has left."""
         with self.lock:
             if self.closed:  # the interpreter is about to end: the caller does it all
                 return
+            self.threads = [thread for thread in self.threads if thread.is_alive()]
             while len(self.threads) < count:
-                name = f"moealign-{len(self.threads)}"
-                self.threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
-                self.threads[-1].start()
+                thread = threading.Thread(target=self._serve, name=f"moealign-{len(self.threads)}", daemon=True)
+                try:
+                    thread.start()
+                except (RuntimeError, MemoryError):  # the system has room for no more
+                    break
+                self.threads.append(thread)
+            count = min(count, len(self.threads))
         for _ in range(count):
             self.queue.put((task, arguments, alive))
 
     def _serve(self) -> None:
-        while True:
-            asked = self.queue.get()
-            if asked is None:
-                return
+        while (asked := self.queue.get()) is not None:
             task, arguments, alive = asked
-            task(*arguments)
-            del asked, alive
+            with suppress(MemoryError):  # it took no part: the others do its share
+                task(*arguments)
+            del asked, arguments, alive
+        self.queue.put(None)  # for the next
 
     def close(self) -> None:
         """Send all home: one that comes back from compiled code when the interpreter has ended aborts the process."""
-        with self.lock:
-            self.closed = True
-        for _ in self.threads:
-            self.queue.put(None)
-        for thread in self.threads:
-            thread.join(timeout=5)
+        self.closed = True
+        self.queue.put(None)
+        latest = time.monotonic() + LONGEST_CLOSE
+        for thread in list(self.threads):
+            if thread.is_alive():
+                thread.join(max(latest - time.monotonic(), 0))
 
 
 helpers = Helpers()

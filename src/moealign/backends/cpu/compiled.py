@@ -1,0 +1,112 @@
+"""numba, imported and compiling at first use: by whom it is asked for, it is either ready or not to be had right now.
+
+Importing and compiling run Python for seconds, in which a finalizer, a signal handler or a profiler of this thread may
+call the package again.  numba does not compile inside itself: such a call gets None, and computes by other means.  So
+does a call of a kernel that numba cannot compile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+__all__ = ["failure", "find", "is_kept", "is_ready", "loaded"]
+
+_log = logging.getLogger("moealign")
+_MODULES = {name: f"{__package__}.{name}" for name in ("kernels", "routing_kernels")}
+_TRIES = 2
+
+#: The modules of kernels by name, once they are imported.
+loaded: dict[str, Any] = {}
+_ready: dict[tuple[str, int], Callable[..., Any]] = {}
+_failed: set[tuple[str, int]] = set()
+_here = threading.local()
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """Calls from inside this one, on the same thread, find numba busy."""
+    try:
+        _here.busy = True
+        yield
+    finally:
+        _here.busy = False
+
+
+def _is_busy() -> bool:
+    if getattr(_here, "busy", False):
+        return True
+    # Half imported, by this thread or another: waiting could be for ever, reading it would find names missing.
+    modules = (sys.modules.get(name) for name in ("numba", *_MODULES.values()))
+    return any(getattr(getattr(each, "__spec__", None), "_initializing", False) for each in modules)
+
+
+def failure() -> str | None:
+    """Why numba cannot run here; None if it can, or if that is being found out.  Imports it: nothing else tells."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed; pip install 'moealign[cpu]'"
+    if loaded or _is_busy():
+        return None
+    first: Exception | None = None
+    for _ in range(_TRIES):
+        try:
+            with _at_work():
+                if importlib.import_module("numba").config.DISABLE_JIT:
+                    return "NUMBA_DISABLE_JIT is set, and these kernels run compiled only; unset it"
+                found = {name: importlib.import_module(path) for name, path in _MODULES.items()}
+        except Exception as error:  # whatever keeps numba from being imported is the reason
+            first = first or error
+            continue
+        loaded.update(found)
+        if first is not None:
+            raise first  # it did not come from numba: a signal handler's, say
+        return None
+    return f"numba cannot be imported ({type(first).__name__}: {first}); pip install --upgrade 'moealign[cpu]'"
+
+
+def find(module: str, name: str, width: int = 0) -> Callable[..., Any] | None:
+    """The kernel `name`, of the variant for ids of `width` bytes if there are several; compiled before it is returned,
+    so that calling it runs no Python.  None if it cannot be had, see above."""
+    key = (name, width)
+    kernel = _ready.get(key)
+    if kernel is not None or key in _failed or _is_busy():
+        return kernel
+    if failure() is not None or not loaded:
+        return None
+    dispatcher = _dispatcher(loaded[module], name, width)
+    numba = importlib.import_module("numba")
+    try:
+        with _at_work():
+            dispatcher.compile((numba.int64,) * dispatcher.py_func.__code__.co_argcount)
+    except numba.core.errors.NumbaError as error:
+        _failed.add(key)
+        _log.warning("backend 'reference' computes in the place of %s, which numba cannot compile: %s", name, error)
+        return None
+    _ready[key] = dispatcher
+    return _ready[key]
+
+
+def _dispatcher(module: ModuleType, name: str, width: int) -> Any:
+    found = getattr(module, name)
+    return found[width] if width else found
+
+
+def is_ready(name: str, width: int = 0) -> bool:
+    """Whether the kernel is compiled in this process."""
+    return (name, width) in _ready
+
+
+def is_kept(module: str, name: str, width: int = 0) -> bool:
+    """Whether the kernel is on disk, for this version of it, of numba and of the processor."""
+    numba = importlib.import_module("numba")
+    dispatcher = _dispatcher(loaded[module], name, width)
+    signature = (numba.int64,) * dispatcher.py_func.__code__.co_argcount
+    place = dispatcher._cache.place(signature, dispatcher.targetctx.codegen())
+    return place is not None and place[0].exists()
