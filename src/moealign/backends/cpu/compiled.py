@@ -48,6 +48,19 @@ def _is_busy() -> bool:
     return any(getattr(getattr(each, "__spec__", None), "_initializing", False) for each in modules)
 
 
+def _whole(name: str) -> Any:
+    """The module, imported.  Where that is interrupted, what it had brought in goes too: Python keeps the parts of a
+    package whose own import failed, and no later import of it succeeds."""
+    before = set(sys.modules)
+    try:
+        return importlib.import_module(name)
+    except BaseException:
+        for each in set(sys.modules) - before:
+            if each.split(".")[0] in ("numba", "llvmlite"):
+                sys.modules.pop(each, None)
+        raise
+
+
 def failure() -> str | None:
     """Why numba cannot run here; None if it can, or if that is being found out.  Imports it: nothing else tells."""
     if importlib.util.find_spec("numba") is None:
@@ -58,9 +71,9 @@ def failure() -> str | None:
     for _ in range(_TRIES):
         try:
             with _at_work():
-                if importlib.import_module("numba").config.DISABLE_JIT:
+                if _whole("numba.core.config").DISABLE_JIT:
                     return "NUMBA_DISABLE_JIT is set, and these kernels run compiled only; unset it"
-                found = {name: importlib.import_module(path) for name, path in _MODULES.items()}
+                found = {name: _whole(path) for name, path in _MODULES.items()}
         except Exception as error:  # whatever keeps numba from being imported is the reason
             first = first or error
             continue
@@ -81,11 +94,10 @@ def find(module: str, name: str, width: int = 0) -> Callable[..., Any] | None:
     if failure() is not None or not loaded:
         return None
     dispatcher = _dispatcher(loaded[module], name, width)
-    numba = importlib.import_module("numba")
     try:
         with _at_work():
-            dispatcher.compile((numba.int64,) * dispatcher.py_func.__code__.co_argcount)
-    except numba.core.errors.NumbaError as error:
+            dispatcher.compile(_signature(dispatcher))
+    except loaded["kernels"].NumbaError as error:
         _failed.add(key)
         _log.warning("backend 'reference' computes in the place of %s, which numba cannot compile: %s", name, error)
         return None
@@ -98,6 +110,11 @@ def _dispatcher(module: ModuleType, name: str, width: int) -> Any:
     return found[width] if width else found
 
 
+def _signature(dispatcher: Any) -> tuple[Any, ...]:
+    arguments: int = dispatcher.py_func.__code__.co_argcount
+    return (loaded["kernels"].types.int64,) * arguments
+
+
 def is_ready(name: str, width: int = 0) -> bool:
     """Whether the kernel is compiled in this process."""
     return (name, width) in _ready
@@ -105,8 +122,6 @@ def is_ready(name: str, width: int = 0) -> bool:
 
 def is_kept(module: str, name: str, width: int = 0) -> bool:
     """Whether the kernel is on disk, for this version of it, of numba and of the processor."""
-    numba = importlib.import_module("numba")
     dispatcher = _dispatcher(loaded[module], name, width)
-    signature = (numba.int64,) * dispatcher.py_func.__code__.co_argcount
-    place = dispatcher._cache.place(signature, dispatcher.targetctx.codegen())
+    place = dispatcher._cache.place(_signature(dispatcher), dispatcher.targetctx.codegen())
     return place is not None and place[0].exists()

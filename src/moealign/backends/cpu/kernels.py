@@ -27,6 +27,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
+from numba.core.errors import NumbaError
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
@@ -37,6 +38,7 @@ __all__ = [
     "PAIRS_MAX_EXPERTS",
     "SERIAL_ARGUMENTS",
     "SHARED_ARGUMENTS",
+    "NumbaError",
     "batched_fill",
     "batched_scan",
     "joins",

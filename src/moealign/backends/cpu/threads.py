@@ -20,7 +20,6 @@ __all__ = ["Helpers", "check_num_threads", "helpers", "num_threads"]
 MAX_THREADS = 64
 LONGEST_CLOSE = 2.0  # seconds
 
-
 _VARIABLE = "MOEALIGN_NUM_THREADS"
 # os.environ encodes and decodes at each look, which takes as long as a third of a small call.
 _raw = getattr(os.environ, "_data", os.environ).get
@@ -68,25 +67,29 @@ class Helpers:
         with self.lock:
             if self.closed:  # the interpreter is about to end: the caller does it all
                 return
-            self.threads = [thread for thread in self.threads if thread.is_alive()]
-            while len(self.threads) < count:
-                thread = threading.Thread(target=self._serve, name=f"moealign-{len(self.threads)}", daemon=True)
+            here = len(self.threads)
+            while here < count:
+                thread = threading.Thread(target=self._serve, name=f"moealign-{here}", daemon=True)
                 try:
                     thread.start()
                 except (RuntimeError, MemoryError):  # the system has room for no more
                     break
-                self.threads.append(thread)
-            count = min(count, len(self.threads))
-        for _ in range(count):
+                here += 1
+        for _ in range(min(count, here)):
             self.queue.put((task, arguments, alive))
 
     def _serve(self) -> None:
-        while (asked := self.queue.get()) is not None:
-            task, arguments, alive = asked
-            with suppress(MemoryError):  # it took no part: the others do its share
-                task(*arguments)
-            del asked, arguments, alive
-        self.queue.put(None)  # for the next
+        this = threading.current_thread()
+        self.threads.append(this)  # here, not where it is started: an exception there may come after the start
+        try:
+            while (asked := self.queue.get()) is not None:
+                task, arguments, alive = asked
+                with suppress(MemoryError):  # it took no part: the others do its share
+                    task(*arguments)
+                del asked, arguments, alive
+            self.queue.put(None)  # for the next
+        finally:
+            self.threads.remove(this)
 
     def close(self) -> None:
         """Send all home: one that comes back from compiled code when the interpreter has ended aborts the process."""
@@ -94,8 +97,7 @@ class Helpers:
         self.queue.put(None)
         latest = time.monotonic() + LONGEST_CLOSE
         for thread in list(self.threads):
-            if thread.is_alive():
-                thread.join(max(latest - time.monotonic(), 0))
+            thread.join(max(latest - time.monotonic(), 0))
 
 
 helpers = Helpers()
