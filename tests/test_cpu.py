@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 
 import moealign
 from moealign.backends import cpu
+from moealign.backends.cpu import compiled
 from moealign.backends.cpu import routing as router
+from moealign.backends.cpu import threads as threads_
 from moealign.backends.cpu.threads import Helpers
 from moealign.backends.reference_routing import exp32, sigmoid32
 from moealign.layout import EXTRAS, OUTPUTS, Problem
@@ -28,13 +32,17 @@ def problem(dtype: torch.dtype = torch.int32) -> Problem:
     return Problem("align", torch.device("cpu"), dtype, 8, 8, 4, 4)
 
 
-def python(code: str, **environment: str) -> str:
-    """The output of `code` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
-    )
+def run(code: str, **environment: str | None) -> tuple[str, str]:
+    """What `code` prints in a process of its own, and what it prints to stderr; a variable of None is not set."""
+    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done.stdout.strip(), done.stderr
+
+
+def python(code: str, **environment: str | None) -> str:
+    """What `code` prints in a process of its own."""
+    return run(code, **environment)[0]
 
 
 @pytest.fixture
@@ -51,6 +59,7 @@ def test_importing_the_package_and_the_backend_imports_no_numba() -> None:
     code = """
 import sys, moealign
 from moealign.backends import cpu
+from moealign.backends.cpu import compiled
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("numba", "llvmlite")))
 """
     assert python(code) == "[]"
@@ -229,12 +238,32 @@ def test_strides_that_are_two_are_read_in_place() -> None:
         assert read is ids
 
 
+OPERATIONS: dict[str, Callable[[int], object]] = {
+    "align": lambda tokens: moealign.align(torch.zeros(tokens, 8, dtype=torch.int32), block_size=4, num_experts=4),
+    "three outputs": lambda tokens: moealign.moe_align_block_size(torch.zeros(tokens, 8, dtype=torch.int32), 4, 4),
+    "batched": lambda tokens: moealign.align_batched(
+        torch.zeros(4, dtype=torch.int32), max_tokens_per_batch=2 * tokens, block_size=4
+    ),
+    "route": lambda tokens: moealign.route(torch.zeros(tokens, 8), 2, block_size=4),
+}
+
+
 @numba
 @pytest.mark.parametrize("given", ["0", "-1", "two", ""])
-def test_a_bad_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("tokens", [1, 60_000])
+def test_a_bad_number_of_threads_is_refused_by_every_call(
+    monkeypatch: pytest.MonkeyPatch, operation: str, tokens: int, given: str
+) -> None:
+    for _ in range(2):  # the second call of a kind takes a shorter way
+        OPERATIONS[operation](tokens)
     monkeypatch.setenv("MOEALIGN_NUM_THREADS", given)
-    with pytest.raises(moealign.InvalidInput, match="MOEALIGN_NUM_THREADS: expected a whole number"):
-        cpu.num_threads()
+    for _ in range(2):
+        with pytest.raises(moealign.InvalidInput, match="MOEALIGN_NUM_THREADS: expected a whole number from 1 on"):
+            OPERATIONS[operation](tokens)
+    assert cpu.note(problem()).startswith("but calls are refused: MOEALIGN_NUM_THREADS: expected")
+    monkeypatch.setenv("MOEALIGN_NUM_THREADS", "2")
+    OPERATIONS[operation](tokens)
 
 
 @numba
@@ -242,6 +271,7 @@ def test_the_note_tells_compile_from_cache_from_loaded(tmp_path: Path) -> None:
     code = """
 import torch, moealign
 from moealign.backends import cpu
+from moealign.backends.cpu import compiled
 from moealign.layout import Problem
 problem = Problem("align", torch.device("cpu"), torch.int32, 8, 8, 4, 4)
 print(cpu.note(problem))
@@ -264,10 +294,382 @@ def test_every_output_has_a_place_in_the_kernels() -> None:
 
 def test_helpers_go_home_before_the_interpreter_ends() -> None:
     helpers = Helpers()
-    done = []
+    done: list[int] = []
+    before = set(threading.enumerate())
     helpers.ask(3, lambda number: done.append(number), (7,), None)
+    started = set(threading.enumerate()) - before
     helpers.close()
+    for thread in started:
+        thread.join(30)
     assert done == [7, 7, 7]
-    assert not any(thread.is_alive() for thread in helpers.threads)
+    assert len(started) == 3
+    assert not any(thread.is_alive() for thread in started)
     helpers.ask(1, lambda number: done.append(number), (8,), None)  # the caller does it all
     assert done == [7, 7, 7]
+    helpers.close()  # once more does no harm
+
+
+def test_closing_does_not_wait_for_a_helper_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_, "LONGEST_CLOSE", 0.01)
+    helpers, at_work, release = Helpers(), threading.Event(), threading.Event()
+    helpers.ask(1, lambda: (at_work.set(), release.wait(30)), (), None)
+    assert at_work.wait(30)
+    (thread,) = helpers.threads
+    helpers.close()
+    assert thread.is_alive()
+    release.set()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@numba
+@pytest.mark.parametrize("room", [0, 1, 2])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["limit", "memory"])
+def test_helpers_that_cannot_be_started_are_done_without(
+    threads: pytest.MonkeyPatch, room: int, error: Exception
+) -> None:
+    helpers, start, left = Helpers(), threading.Thread.start, [room]
+
+    def limited(thread: threading.Thread) -> None:
+        if not left[0]:
+            raise error
+        left[0] -= 1
+        start(thread)
+
+    threads.setattr(threading.Thread, "start", limited)
+    threads.setattr(cpu, "helpers", helpers)
+    threads.setenv("MOEALIGN_NUM_THREADS", "4")
+    ids = torch.arange(2000).reshape(500, 4) % 65
+    for _ in range(3):
+        layout = moealign.align(ids, block_size=16, num_experts=65, backend="cpu")
+        assert_same_layout(layout, oracle_align(ids, block_size=16, num_experts=65))
+    helpers.close()
+    assert left == [0]
+
+
+# What each of these processes does at every event of a call, by number: to raise, or to call again.
+AT_EVERY_EVENT = """
+import os, sys, threading, time, torch, moealign
+from moealign.backends import cpu
+from moealign.backends.cpu import compiled
+from moealign.backends.cpu import routing
+for name, value in {"PARALLEL_ROUTES": 1, "MIN_ROUTES_A_THREAD": 16, "MIN_ROUTES_AN_EXPERT": 0.01,
+                    "CHUNK_ROUTES_AN_EXPERT": 0.01}.items():
+    if os.environ["SIZE"] == "large":
+        setattr(cpu, name, value)
+        routing.PARALLEL_LOGITS = routing.MIN_LOGITS_A_THREAD = 1
+ids = (torch.arange(96, dtype=torch.int32) * 7 % 10 - 1).reshape(48, 2)
+logits, counts = torch.linspace(-1, 1, 16 * 24).sin().reshape(16, 24), torch.tensor([3, 0, 9, 4])
+
+def results(backend):
+    full = moealign.align(ids, block_size=16, num_experts=8, positions=True, backend=backend)
+    return [*moealign.moe_align_block_size(ids, 16, 8, backend=backend), *full, full.positions,
+            *moealign.align_batched(counts, max_tokens_per_batch=9, block_size=4, backend=backend),
+            moealign.route(logits, 4, block_size=16, backend=backend)[1]]
+
+def right(found):
+    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+wanted, experts = results("reference"), 50
+
+def again():
+    global experts
+    experts += 50  # more than the rows of any call before
+    many = [moealign.moe_align_block_size(ids, 16, experts, backend=name) for name in ("cpu", "reference")]
+    assert all(map(torch.equal, *many)) and right(results("cpu"))
+
+def interrupt():
+    raise KeyboardInterrupt
+
+def hook(frame, event, argument):
+    global seen
+    seen += 1
+    if seen == number:
+        act()
+    return hook
+
+act, watch = {"raise": (interrupt, sys.settrace), "again": (again, sys.setprofile)}[os.environ["ACT"]]
+assert right(results("cpu")) and right(results("cpu"))
+number = seen = 0
+while seen >= number:
+    number, seen, found = number + 1, 0, None
+    try:
+        watch(hook)
+        found = results("cpu")
+    except KeyboardInterrupt:
+        pass
+    finally:
+        watch(None)
+    assert found is None or right(found), number
+    assert right(results("cpu")), number
+assert number > 200
+time.sleep(0.1)
+helpers = [thread for thread in threading.enumerate() if thread.name.startswith("moealign")]
+assert len(helpers) <= 4, helpers  # as many as asked for, and one or two that an interrupted start left behind
+clock = time.process_time()
+time.sleep(0.3)
+assert time.process_time() - clock < 0.2  # no helper spins
+print("right")
+"""
+
+
+@numba
+@pytest.mark.parametrize("size", ["small", "large"])
+@pytest.mark.parametrize("act", ["raise", "again"])
+def test_an_exception_or_a_call_at_any_event_of_a_call_does_no_harm(size: str, act: str) -> None:
+    assert python(AT_EVERY_EVENT, SIZE=size, ACT=act, MOEALIGN_NUM_THREADS="3") == "right"
+
+
+@numba
+@pytest.mark.parametrize("operation", ["align", "batched", "route"])
+def test_helpers_of_a_call_that_does_not_begin_touch_nothing(threads: pytest.MonkeyPatch, operation: str) -> None:
+    threads.setattr(router, "PARALLEL_LOGITS", 1)
+    threads.setattr(router, "MIN_LOGITS_A_THREAD", 1)
+    threads.setenv("MOEALIGN_NUM_THREADS", "3")
+    helpers, out = Helpers(), {}
+    threads.setattr(cpu, "helpers", helpers)
+    threads.setattr(router, "helpers", helpers)
+    ask = helpers.ask
+
+    def interrupted(*asked: Any) -> None:
+        ask(*asked)
+        raise KeyboardInterrupt
+
+    ids, counts = torch.arange(2000, dtype=torch.int32).reshape(500, 4) % 65, torch.arange(30)
+    room, room_batched = (
+        moealign.capacity(2000, block_size=16, num_experts=65),
+        moealign.capacity_batched(33, block_size=8, num_batches=30),
+    )
+    calls: dict[str, Callable[[], object]] = {
+        "align": lambda: moealign.align(ids, block_size=16, num_experts=65, out=out["align"], backend="cpu"),
+        "batched": lambda: moealign.align_batched(
+            counts, max_tokens_per_batch=33, block_size=8, out=out["batched"], backend="cpu"
+        ),
+        "route": lambda: moealign.route(torch.zeros(64, 48), 4, block_size=4, backend="cpu"),
+    }
+    out |= {"align": poisoned(room, (), "cpu", -7), "batched": poisoned(room_batched, (), "cpu", -7)}
+    calls[operation]()
+    if operation == "batched":
+        out["batched"].sorted_token_ids.fill_(-7)
+    else:
+        out["align"] = poisoned(room, (), "cpu", -7)
+    threads.setattr(helpers, "ask", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calls[operation]()
+    helpers.close()  # after all that was asked of them
+    assert not helpers.threads
+    if operation != "route":
+        assert (out[operation].sorted_token_ids == -7).all()
+
+
+@numba
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
+@pytest.mark.parametrize("seconds", ["0.05", "1.0"])  # while numba is imported; while it compiles
+def test_an_interrupt_while_numba_is_at_work_does_no_harm(seconds: str, tmp_path: Path) -> None:
+    code = """
+import os, signal, threading, time, torch, moealign
+class Late(Exception): pass
+def ring(*_): raise Late
+signal.signal(signal.SIGALRM, ring)
+ids = torch.arange(1 << 19, dtype=torch.int32).reshape(-1, 8) % 60
+wanted = moealign.moe_align_block_size(ids, 16, 60, backend="reference")
+signal.setitimer(signal.ITIMER_REAL, float(os.environ["SECONDS"]))
+try:
+    moealign.moe_align_block_size(ids, 16, 60, backend="cpu")
+    print("too early")
+except Late:
+    pass
+clock = time.process_time()
+time.sleep(0.3)
+assert time.process_time() - clock < 0.2
+assert all(map(torch.equal, moealign.moe_align_block_size(ids, 16, 60), wanted))
+print("right")
+"""
+    assert python(code, SECONDS=seconds, MOEALIGN_NUM_THREADS="2", MOEALIGN_CACHE_DIR=str(tmp_path)) == "right"
+
+
+@numba
+def test_a_call_while_numba_is_at_work_is_computed_by_the_reference(tmp_path: Path) -> None:
+    code = """
+import sys, torch, moealign
+ids = torch.arange(96, dtype=torch.int32).reshape(-1, 2) % 9
+calls = {
+    "align": lambda backend: moealign.align(ids, block_size=4, num_experts=9, backend=backend),
+    "batched": lambda backend: moealign.align_batched(
+        torch.arange(5), max_tokens_per_batch=4, block_size=4, backend=backend),
+    "route": lambda backend: moealign.route(torch.eye(7), 3, block_size=4, backend=backend)[2],
+}
+wanted = {name: list(call("reference")) for name, call in calls.items()}
+right = lambda: all(all(map(torch.equal, call("cpu"), wanted[name])) for name, call in calls.items())
+seen = inside = 0
+def hook(frame, event, argument):
+    global seen, inside
+    seen += "numba" in sys.modules
+    if seen in (1_000, 50_000, 400_000, 800_000):
+        seen += 1
+        assert right()
+        inside += 1
+        if inside == 4:
+            sys.setprofile(None)
+sys.setprofile(hook)
+moealign.align(ids, block_size=4, num_experts=9, backend="cpu")
+sys.setprofile(None)
+print(inside, right())
+"""
+    assert python(code, MOEALIGN_CACHE_DIR=str(tmp_path)) == "4 True"
+
+
+@numba
+def test_a_kernel_that_numba_cannot_compile_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    from moealign.backends.cpu import kernels
+
+    def broken(*_: object) -> None:
+        raise kernels.NumbaError("compiler re-entrant")
+
+    monkeypatch.setattr(compiled, "_ready", {})
+    monkeypatch.setattr(compiled, "_failed", set())
+    monkeypatch.setattr(kernels.serial[2], "compile", broken)
+    ids = torch.arange(30, dtype=torch.int16).reshape(-1, 2) % 9
+    for _ in range(2):
+        layout = moealign.align(ids, block_size=4, num_experts=9, backend="cpu")
+        assert_same_layout(layout, oracle_align(ids, block_size=4, num_experts=9))
+    (record,) = caplog.records
+    assert "backend 'reference' computes in the place of serial" in record.message
+
+
+# ---------------------------------------------------------------------------------------------- where kernels are kept
+
+COLD = """
+import os, sys, torch, moealign
+if os.environ.get("LOSE_HOME"):
+    import pathlib
+    def lost(): raise RuntimeError("Could not determine home directory.")
+    pathlib.Path.home = lost
+ids = torch.arange(40, dtype=torch.int32).reshape(-1, 2) % 5
+told = moealign.explain(ids, block_size=4, num_experts=5)
+layout = moealign.align(ids, block_size=4, num_experts=5)
+wanted = moealign.align(ids, block_size=4, num_experts=5, backend="reference")
+assert all(map(torch.equal, layout, wanted))
+print(told)
+"""
+
+
+@numba
+@pytest.mark.parametrize("case", ["a file", "of others", "no home", "below a file, by numba's variable"])
+def test_where_nothing_can_be_kept_kernels_compile_in_every_process(tmp_path: Path, case: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    environment: dict[str, str | None] = {"MOEALIGN_CACHE_DIR": None, "NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": None}
+    if case == "a file":
+        environment["MOEALIGN_CACHE_DIR"] = str(file)
+    elif case == "of others":
+        (tmp_path / "open").mkdir()
+        (tmp_path / "open").chmod(0o777)
+        environment["MOEALIGN_CACHE_DIR"] = str(tmp_path / "open")
+    elif case == "no home":
+        environment["LOSE_HOME"] = "1"
+    else:
+        environment["NUMBA_CACHE_DIR"] = str(file)
+    told, errors = run(COLD, **environment)
+    assert "chosen; the first call compiles with numba, about 3 s, in every process: see the warning" in told
+    assert errors.count("kernels are compiled in every process") == 1
+    assert len(errors.splitlines()) == 1
+
+
+@numba
+def test_kernels_are_kept_in_the_folder_of_the_variables(tmp_path: Path) -> None:
+    rows: dict[str, dict[str, str | None]] = {
+        "own": {"MOEALIGN_CACHE_DIR": str(tmp_path / "own"), "NUMBA_CACHE_DIR": str(tmp_path / "numba")},
+        "numba/moealign": {"MOEALIGN_CACHE_DIR": "", "NUMBA_CACHE_DIR": str(tmp_path / "numba")},
+    }
+    for folder, environment in rows.items():
+        told, errors = run(COLD, XDG_CACHE_HOME=str(tmp_path), **environment)
+        assert f"then it is cached in {tmp_path / folder}" in told
+        assert errors == ""
+        (kept,) = (tmp_path / folder).iterdir()
+        assert kept.suffix == ".numba"
+    assert [path.name for path in (tmp_path / "numba").iterdir()] == ["moealign"]
+    (kept,) = (tmp_path / "own").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    told, errors = run(COLD, **rows["own"])
+    assert "compiled by numba before" in told
+    assert errors.count("is damaged: compiling again") == 1
+
+
+@numba
+def test_a_relative_folder_is_taken_from_where_the_process_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moealign.backends.cpu import kernels
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MOEALIGN_CACHE_DIR", "below/cache")
+    assert kernels.kept_in() == tmp_path / "below" / "cache"
+
+
+# -------------------------------------------------------------------------------------------------- where numba fails
+
+FAILING = {
+    "import": ("numba/__init__.py", "raise ImportError('Numba needs NumPy 2.0 or less')", "Numba needs NumPy 2.0"),
+    "llvmlite": ("llvmlite/__init__.py", "raise OSError('libllvmlite.so: cannot open')", "libllvmlite.so"),
+    "too old": ("numba/__init__.py", "", "numba cannot be imported"),
+}
+
+
+@numba
+@pytest.mark.parametrize("case", [*FAILING, "switched off"])
+def test_a_numba_that_does_not_run_makes_the_backend_unavailable(tmp_path: Path, case: str) -> None:
+    code = """
+import torch, moealign
+ids = torch.zeros(4, 2, dtype=torch.int32)
+told = moealign.explain(ids, block_size=4, num_experts=2)
+assert told.backend == "reference" and told.reasons["cpu"] == moealign.backends()["cpu"]
+for _ in range(2):
+    assert moealign.align(ids, block_size=4, num_experts=2).num_tokens_post_padded.item() == 8
+moealign.route(torch.eye(4), 2, block_size=4)
+try:
+    moealign.align(ids, block_size=4, num_experts=2, backend="cpu")
+except moealign.BackendUnavailable as error:
+    print(error)
+"""
+    environment: dict[str, str | None] = {}
+    reason = "NUMBA_DISABLE_JIT is set"
+    if case == "switched off":
+        environment["NUMBA_DISABLE_JIT"] = "1"
+    else:
+        name, text, reason = FAILING[case]
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    said = python(code, **environment)
+    assert "got 'cpu'" in said
+    assert reason in said
+
+
+@numba
+def test_an_exception_of_others_while_numba_is_imported_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, raised = compiled._whole, []
+
+    def once(name: str) -> Any:
+        if not raised:
+            raised.append(name)
+            raise TimeoutError("a signal handler's")
+        return real(name)
+
+    cpu.unavailable.cache_clear()
+    monkeypatch.setattr(compiled, "loaded", {})
+    monkeypatch.setattr(compiled, "_whole", once)
+    with pytest.raises(TimeoutError):
+        cpu.unavailable()
+    assert cpu.unavailable() is None
+
+
+@numba
+def test_info_tells_where_the_cpu_backend_stands(tmp_path: Path) -> None:
+    pytest.importorskip("typer")
+    code = "from moealign.__main__ import main; import sys; sys.argv = ['moealign', 'info']; main()"
+    rows: list[tuple[dict[str, str | None], str]] = [
+        ({"MOEALIGN_CACHE_DIR": str(tmp_path)}, "ready; the first call compiles with numba"),
+        ({"NUMBA_DISABLE_JIT": "1"}, "not here: NUMBA_DISABLE_JIT is set"),
+        ({"MOEALIGN_NUM_THREADS": "0"}, "ready; but calls are refused: MOEALIGN_NUM_THREADS"),
+    ]
+    for environment, said in rows:
+        assert said in " ".join(python(code, **environment).split())

@@ -3,7 +3,8 @@
 A backend is a module with these functions; it fills the tensors of `out` and never allocates a result:
 
 ``unavailable() -> str | None``
-    Why it cannot run on this machine at all, and what would make it work; None if it can.  Imports nothing heavy.
+    Why it cannot run on this machine at all, and what would make it work; None if it can.  Nothing heavy is imported
+    before this is asked, and what does not tell otherwise whether it works is imported here.
 ``refuses(problem) -> str | None``
     Why it cannot take this call on a machine where it runs; None if it can.  Depends on nothing but the problem.
 ``note(problem) -> str``
