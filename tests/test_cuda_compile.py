@@ -10,15 +10,20 @@ import os
 import struct
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import torch
 from sass import disassembler, touched_before_the_wait
 
+import moealign
 from moealign.backends import cache
+from moealign.layout import Problem
 
+cuda = importlib.import_module("moealign.backends.cuda")
 compile_ = importlib.import_module("moealign.backends.cuda.compile")
 
 
@@ -280,6 +285,96 @@ def test_four_processes_at_once_end_with_one_good_entry(folder):
     assert len(codes) == 1
     (entry,) = folder.iterdir()
     assert cache.read(entry, entry.stem) == codes.pop()
+
+
+# ------------------------------------------------------------------------------------------------------------- drivers
+
+
+def driver_of(version: int, *lacking: str, code: int = 0) -> types.SimpleNamespace:
+    """A driver that says it is of CUDA `version` (12040: 12.4), returns `code`, and has all functions but `lacking`."""
+
+    def get_version(at: Any) -> int:
+        at._obj.value = version
+        return code
+
+    functions = dict.fromkeys(compile_._FUNCTIONS, lambda *args: 999) | {"cuDriverGetVersion": get_version}
+    return types.SimpleNamespace(**{name: each for name, each in functions.items() if name not in lacking})
+
+
+def no_driver() -> None:
+    raise OSError("libcuda.so.1: cannot open shared object file")
+
+
+NEWEST = ("cuKernelGetParamInfo", "cuStreamGetGreenCtx", "cuGreenCtxGetDevResource")
+DRIVERS = {
+    "none": (no_driver, "13.0", "cannot be loaded (libcuda.so.1"),
+    "11.4, with what it lacks": (lambda: driver_of(11040, "cuLaunchKernelEx", *NEWEST), "13.0", "of CUDA 11.4"),
+    "12.2, with what it lacks": (lambda: driver_of(12020, *NEWEST), "12.9", "needs a driver of CUDA 12.4 or later"),
+    "12.3, with everything": (lambda: driver_of(12030), "12.9", "this one is of CUDA 12.3"),
+    "fails": (lambda: driver_of(13000, code=3), "13.0", "does not say its version (CUDA error 3)"),
+    "older than NVRTC": (lambda: driver_of(12090), "13.0", "pip install 'cuda-core[cu12]'"),
+    "12.4": (lambda: driver_of(12040), "12.9", None),
+    "newer than NVRTC": (lambda: driver_of(14010), "13.0", None),
+    "of NVRTC's major": (lambda: driver_of(13000), "13.5", None),
+} | {
+    f"no {name}": (lambda name=name: driver_of(13000, name), "13.0", f"has no {name}: ") for name in compile_._FUNCTIONS
+}  # fmt: skip
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """What is remembered of this machine is forgotten, before and after."""
+
+    def forget() -> None:
+        for each in (cuda.unavailable, cuda._unsupported):
+            each.cache_clear()
+
+    forget()
+    yield monkeypatch
+    monkeypatch.undo()
+    forget()
+
+
+@pytest.mark.parametrize("which", DRIVERS)
+def test_a_driver_that_cannot_run_the_kernels_is_a_reason(which, fresh):
+    driver, compiler, said = DRIVERS[which]
+    fresh.setattr(compile_, "_driver", driver)
+    for module in (compile_, cuda):
+        fresh.setattr(module, "compiler_version", lambda: compiler)
+    fresh.setattr(cuda, "architectures", lambda: ("sm_90",))
+    fresh.setattr(cuda, "_installed", lambda module: True)
+    fresh.setattr(torch.cuda, "is_available", lambda: True)
+    fresh.setattr(torch.version, "hip", None)
+    reason = cuda.unavailable()
+    assert reason == compile_.driver_refuses()
+    if said is None:
+        assert reason is None
+    else:
+        assert said in reason
+        assert "install" in reason  # what to do
+        assert moealign.backends()["cuda"] == reason
+
+
+@pytest.mark.parametrize(
+    ("capability", "said"),
+    [((7, 5), "needs compute capability 8.0 or later"), ((13, 0), "does not know sm_130"), ((9, 0), None)],
+)
+def test_a_gpu_that_nothing_is_compiled_for_is_a_reason(capability, said, fresh):
+    fresh.setattr(cuda, "compiler_version", lambda: "13.0")
+    fresh.setattr(cuda, "architectures", lambda: ("sm_75", "sm_80", "sm_90"))
+    fresh.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    problem = Problem("align", torch.device("cuda", 0), torch.int32, 8, 8, 64, 16)
+    reason = cuda.refuses(problem)
+    if said is None:
+        assert reason is None
+    else:
+        assert said in reason
+        assert "'triton'" in reason  # what to do
+
+
+@needs_nvrtc
+def test_nvrtc_says_what_it_compiles_for():
+    assert set(ARCHITECTURES) <= set(compile_.architectures())
 
 
 def test_importing_the_backend_imports_no_cuda_core():

@@ -13,7 +13,7 @@ import torch
 from ...layout import Problem
 from .align import align, align_three
 from .batched import align_batched
-from .compile import cache_folder, compiler_version
+from .compile import architectures, cache_folder, compiler_version, driver_refuses
 from .route import refuses_route, route, route_align
 
 __all__ = [
@@ -42,23 +42,32 @@ def unavailable() -> str | None:
         return "cuda.core is not installed: pip install 'moealign[cuda]'"
     try:
         compiler_version()
+        architectures()
     except Exception as error:  # whatever keeps NVRTC from loading is the reason
         return f"NVRTC cannot be loaded ({error}): pip install 'moealign[cuda]'"
-    return None
+    return driver_refuses()
 
 
 @functools.cache
-def _too_old(device: torch.device) -> str | None:
-    found = torch.cuda.get_device_capability(device)
-    if found >= _OLDEST:
-        return None
-    return f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]}, {device} has {found[0]}.{found[1]}"
+def _unsupported(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < _OLDEST:
+        return (
+            f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, {device} has {major}.{minor}: "
+            "use backend 'triton'"
+        )
+    if f"sm_{major}{minor}" not in architectures():
+        return (
+            f"NVRTC {compiler_version()} does not know sm_{major}{minor}, which {device} is: "
+            "pip install -U 'moealign[cuda]', or use backend 'triton'"
+        )
+    return None
 
 
 def refuses(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"runs on cuda tensors, these are on {problem.device}"
-    return _too_old(problem.device)
+    return _unsupported(problem.device)
 
 
 def note(problem: Problem) -> str:

@@ -36,7 +36,10 @@ import torch
 
 from ..cache import cache_folder, key_of, read, write
 
-__all__ = ["COOPERATIVE", "OVERLAP", "PLAIN", "Kernel", "build", "cache_folder", "compiler_version", "kernel"]
+__all__ = [
+    "COOPERATIVE", "OVERLAP", "PLAIN", "Kernel", "architectures", "build", "cache_folder", "compiler_version",
+    "driver_refuses", "kernel",
+]  # fmt: skip
 
 Defines = tuple[tuple[str, int], ...]
 
@@ -59,6 +62,17 @@ def compiler_version() -> str:
     if int(code):
         raise RuntimeError(f"NVRTC: expected its version, got {code}")
     return f"{major}.{minor}"
+
+
+@functools.cache
+def architectures() -> tuple[str, ...]:
+    """What NVRTC compiles for: ("sm_75", ...).  Raises RuntimeError if it does not say."""
+    from cuda.bindings import nvrtc
+
+    code, found = nvrtc.nvrtcGetSupportedArchs()
+    if int(code):
+        raise RuntimeError(f"NVRTC: expected the architectures that it knows, got {code}")
+    return tuple(f"sm_{each}" for each in found)
 
 
 def build(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
@@ -115,6 +129,46 @@ _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+#: What is called here; cuKernelGetParamInfo and the two of green contexts are the newest.
+_FUNCTIONS = (
+    "cuCtxGetCurrent", "cuCtxSetCurrent", "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion", "cuFuncLoad", "cuGetErrorName", "cuGreenCtxGetDevResource", "cuKernelGetAttribute",
+    "cuKernelGetFunction", "cuKernelGetParamInfo", "cuKernelSetAttribute", "cuLaunchKernelEx", "cuLibraryGetKernel",
+    "cuLibraryLoadData", "cuOccupancyMaxActiveBlocksPerMultiprocessor", "cuOccupancyMaxActiveClusters",
+    "cuStreamGetGreenCtx", "cuThreadExchangeStreamCaptureMode",
+)  # fmt: skip
+_OLDEST_DRIVER = (12, 4)  # of CUDA: the first with all of them
+
+
+def driver_refuses() -> str | None:
+    """Why the installed driver cannot run what NVRTC compiles, and what to do; None if it can.  Raises nothing of its
+    own; what :func:`compiler_version` raises passes through."""
+    oldest = f"{_OLDEST_DRIVER[0]}.{_OLDEST_DRIVER[1]}"
+    remedy = f"install a driver of CUDA {oldest} or later (550 or later), or use backend 'triton'"
+    try:
+        driver = _driver()
+    except OSError as error:
+        return f"the NVIDIA driver cannot be loaded ({error}): {remedy}"
+    version = ctypes.c_int()
+    if hasattr(driver, "cuDriverGetVersion"):
+        code = driver.cuDriverGetVersion(ctypes.byref(version))
+        if code:
+            return f"the NVIDIA driver does not say its version (CUDA error {code}): {remedy}"
+        found = (version.value // 1000, version.value % 1000 // 10)
+        if found < _OLDEST_DRIVER:
+            return f"needs a driver of CUDA {oldest} or later, this one is of CUDA {found[0]}.{found[1]}: {remedy}"
+    lacking = [each for each in _FUNCTIONS if not hasattr(driver, each)]
+    if lacking:
+        return f"the NVIDIA driver has no {', '.join(lacking)}: {remedy}"
+    compiler = compiler_version()
+    if found[0] < int(compiler.split(".")[0]):
+        return (
+            f"NVRTC {compiler} compiles for drivers of CUDA {compiler.split('.')[0]}.0 or later, this one is of CUDA "
+            f"{found[0]}.{found[1]}: install a newer driver, or the older NVRTC by pip install 'cuda-core[cu{found[0]}]'"
+        )
+    return None
 
 
 def _error(code: int) -> str:
