@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import threading
@@ -241,6 +242,107 @@ def test_a_device_that_is_not_the_current_one(routes):
     assert layout.sorted_token_ids.device == torch.device("cuda:1")
     assert_same_layout(layout, oracle_align(ids, block_size=16, num_experts=64))
     assert_same_layout(batched, oracle_align_batched(counts, max_tokens_per_batch=8, block_size=4))
+
+
+def in_a_new_process(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+IN_A_PART = """
+import torch, moealign
+from torch.cuda.green_contexts import GreenContext
+
+def call(tokens, experts):
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(0, experts, (tokens, 8), generator=generator, dtype=torch.int32)
+    asked = dict(block_size=128, num_experts=experts, positions=True, expert_offsets=True)
+    layout = moealign.align(ids.cuda(), **asked, backend="cuda")
+    torch.cuda.synchronize()
+    expected = moealign.align(ids, **asked, backend="reference")
+    for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "positions", "expert_offsets"):
+        assert torch.equal(getattr(layout, name).cpu(), getattr(expected, name)), (tokens, experts, name)
+
+def route(tokens):
+    generator = torch.Generator().manual_seed(tokens)
+    logits = torch.randn(tokens, 128, generator=generator)
+    asked = dict(block_size=128, mean_probability=True)
+    _, ids, layout, mean = moealign.route(logits.cuda(), 8, **asked, backend="cuda")
+    torch.cuda.synchronize()
+    _, expected_ids, expected, expected_mean = moealign.route(logits, 8, **asked, backend="reference")
+    assert torch.equal(ids.cpu(), expected_ids)
+    assert torch.equal(layout.sorted_token_ids.cpu(), expected.sorted_token_ids)
+    assert torch.allclose(mean.cpu(), expected_mean, rtol=1e-4, atol=1e-7)
+
+def run():
+    for tokens in (1, 16, 64, 1024, 4096, 8192, 65536, 131072):
+        call(tokens, 256)
+    call(1024, 65536)
+    for tokens in (1, 64, 20000):
+        route(tokens)
+
+parts = [GreenContext.create(num_sms=sms, device_id=0) for sms in (32, 16)]
+def run_in_a_part():
+    for part in parts:
+        part.set_context()
+        try:
+            run()
+        finally:
+            part.pop_context()
+"""
+GREEN = importlib.util.find_spec("torch.cuda.green_contexts") is not None and hasattr(torch._C, "_CUDAGreenContext")
+
+
+@pytest.mark.skipif(not GREEN, reason="this torch has no green contexts")
+@pytest.mark.parametrize("order", ["run(); run_in_a_part(); run()", "run_in_a_part(); run(); run_in_a_part()"])
+def test_a_part_of_the_gpu_takes_every_size(order):
+    in_a_new_process(f"{IN_A_PART}\n{order}")
+
+
+@pytest.mark.skipif(not GREEN, reason="this torch has no green contexts")
+def test_a_stream_of_a_part_takes_every_size():
+    """The green context is the stream's alone; the current one has the whole device."""
+    if not hasattr(torch._C._CUDAGreenContext, "Stream"):
+        pytest.skip("this torch makes no streams of green contexts")
+    in_a_new_process(
+        f"{IN_A_PART}\nfor part in parts:\n    with torch.cuda.stream(part.Stream()):\n        run()\nrun()"
+    )
+
+
+TWO_GRIDS = """
+import torch, moealign
+ids = [torch.randint(0, 256, (2**17 + 8, 8), device="cuda", dtype=torch.int32) for _ in range(2)]
+call = lambda which: moealign.moe_align_block_size(ids[which], 128, 256, backend="cuda")
+expected = [moealign.moe_align_block_size(each.cpu(), 128, 256, backend="reference") for each in ids]
+streams = [torch.cuda.Stream() for _ in ids]
+call(0)
+torch.cuda.synchronize()
+"""
+ON_STREAMS = """
+found = [None, None]
+for i in range(500):
+    with torch.cuda.stream(streams[i % 2]):
+        found[i % 2] = call(i % 2)
+torch.cuda.synchronize()
+"""
+IN_GRAPHS = """
+graphs, found = [torch.cuda.CUDAGraph() for _ in ids], []
+for which, graph in enumerate(graphs):
+    with torch.cuda.graph(graph):
+        found.append(call(which))
+for i in range(500):
+    with torch.cuda.stream(streams[i % 2]):
+        graphs[i % 2].replay()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("body", [ON_STREAMS, IN_GRAPHS], ids=["streams", "graphs"])
+def test_two_grids_that_each_want_the_whole_gpu_end(body):
+    """Above 524,288 routes a CTA takes a multiprocessor: two such grids are never there at once."""
+    code = "for got, want in zip(found, expected, strict=True):\n"
+    code += "    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))"
+    in_a_new_process(TWO_GRIDS + body + code)
 
 
 # -------------------------------------------------------------------------------------------- order, bounds and waits

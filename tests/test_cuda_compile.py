@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -370,6 +371,49 @@ def test_a_gpu_that_nothing_is_compiled_for_is_a_reason(capability, said, fresh)
     else:
         assert said in reason
         assert "'triton'" in reason  # what to do
+
+
+def test_every_function_of_the_driver_is_asked_for_before_a_call_is_taken():
+    with open(compile_.__file__, encoding="utf-8") as file:
+        used = set(re.findall(r"\bcu[A-Z][A-Za-z]+\b", file.read()))
+    assert used == set(compile_._FUNCTIONS)
+
+
+@pytest.mark.parametrize("said", ["none", "green", "error", "no multiprocessors"])
+def test_the_multiprocessors_of_a_stream_are_those_of_its_green_context(said, monkeypatch):
+    asked = []
+
+    def get_green(stream, at):
+        asked.append(stream.value)
+        at._obj.value = 0 if said == "none" else 7
+        return 201 if said == "error" else 0
+
+    def get_resource(green, at, kind):
+        assert (green.value, kind) == (7, 1)
+        struct.pack_into("I", at, 96, 32)
+        return 1 if said == "no multiprocessors" else 0
+
+    driver = types.SimpleNamespace(cuStreamGetGreenCtx=get_green, cuGreenCtxGetDevResource=get_resource)
+    monkeypatch.setattr(compile_, "_driver", lambda: driver)
+    assert compile_._green_multiprocessors(1234) == (32 if said == "green" else 0)
+    assert asked == [1234]
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 8, 14, 32, 66, 132])
+@pytest.mark.parametrize("experts", [1, 8, 256, 2048, 65536])
+def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multiprocessors, experts):
+    align_ = sys.modules["moealign.backends.cuda.align"]
+    names = set()
+    for routes in (0, 1, 300, 5000, 12001, 32769, 40000, 65536, 131072, 524288, 524289, 2**20, 2**24):
+        problem = Problem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
+        for shared, clusters in ((99 * 1024, 1), (227 * 1024, 8)):
+            path = align_.path_of(problem, multiprocessors, shared, clusters)
+            names.add(path.name)
+            if path.name in align_._COOPERATIVE:
+                assert path.grid <= multiprocessors
+            else:
+                assert path.scratch == 0  # by which a call tells them
+    assert "radix" in names
 
 
 @needs_nvrtc

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...layout import EXTRAS, BlockLayout, Problem, cdiv
-from .compile import COOPERATIVE, OVERLAP, PLAIN, Launch, kernel
+from .compile import COOPERATIVE, OVERLAP, PLAIN, Launch, green_multiprocessors, kernel
 
 __all__ = ["Path", "Plan", "align", "align_after", "align_three", "defines_of", "path_of", "pointers"]
 
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
 
     problem: Problem  # kept alive, because its id is the key
     start: Launch
-    scratch: int  # int32 elements
+    scratch: int  # int32 elements; 0 if and only if CTAs do not wait for each other
     usual: bool  # three outputs from contiguous ids and nothing else: a kernel with few parameters
 
 
@@ -217,17 +217,17 @@ def defines_of(
 # ------------------------------------------------------------------------------------------------------------ launching
 
 _MOST_PLANS = 4096
-_Key = tuple[int, bool, bool, bool]
+_Key = tuple[int, bool, bool, bool, int]  # the last: multiprocessors of the green context, 0 for the whole device
 _plans: dict[_Key, Plan] = {}
 _plans_after: dict[_Key, Plan] = {}
 
 
 def _plan(key: _Key, problem: Problem, index: int, plans: dict[_Key, Plan]) -> Plan:
-    _, strided, vector_in, vector_out = key
+    _, strided, vector_in, vector_out, green = key
     facts = torch.cuda.get_device_properties(index)
     shared_most: int = facts.shared_memory_per_block_optin  # type: ignore[attr-defined]
     for cluster_most in _cluster_sizes(facts.major):
-        path = path_of(problem, facts.multi_processor_count, shared_most, cluster_most)
+        path = path_of(problem, green or facts.multi_processor_count, shared_most, cluster_most)
         vectors = vector_in and _reads_vectors(path)
         defines = defines_of(problem, path, strided=strided, vector_in=vectors, vector_out=vector_out)
         cooperative = path.name in _COOPERATIVE
@@ -270,12 +270,16 @@ def align(
             s0, s1 = topk_ids.stride() if topk_ids.dim() == 2 else (topk_ids.stride(0), 0)
     ids, rows = topk_ids.data_ptr(), out.sorted_token_ids
     rows_at = rows.data_ptr()
-    key = (id(problem), strided, not (ids & 15), not (rows_at & 15))
+    key = (id(problem), strided, not (ids & 15), not (rows_at & 15), 0)
     plan = plans.get(key)
     if plan is None:
         plan = _plan(key, problem, topk_ids.device.index, plans)
     scratch_at, scratch = 0, None
     if plan.scratch:
+        green = green_multiprocessors(topk_ids.device.index)
+        if green:
+            key = (*key[:4], green)
+            plan = plans.get(key) or _plan(key, problem, topk_ids.device.index, plans)
         # Freed when this returns: the allocator hands it on to later work of the same stream only.
         scratch = torch.empty(plan.scratch, dtype=torch.int32, device=topk_ids.device)
         scratch_at = scratch.data_ptr()
@@ -308,7 +312,7 @@ def align(
 def align_three(problem: Problem, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> None:
     """:func:`align` without options into the first three outputs."""
     ids, rows_at = topk_ids.data_ptr(), rows.data_ptr()
-    plan = _plans.get((id(problem), not topk_ids.is_contiguous(), not (ids & 15), not (rows_at & 15)))
+    plan = _plans.get((id(problem), not topk_ids.is_contiguous(), not (ids & 15), not (rows_at & 15), 0))
     if plan is None or plan.scratch or not plan.usual:
         align(problem, topk_ids, None, None, None, BlockLayout(rows, blocks, total))
         return

@@ -7,8 +7,12 @@
     k.launch(grid, block, shared_bytes, *args, mode=COOPERATIVE)  # or OVERLAP: programmatic stream serialization
     start = k.prepare(grid, block, shared_bytes, mode)            # once ...
     start(*args)                                                  # ... and for every launch alike
-    k.max_blocks(block, shared_bytes)   # CTAs the whole device holds at once: the limit of a cooperative grid
-    k.multiprocessors
+    k.max_blocks(block, shared_bytes)   # CTAs that one multiprocessor holds at once
+    k.multiprocessors                   # of the device
+    green_multiprocessors(device_index)  # of the current stream's green context, 0 if it has the whole device
+
+CTAs of a cooperative grid are all there at once: it has at most ``max_blocks`` times the multiprocessors that the
+current stream has.
 
 Conventions for a ``.cu`` file, which stands beside this one and includes nothing but ``.cuh`` files there, by name:
 
@@ -38,7 +42,7 @@ from ..cache import cache_folder, key_of, read, write
 
 __all__ = [
     "COOPERATIVE", "OVERLAP", "PLAIN", "Kernel", "architectures", "build", "cache_folder", "compiler_version",
-    "driver_refuses", "kernel",
+    "driver_refuses", "green_multiprocessors", "kernel",
 ]  # fmt: skip
 
 Defines = tuple[tuple[str, int], ...]
@@ -115,15 +119,18 @@ _STREAM, _STREAM_AT = "QQI4x", struct.calcsize("7I4x")  # its part from the stre
 # One CUlaunchAttribute each: id, padding, a union of 64 bytes that holds an int.
 _COOPERATIVE = ctypes.create_string_buffer(struct.pack("i4xi60x", 2, 1), 72)
 _OVERLAP = ctypes.create_string_buffer(struct.pack("i4xi60x", 6, 1), 72)
-_CLUSTER = ctypes.create_string_buffer(struct.pack("i4x64x", 4), 72)
+_CLUSTER_SIZE = 4
 _ATTRIBUTES = ((0, 0), (ctypes.addressof(_COOPERATIVE), 1), (ctypes.addressof(_OVERLAP), 1))
 
+_MOST_LAUNCHES = 1024
 _INVALID_CONTEXT = 201
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_*
 _STATIC_SHARED_BYTES = 1
 _LARGE_CLUSTERS_ALLOWED = 14
 _OPT_IN_SHARED_BYTES = 97  # CU_DEVICE_ATTRIBUTE_*
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_MULTIPROCESSORS = 1  # CU_DEV_RESOURCE_TYPE_SM
+_RESOURCE_BYTES, _RESOURCE_COUNT_AT = 512, 96  # room for a CUdevResource of any later version; its sm.smCount
 
 
 @functools.cache
@@ -166,7 +173,7 @@ def driver_refuses() -> str | None:
     if found[0] < int(compiler.split(".")[0]):
         return (
             f"NVRTC {compiler} compiles for drivers of CUDA {compiler.split('.')[0]}.0 or later, this one is of CUDA "
-            f"{found[0]}.{found[1]}: install a newer driver, or the older NVRTC by pip install 'cuda-core[cu{found[0]}]'"
+            f"{found[0]}.{found[1]}: install a newer driver, or an older NVRTC: pip install 'cuda-core[cu{found[0]}]'"
         )
     return None
 
@@ -194,6 +201,26 @@ def _enter_context(device_index: int) -> None:
         _call("cuCtxSetCurrent", primary)
 
 
+def green_multiprocessors(device_index: int) -> int:
+    """Multiprocessors of the green context that the current stream of cuda:`device_index` belongs to, which for the
+    default stream is the one that is current.  0 where there is none: the whole device."""
+    if torch.cuda.device_count() > 1 and torch._C._cuda_getDevice() != device_index:
+        with torch.cuda.device(device_index):
+            return _green_multiprocessors(torch._C._cuda_getCurrentRawStream(device_index))
+    return _green_multiprocessors(torch._C._cuda_getCurrentRawStream(device_index))
+
+
+def _green_multiprocessors(stream: int) -> int:
+    green = ctypes.c_void_p()
+    if _driver().cuStreamGetGreenCtx(ctypes.c_void_p(stream), ctypes.byref(green)) or not green.value:
+        return 0  # an error is that of a thread without any context, or the launch meets it too
+    resource = ctypes.create_string_buffer(_RESOURCE_BYTES)
+    if _driver().cuGreenCtxGetDevResource(green, resource, _MULTIPROCESSORS):
+        return 0  # it parts something else of the device
+    count: int = struct.unpack_from("I", resource, _RESOURCE_COUNT_AT)[0]
+    return count
+
+
 class Kernel:
     """One compiled kernel on one device, ready to launch from any thread."""
 
@@ -210,36 +237,44 @@ class Kernel:
                 self._load(code)
             finally:
                 _call("cuThreadExchangeStreamCaptureMode", ctypes.byref(mode))
-        self._launches: dict[tuple[int, int, int, int], Launch] = {}
+        self._launches: dict[tuple[int, int, int, int], Launch] = {}  # at most _MOST_LAUNCHES
 
     def _load(self, code: bytes) -> None:
         library, handle, function = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        device = ctypes.c_int()
+        _call("cuDeviceGet", ctypes.byref(device), self.device_index)
         _call("cuLibraryLoadData", ctypes.byref(library), code, None, None, 0, None, None, 0)
         _call("cuLibraryGetKernel", ctypes.byref(handle), library, self.name.encode())
-        _call("cuKernelGetFunction", ctypes.byref(function), handle)
-        _call("cuFuncLoad", function)
-        self._library, self._function = library, function
+        # The handle stands for the kernel in whichever context is current, green ones too; launches and questions about
+        # occupancy take it for a CUfunction.
+        self._library, self._handle = library, handle
 
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
         self._parameters = 0
-        while not _driver().cuFuncGetParamInfo(
-            function, ctypes.c_size_t(self._parameters), ctypes.byref(offset), ctypes.byref(size)
+        while not _driver().cuKernelGetParamInfo(
+            handle, ctypes.c_size_t(self._parameters), ctypes.byref(offset), ctypes.byref(size)
         ):
             if size.value != 8:
                 raise RuntimeError(f"{self.name}: expected parameters of 8 bytes, got one of {size.value}")
             self._parameters += 1
 
         static, most = ctypes.c_int(), ctypes.c_int()
-        _call("cuFuncGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, function)
-        _call("cuDeviceGetAttribute", ctypes.byref(most), _OPT_IN_SHARED_BYTES, self.device_index)
+        _call("cuKernelGetAttribute", ctypes.byref(static), _STATIC_SHARED_BYTES, handle, device)
+        _call("cuDeviceGetAttribute", ctypes.byref(most), _OPT_IN_SHARED_BYTES, device)
         self.max_shared_bytes: int = most.value - static.value
-        _call("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED_BYTES, self.max_shared_bytes)
-        _driver().cuFuncSetAttribute(function, _LARGE_CLUSTERS_ALLOWED, 1)  # refused where there are no clusters
+        _call("cuKernelSetAttribute", _MAX_DYNAMIC_SHARED_BYTES, self.max_shared_bytes, handle, device)
+        # Refused where there are no clusters.
+        _driver().cuKernelSetAttribute(_LARGE_CLUSTERS_ALLOWED, 1, handle, device)
+        # Into the current context now, and not at a launch that a graph may be capturing.
+        _call("cuKernelGetFunction", ctypes.byref(function), handle)
+        _call("cuFuncLoad", function)
 
     def prepare(self, grid: int, block: int, shared_bytes: int, mode: int = PLAIN) -> Launch:
         """A launch of `grid` CTAs of `block` threads, to be started with arguments as often as wanted."""
         found = self._launches.get((grid, block, shared_bytes, mode))
         if found is None:
+            if len(self._launches) >= _MOST_LAUNCHES:
+                self._launches.clear()
             found = self._launches[grid, block, shared_bytes, mode] = Launch(self, grid, block, shared_bytes, mode)
         return found
 
@@ -247,30 +282,28 @@ class Kernel:
         """Start `grid` CTAs of `block` threads on the current stream of the kernel's device.  Raises RuntimeError."""
         self.prepare(grid, block, shared_bytes, mode)(*args)
 
-    @functools.cache  # noqa: B019  (kernels live as long as the process)
     def max_blocks(self, block: int, shared_bytes: int) -> int:
-        """CTAs of that kind that the device holds at once."""
+        """CTAs of that kind that one multiprocessor holds at once."""
         each = ctypes.c_int()
         with torch.cuda.device(self.device_index):
             _enter_context(self.device_index)
             _call(
                 "cuOccupancyMaxActiveBlocksPerMultiprocessor",
                 ctypes.byref(each),
-                self._function,
+                self._handle,
                 block,
                 ctypes.c_size_t(shared_bytes),
             )
-        return each.value * self.multiprocessors
+        return each.value
 
-    @functools.cache  # noqa: B019
     def max_clusters(self, cluster: int, block: int, shared_bytes: int) -> int:
-        """Clusters of so many CTAs that the device holds at once."""
+        """Clusters of so many CTAs that the current context holds at once."""
         found = ctypes.c_int()
-        config = struct.pack(_CONFIG, cluster, 1, 1, block, 1, 1, shared_bytes, 0, ctypes.addressof(_CLUSTER), 1)
-        struct.pack_into("III", _CLUSTER, 8, cluster, 1, 1)
+        size = ctypes.create_string_buffer(struct.pack("i4x3I52x", _CLUSTER_SIZE, cluster, 1, 1), 72)
+        config = struct.pack(_CONFIG, cluster, 1, 1, block, 1, 1, shared_bytes, 0, ctypes.addressof(size), 1)
         with torch.cuda.device(self.device_index):
             _enter_context(self.device_index)
-            code = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), self._function, config)
+            code = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(found), self._handle, config)
         return 0 if code else found.value
 
 
@@ -278,7 +311,7 @@ class Launch:
     """A kernel with its grid, ready to be started from any thread: called with the kernel's parameters."""
 
     def __init__(self, kernel: Kernel, grid: int, block: int, shared_bytes: int, mode: int) -> None:
-        self._kernel, self._index, self._function = kernel, kernel.device_index, kernel._function
+        self._kernel, self._index, self._handle = kernel, kernel.device_index, kernel._handle
         self._shape = (grid, 1, 1, block, 1, 1, shared_bytes)
         self._attributes = _ATTRIBUTES[mode]
         self._pack = struct.Struct(f"{_STREAM}{kernel._parameters}q").pack_into
@@ -310,10 +343,10 @@ class Launch:
         except AttributeError:
             values, config, parameters, _ = self._buffer()
         self._pack(values, _STREAM_AT, self._current_stream(index), *self._attributes, *args)
-        code = self._launch(config, self._function, parameters, None)
+        code = self._launch(config, self._handle, parameters, None)
         if code == _INVALID_CONTEXT:
             _enter_context(index)
-            code = self._launch(config, self._function, parameters, None)
+            code = self._launch(config, self._handle, parameters, None)
         if code:
             grid, block, shared_bytes = self._shape[0], self._shape[3], self._shape[6]
             raise RuntimeError(
@@ -333,6 +366,7 @@ def _source(name: str) -> str:
     return _INCLUDE.sub(lambda found: _source(found[1]), text)
 
 
+# Never emptied: a graph may hold any of them.  Keys are what a model fixes; no size that changes from call to call.
 _kernels: dict[tuple[str, str, Defines, int], Kernel] = {}
 _compiling = threading.Lock()
 

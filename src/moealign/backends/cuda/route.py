@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...layout import BlockLayout, Problem, Routing, cdiv
 from .align import Path, align, align_after, defines_of, path_of, pointers
-from .compile import COOPERATIVE, PLAIN, Kernel, Launch, kernel
+from .compile import COOPERATIVE, PLAIN, Kernel, Launch, green_multiprocessors, kernel
 
 __all__ = ["MOST_EXPERTS", "MOST_GROUPS", "refuses_route", "route", "route_align", "specialisations"]
 
@@ -98,8 +98,9 @@ def _remembered(key: Any, make: Callable[[], Any]) -> Any:
     return found
 
 
-def _router(routing: Routing, vector: bool, mean: bool, index: int) -> tuple[Launch, int]:
-    """The launch of the router alone, and the floats of scratch that it takes."""
+def _router(routing: Routing, vector: bool, mean: bool, green: int, index: int) -> tuple[Launch, int]:
+    """The launch of the router alone, and the floats of scratch that it takes; the mean in a green context of `green`
+    multiprocessors, or if 0 on the whole device."""
     macros = (
         ("EXPERTS", routing.num_experts),
         *_macros(routing, vector),
@@ -111,7 +112,8 @@ def _router(routing: Routing, vector: bool, mean: bool, index: int) -> tuple[Lau
     grid = cdiv(routing.tokens, _WARPS)
     if not mean:
         return compiled.prepare(grid, 32 * _WARPS, 0, PLAIN), 0
-    grid = max(1, min(grid, _MEAN_CTAS * compiled.multiprocessors, compiled.max_blocks(32 * _WARPS, 0)))
+    each = min(_MEAN_CTAS, compiled.max_blocks(32 * _WARPS, 0))
+    grid = max(1, min(grid, each * (green or compiled.multiprocessors)))
     return compiled.prepare(grid, 32 * _WARPS, 0, COOPERATIVE), grid * routing.num_experts
 
 
@@ -142,8 +144,9 @@ def _route(
 ) -> None:
     index = ids.device.index
     mean = mean_probability is not None
-    key = ("router", routing, choice.vector, mean)
-    start, floats = _remembered(key, lambda: _router(routing, choice.vector, mean, index))
+    green = green_multiprocessors(index) if mean else 0
+    key = ("router", routing, choice.vector, mean, green)
+    start, floats = _remembered(key, lambda: _router(routing, choice.vector, mean, green, index))
     logits = choice.logits
     usual = pointers(logits, choice.bias, num_valid_tokens, weights, ids)
     sizes = (routing.tokens, logits.stride(0), choice.scale)
