@@ -112,6 +112,39 @@ def test_batched_is_the_oracles(batches, slots, block_size, dtype):
         assert word.tolist() == expected["error_word"]
 
 
+@pytest.mark.parametrize("batches", [8, 64])
+def test_another_number_of_slots_compiles_nothing(batches):
+    compile_ = importlib.import_module("moealign.backends.cuda.compile")
+    counts = torch.randint(0, 40, (batches,), dtype=torch.int32)
+
+    def call(slots: int) -> None:
+        layout = moealign.align_batched(
+            counts.to(DEVICE), max_tokens_per_batch=slots, block_size=8, **ALL, backend="cuda"
+        )
+        assert_same_layout(layout, oracle_align_batched(counts, max_tokens_per_batch=slots, block_size=8))
+
+    call(32)
+    compiled = len(compile_._kernels)
+    for slots in (1, 2, 3, 7, 31, 33, 64, 100, 1000):
+        call(slots)
+    assert len(compile_._kernels) == compiled
+
+
+def test_blocks_of_any_size_where_there_is_no_row():
+    for block_size in (2**31, 2**32, 2**32 + 1, 2**40):
+        layout = moealign.align(
+            some_ids(0, 64).to(DEVICE), block_size=block_size, num_experts=64, expert_offsets=True, backend="cuda"
+        )
+        assert layout.num_tokens_post_padded.tolist() == [0]
+        assert layout.expert_offsets.tolist() == [0] * 65
+        counts = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+        layout = moealign.align_batched(
+            counts, max_tokens_per_batch=0, block_size=block_size, expert_offsets=True, backend="cuda"
+        )
+        assert layout.num_tokens_post_padded.tolist() == [0]
+        assert layout.expert_offsets.tolist() == [0] * 6
+
+
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 
@@ -414,8 +447,8 @@ def test_no_call_waits_for_the_gpu(routes):
 def test_a_failed_launch_says_what_failed():
     compile_ = importlib.import_module("moealign.backends.cuda.compile")
     batched = importlib.import_module("moealign.backends.cuda.batched")
-    found = compile_.kernel(batched.SOURCE, *batched.specialise(torch.int32, 4, 8, 4, True), 0)
+    found = compile_.kernel(batched.SOURCE, *batched.specialise(torch.int32, 4, 4, True), 0)
     with pytest.raises(
         RuntimeError, match=r"batched_few on cuda:0 with 1 CTAs of 4096 threads.*CUDA_ERROR_INVALID_VALUE"
     ):
-        found.launch(1, 4096, 0, *[0] * 13)
+        found.launch(1, 4096, 0, *[0] * 15)

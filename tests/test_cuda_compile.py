@@ -150,6 +150,75 @@ def test_a_compile_error_says_what_nvrtc_says():
         compile_.build("nonsense;", "k", (), "sm_90")
 
 
+# ---------------------------------------------------------------------------------------------------- specialisations
+
+
+def test_a_batched_kernel_serves_every_number_of_slots(monkeypatch):
+    batched = sys.modules["moealign.backends.cuda.batched"]
+    asked = []
+
+    def kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> types.SimpleNamespace:
+        asked.append((source, name, defines, index))
+        return types.SimpleNamespace(multiprocessors=132, prepare=lambda *shape: shape)
+
+    monkeypatch.setattr(batched, "kernel", kernel)
+    monkeypatch.setattr(batched, "_plans", {})
+    monkeypatch.setattr(batched, "_MOST_PLANS", 50)
+    for batches, block_size in ((8, 16), (300, 1)):
+        asked.clear()
+        for slots in (*range(1, 200), 2**20):
+            problem = Problem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, batches, block_size)
+            batched._plan(problem, batches * -(-slots // block_size) * block_size, True)
+            assert len(batched._plans) <= 50
+        assert len(asked) == 200
+        assert len(set(asked)) == 1
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 8, 100, 127, 128, 129, 641, 65535, 2**30 - 1, 2**30 + 1, 2**31 - 1])
+def test_a_reciprocal_divides_every_number_of_31_bits(divisor):
+    packed = sys.modules["moealign.backends.cuda.batched"].reciprocal(divisor)
+    factor, shift = packed & 0xFFFFFFFF, packed >> 32
+    edges = {at + off for at in range(0, 2**31, max(divisor, 2**31 // 5000) // divisor * divisor) for off in (-1, 0, 1)}
+    for number in {*edges, 2**31 - 1, 2**31 - 2, *range(300)} - {-1, 2**31}:
+        assert number * factor >> (31 + shift) == number // divisor
+
+
+def test_without_routes_a_block_is_of_one():
+    """2**32 is no int of a kernel's, and without routes it is no number of rows."""
+    align_ = sys.modules["moealign.backends.cuda.align"]
+    problem = Problem("align", torch.device("cuda", 0), torch.int32, 0, 8, 64, 2**32)
+    path = align_.path_of(problem, 132, 227 * 1024, 8)
+    assert dict(align_.defines_of(problem, path))["BLOCK"] == 1
+    few = align_.defines_of(problem._replace(routes=1, block_size=2**31 - 1), path)
+    assert dict(few)["BLOCK"] == 2**31 - 1
+
+
+@pytest.mark.parametrize("slots", [0, 1])
+def test_without_rows_a_batched_block_is_of_one(slots, monkeypatch):
+    batched = sys.modules["moealign.backends.cuda.batched"]
+    asked = []
+    monkeypatch.setattr(batched, "_plans", {})
+    monkeypatch.setattr(
+        batched,
+        "kernel",
+        lambda source, name, defines, index: (
+            asked.append(dict(defines)) or types.SimpleNamespace(multiprocessors=132, prepare=lambda *shape: shape)
+        ),
+    )
+    problem = Problem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, 0, 2**32)
+    batched._plan(problem, 0, True)
+    assert [each["B"] for each in asked] == [1]
+
+
+def test_a_kernel_keeps_no_more_launches_than_it_says(monkeypatch):
+    kernel = object.__new__(compile_.Kernel)
+    kernel._launches = {}
+    monkeypatch.setattr(compile_, "Launch", lambda *facts: facts)
+    for grid in range(3000):
+        assert kernel.prepare(grid, 32, 0) == (kernel, grid, 32, 0, compile_.PLAIN)
+        assert len(kernel._launches) <= compile_._MOST_LAUNCHES
+
+
 # ------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -414,6 +483,11 @@ def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multipro
             else:
                 assert path.scratch == 0  # by which a call tells them
     assert "radix" in names
+
+
+def test_more_experts_than_kernels_count_is_a_reason():
+    problem = Problem("align", torch.device("cuda", 0), torch.int32, 0, 8, 2**28 + 1, 16)
+    assert "takes up to 268435456 experts or batches, these are 268435457: use" in (cuda.refuses(problem) or "")
 
 
 @needs_nvrtc

@@ -21,6 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 _OLDEST = (8, 0)  # the oldest compute capability that the tests compile for
+_MOST_EXPERTS = 2**28  # kernels count eight times as many in 32 bits
 
 
 def _installed(module: str) -> bool:
@@ -67,6 +68,8 @@ def _unsupported(device: torch.device) -> str | None:
 def refuses(problem: Problem) -> str | None:
     if problem.device.type != "cuda":
         return f"runs on cuda tensors, these are on {problem.device}"
+    if problem.num_experts > _MOST_EXPERTS:
+        return f"takes up to {_MOST_EXPERTS} experts or batches, these are {problem.num_experts}: use backend 'triton'"
     return _unsupported(problem.device)
 
 

@@ -193,10 +193,10 @@ def _reads_vectors(path: Path) -> bool:
 def defines_of(
     problem: Problem, path: Path, *, strided: bool = False, vector_in: bool = True, vector_out: bool = True
 ) -> tuple[tuple[str, int], ...]:
-    """The macros of one specialisation.  The number of routes is not among them."""
+    """The macros of one specialisation.  The number of routes is not among them, only whether there are any."""
     return (
         ("EXPERTS", problem.num_experts),
-        ("BLOCK", problem.block_size),
+        ("BLOCK", problem.block_size if problem.routes else 1),  # without routes it may exceed 32 bits
         ("ID_TYPE", _TYPES[problem.dtype]),
         ("MAP", 0 if problem.map_dtype is None else 2 if problem.ignore_invalid_experts else 1),
         ("MAP_TYPE", _TYPES[problem.map_dtype] if problem.map_dtype is not None else 2),

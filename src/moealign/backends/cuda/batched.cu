@@ -5,7 +5,8 @@
 // batched_few: up to 32 batches, one a lane: every warp scans with shuffles; no barrier and no shared memory.
 // batched_many: any number, in tiles of THREADS * PER_THREAD batches; two barriers a tile.
 //
-// Macros: COUNT_BYTES, COUNT_SIGNED (dtype of the counts), M, B, VECTOR (4: rows are stored in 16 bytes, which needs
+// M is a parameter, so that no new M compiles a kernel.
+// Macros: COUNT_BYTES, COUNT_SIGNED (dtype of the counts), B, VECTOR (4: rows are stored in 16 bytes, which needs
 // B % 4 == 0 and an aligned sorted_token_ids; else 1), THREADS, and for batched_many PER_THREAD.
 
 #if COUNT_BYTES == 1
@@ -26,7 +27,6 @@ typedef unsigned WIDTH Count;
 #define ALL 0xffffffffu
 #define WARPS (THREADS / 32)
 #define ERROR_COUNT 8  // a count outside [0, M]
-#define SLOTS (M > 0 ? M : 1)  // M as a divisor
 
 struct Outputs {
   int* __restrict__ sorted_token_ids;
@@ -44,7 +44,16 @@ struct Share {
   }
 };
 
-__device__ int clamped(const Count* counts, long long stride, int batch, bool& wrong) {
+// A number below 2^31, divided by M (by 1 if that is 0); batched.py has the arithmetic.
+struct Divisor {
+  unsigned factor, shift;
+  __device__ explicit Divisor(long long packed) : factor((unsigned)packed), shift((unsigned)(packed >> 32)) {}
+  __device__ unsigned divide(unsigned number) const {
+    return (unsigned)((unsigned long long)number * factor >> (31 + shift));
+  }
+};
+
+__device__ int clamped(const Count* counts, long long stride, int batch, int M, bool& wrong) {
   Count value = counts[batch * stride];
   bool low = COUNT_SIGNED && value < 0;
   bool high = !low && (unsigned long long)value > (unsigned long long)M;
@@ -55,7 +64,7 @@ __device__ int clamped(const Count* counts, long long stride, int batch, bool& w
 __device__ int blocks_of(int count) { return count / B + (count % B != 0); }
 
 // Stores rows row .. row+VECTOR-1, which lie in one block of `batch`, whose rows begin at `start`; batch -1 is the tail.
-__device__ void put(const Outputs& out, unsigned row, int batch, unsigned start, int count, int sentinel) {
+__device__ void put(const Outputs& out, unsigned row, int batch, unsigned start, int count, int M, int sentinel) {
   unsigned slot = row - start;
   int left = batch < 0 ? 0 : count - (int)slot;
   unsigned id = (unsigned)batch * M + slot;
@@ -86,16 +95,17 @@ __device__ int inclusive_scan(int value, int lane) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     batched_few(const Count* __restrict__ counts, long long stride, long long batches, long long rows,
-                int* sorted_token_ids, int* expert_ids, int* total, int* expert_counts, int* expert_offsets,
-                int* group_ends, int* positions, int* block_rows, int* error) {
+                long long slots64, long long per_batch, int* sorted_token_ids, int* expert_ids, int* total,
+                int* expert_counts, int* expert_offsets, int* group_ends, int* positions, int* block_rows, int* error) {
   const int lane = threadIdx.x % 32;
   const unsigned warp_start = threadIdx.x - lane;
-  const int sentinel = (int)batches * M;
+  const int M = (int)slots64, sentinel = (int)batches * M;
+  const Divisor by_batch(per_batch);
   const Outputs out{sorted_token_ids, expert_ids, block_rows};
 
   // Lane b holds batch b; lanes past the batches hold empty ones.
   bool wrong = false;
-  const int count = lane < batches ? clamped(counts, stride, lane, wrong) : 0;
+  const int count = lane < batches ? clamped(counts, stride, lane, M, wrong) : 0;
   const int end = inclusive_scan(blocks_of(count), lane);  // in blocks
   const int start = end - blocks_of(count);
 
@@ -103,19 +113,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Share mine((unsigned)rows / VECTOR);
   for (unsigned unit = mine.first + warp_start; unit < mine.last; unit += THREADS) {
     unsigned row = (unit + lane) * VECTOR;
-    int block = row / B;
-    int batch = __popc(__ballot_sync(ALL, end <= (int)(unit * VECTOR / B)));
-    int most = __popc(__ballot_sync(ALL, end <= (int)((unit + 31) * VECTOR / B)));
-    for (int other = batch; other < most; ++other) batch += __shfl_sync(ALL, end, other) <= block;
+    unsigned block = row / B;
+    int batch = __popc(__ballot_sync(ALL, (unsigned)end <= unit * VECTOR / B));
+    int most = __popc(__ballot_sync(ALL, (unsigned)end <= (unit + 31) * VECTOR / B));
+    for (int other = batch; other < most; ++other) batch += (unsigned)__shfl_sync(ALL, end, other) <= block;
     int from = __shfl_sync(ALL, start, batch % 32);
     int held = __shfl_sync(ALL, count, batch % 32);
-    if (unit + lane < mine.last) put(out, row, batch < 32 ? batch : -1, (unsigned)from * B, held, sentinel);
+    if (unit + lane < mine.last) put(out, row, batch < 32 ? batch : -1, (unsigned)from * B, held, M, sentinel);
   }
 
   if (positions) {
     const Share slots(sentinel);
     for (unsigned slot = slots.first + warp_start; slot < slots.last; slot += THREADS) {
-      unsigned batch = (slot + lane) / SLOTS, index = (slot + lane) % SLOTS;
+      unsigned batch = by_batch.divide(slot + lane), index = slot + lane - batch * M;
       int from = __shfl_sync(ALL, start, batch % 32);
       int held = __shfl_sync(ALL, count, batch % 32);
       if (slot + lane < slots.last) positions[slot + lane] = (int)index < held ? from * B + (int)index : -1;
@@ -153,15 +163,16 @@ struct Sum {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     batched_many(const Count* __restrict__ counts, long long stride, long long batches, long long rows,
-                 int* sorted_token_ids, int* expert_ids, int* total, int* expert_counts, int* expert_offsets,
-                 int* group_ends, int* positions, int* block_rows, int* error) {
+                 long long slots64, long long per_batch, int* sorted_token_ids, int* expert_ids, int* total,
+                 int* expert_counts, int* expert_offsets, int* group_ends, int* positions, int* block_rows, int* error) {
   __shared__ int ends[TILE];  // in blocks
   __shared__ int held[TILE];
   __shared__ Sum warp_sums[WARPS];
   __shared__ int lowest, highest;  // the batches of the tile that this CTA's rows can belong to
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int sentinel = (int)batches * M;
+  const int M = (int)slots64, sentinel = (int)batches * M;
+  const Divisor by_batch(per_batch);
   const Outputs out{sorted_token_ids, expert_ids, block_rows};
   const Share mine((unsigned)rows / VECTOR), slots(positions ? sentinel : 0);
   const int first_block = mine.first * VECTOR / B;
@@ -178,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
       int index = threadIdx.x * PER_THREAD + i;
-      own[i] = index < here ? clamped(counts, stride, tile + index, wrong) : 0;
+      own[i] = index < here ? clamped(counts, stride, tile + index, M, wrong) : 0;
     }
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) sum = sum + Sum{blocks_of(own[i]), own[i]};
@@ -232,12 +243,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (ends[middle] > block) high = middle; else low = middle + 1;
       }
       int start = low ? ends[low - 1] : base.blocks;
-      put(out, row, tile + low, (unsigned)start * B, held[low], sentinel);
+      put(out, row, tile + low, (unsigned)start * B, held[low], M, sentinel);
     }
 
     const unsigned slot_end = min((unsigned)(tile + here) * M, slots.last);
     for (unsigned slot = max((unsigned)tile * M, slots.first) + threadIdx.x; slot < slot_end; slot += THREADS) {
-      int index = (int)(slot / SLOTS) - tile, offset = slot % SLOTS;
+      unsigned batch = by_batch.divide(slot);
+      int index = (int)batch - tile, offset = (int)(slot - batch * M);
       int start = index ? ends[index - 1] : base.blocks;
       positions[slot] = offset < held[index] ? start * B + offset : -1;
     }
@@ -248,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   for (unsigned unit = max((unsigned)base.blocks * (B / VECTOR), mine.first) + threadIdx.x; unit < mine.last;
        unit += THREADS)
-    put(out, unit * VECTOR, -1, unit * VECTOR, 0, sentinel);
+    put(out, unit * VECTOR, -1, unit * VECTOR, 0, M, sentinel);
   if (wrong && error && blockIdx.x == 0) atomicOr(error, ERROR_COUNT);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *total = base.blocks * B;

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from ...layout import BlockLayout, Problem
-from .compile import Defines, Kernel, kernel
+from ...layout import BlockLayout, Problem, cdiv
+from .compile import Defines, Launch, kernel
 
 __all__ = ["align_batched", "specialisations"]
 
@@ -18,18 +18,18 @@ THREADS_MANY = 128
 PER_THREAD = (1, 2, 4)  # counts that a thread of batched_many scans: the least that takes one tile, else the last
 CTAS_PER_MULTIPROCESSOR = 8
 
-Plan = tuple[Kernel, int, int]  # kernel, CTAs, threads
+Plan = tuple[Launch, int]  # of the slots: see reciprocal
 _plans: dict[tuple[Problem, bool], Plan] = {}
+_MOST_PLANS = 4096
 
 
-def specialise(dtype: torch.dtype, batches: int, slots: int, block_size: int, aligned: bool) -> tuple[str, Defines]:
-    """Name and macros of the kernel for `batches` counts of `dtype`, and `slots` rows at the most in each batch."""
+def specialise(dtype: torch.dtype, batches: int, block_size: int, aligned: bool) -> tuple[str, Defines]:
+    """Name and macros of the kernel for `batches` counts of `dtype`, whatever the slots of a batch."""
     few = batches <= FEW
     threads = THREADS_FEW if few else THREADS_MANY
     defines = [
         ("COUNT_BYTES", dtype.itemsize),
         ("COUNT_SIGNED", int(dtype.is_signed)),
-        ("M", slots),
         ("B", block_size),
         ("VECTOR", 4 if aligned and block_size % 4 == 0 else 1),
         ("THREADS", threads),
@@ -42,31 +42,33 @@ def specialise(dtype: torch.dtype, batches: int, slots: int, block_size: int, al
 
 def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
     """(source, name, macros) of what models use and of every other path, to be compiled without a GPU."""
-    shapes = ((8, 128, 16), (32, 512, 64), (64, 512, 64), (256, 256, 64), (256, 1024, 128), (32, 8192, 128))
-    for batches, slots, block_size in shapes:
-        yield (SOURCE, *specialise(torch.int32, batches, slots, block_size, True))
+    for batches, block_size in ((8, 16), (32, 64), (64, 64), (256, 64), (256, 128), (32, 128)):
+        yield (SOURCE, *specialise(torch.int32, batches, block_size, True))
     for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.int64, torch.uint64):
-        yield (SOURCE, *specialise(dtype, 5 if dtype.is_signed else 100, 8, 4, True))
+        yield (SOURCE, *specialise(dtype, 5 if dtype.is_signed else 100, 4, True))
     for batches in (5, 1000, 5000):
-        for slots, block_size, aligned in (
-            (0, 4, True),
-            (7, 3, True),
-            (8, 4, False),
-            (1, 1, True),
-            (9, 2**31 - 1, True),
-        ):
-            yield (SOURCE, *specialise(torch.int32, batches, slots, block_size, aligned))
+        for block_size, aligned in ((4, True), (3, True), (4, False), (1, True), (2**31 - 1, True)):
+            yield (SOURCE, *specialise(torch.int32, batches, block_size, aligned))
+
+
+def reciprocal(divisor: int) -> int:
+    """What batched.cu divides numbers below 2**31 with: a factor of 32 bits, and above it the bits to shift its product
+    by besides 31.  `divisor` is at most 2**31."""
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor) | shift << 32
 
 
 def _plan(problem: Problem, rows: int, aligned: bool) -> Plan:
-    name, defines = specialise(problem.dtype, problem.num_experts, problem.top_k, problem.block_size, aligned)
+    block_size = problem.block_size if rows else 1  # without rows it may exceed 32 bits
+    name, defines = specialise(problem.dtype, problem.num_experts, block_size, aligned)
     index = problem.device.index
     compiled = kernel(SOURCE, name, defines, torch.cuda.current_device() if index is None else index)
     sizes = dict(defines)
     threads = sizes["THREADS"]
-    ctas = -(-max(rows // sizes["VECTOR"], 1) // threads)
-    plan = compiled, min(ctas, CTAS_PER_MULTIPROCESSOR * compiled.multiprocessors), threads
-    _plans[problem, aligned] = plan
+    ctas = min(cdiv(max(rows // sizes["VECTOR"], 1), threads), CTAS_PER_MULTIPROCESSOR * compiled.multiprocessors)
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    plan = _plans[problem, aligned] = compiled.prepare(ctas, threads, 0), reciprocal(max(problem.top_k, 1))
     return plan
 
 
@@ -80,16 +82,15 @@ def align_batched(
     rows = out.sorted_token_ids
     start, length = rows.data_ptr(), rows.numel()
     aligned = start % 16 == 0
-    compiled, ctas, threads = _plans.get((problem, aligned)) or _plan(problem, length, aligned)
-    compiled.launch(
-        ctas,
-        threads,
-        0,
+    launch, slots = _plans.get((problem, aligned)) or _plan(problem, length, aligned)
+    launch(
         # inputs
         expert_num_tokens.data_ptr(),
         expert_num_tokens.stride(0),
         problem.num_experts,
         length,
+        problem.top_k,
+        slots,
         # outputs
         start,
         out.expert_ids.data_ptr(),
