@@ -134,6 +134,63 @@ def test_a_load_that_moved_ahead_of_the_wait_would_be_seen():
     assert any(touched_before_the_wait(compile_.build(moved, name, defines, "sm_90")) for _, name, defines in behind)
 
 
+def refusal_of(source: str, name: str, defines: tuple[tuple[str, int], ...], **changed: int) -> str:
+    """What NVRTC says of the kernel with some macros changed; "" if it compiles."""
+    assert set(changed) <= set(dict(defines))
+    macros = tuple({**dict(defines), **changed}.items())
+    try:
+        compile_.build(compile_._source(source), name, macros, "sm_90")
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("experts", [1, 2, 61, 257, 1000, 1025, 2049, 5000, 20000, 40000])
+def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
+    """Sizes are reckoned in Python and again in align.cu; a byte less is refused by the compiler."""
+    align_ = sys.modules["moealign.backends.cuda.align"]
+    seen = set()
+    for routes, clusters in ((300, 8), (4000, 8), (12000, 1), (12000, 8), (40000, 8), (2**21, 8)):
+        problem = Problem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
+        path = align_.path_of(problem, 132, 227 * 1024, clusters)
+        kernel = ("align.cu", path.name, align_.defines_of(problem, path, vector_in=False))
+        if kernel in seen:
+            continue
+        seen.add(kernel)
+        assert refusal_of(*kernel) == ""
+        macros = dict(kernel[2])
+        for name, step in (
+            ("SHARED_BYTES", 16),
+            *((f"SCRATCH_{each}", 1) for each in ("EACH_CTA", "EACH_ROUTE", "BESIDES")),
+        ):
+            if macros[name]:
+                assert "static assertion failed" in refusal_of(*kernel, **{name: macros[name] - step})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("routes", "changed", "said"),
+    [
+        (64, {"THREADS": 100}, "whole warps"),
+        (64, {"EXPERTS": 2**28 + 1}, "counted in 32 bits"),
+        (256, {"THREADS": 128}, "a thread a route"),
+        (256, {"WORDS": 6}, "within a warp"),
+        (2000, {"WORDS": 32}, "a thread a route of my chunk"),
+        (2000, {"STEPS": 128}, "counted in 16 bits"),
+        (40000, {"STEPS": 32}, "eight rows at a time"),
+        (40000, {"EXPERTS": 65537}, "a bin fits local_bin"),
+        (40000, {"GRID_CTAS": 1}, "every row of the table"),
+        (2**21, {"THREADS": 128}, "for each digit"),
+    ],
+)
+def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, changed, said):
+    align_ = sys.modules["moealign.backends.cuda.align"]
+    problem = Problem("align", torch.device("cuda"), torch.int32, routes, 1, 256, 16)
+    path = align_.path_of(problem, 132, 227 * 1024, 8)
+    assert said in refusal_of("align.cu", path.name, align_.defines_of(problem, path), **changed)
+
+
 @needs_nvrtc
 def test_the_reader_of_resources_sees_a_stack_and_a_short_parameter():
     source = """extern "C" __global__ void k(long long* a, int b) {
@@ -481,7 +538,7 @@ def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multipro
             if path.name in align_._COOPERATIVE:
                 assert path.grid <= multiprocessors
             else:
-                assert path.scratch == 0  # by which a call tells them
+                assert path.scratch.of(path.grid, routes) == 0  # by which a call tells them
     assert "radix" in names
 
 

@@ -5,7 +5,7 @@
 //
 //   KERNEL_warp         n <= 32       every warp ranks all routes with ballots; no barrier at all
 //   KERNEL_pairwise     n <= 32*WORDS bit planes of the ids in shared memory, compared pairwise; two barriers
-//   KERNEL_independent  n <= 131,072  every cluster counts all routes, every CTA ranks its own; nothing between clusters
+//   KERNEL_independent  n <= 32,768   every cluster counts all routes, every CTA ranks its own; nothing between clusters
 //   KERNEL_grid         n <= CTAs*THREADS*STEPS  cooperative: counts of each CTA, one grid barrier, runs written in order
 //   KERNEL_radix        any n, any E  cooperative: stable LSD radix sort of the bins by 8-bit digits
 //
@@ -17,6 +17,8 @@
 //   THREADS, WORDS, STEPS, CLUSTER  chosen by align.py: threads of a CTA; words of 32 routes a CTA (grid: rows of the table
 //             that a thread reads, CTAs being segments * WORDS); routes a thread; CTAs of a cluster
 //   COMPACT   independent, for more experts than shared memory holds three words each of
+//   SHARED_BYTES, SCRATCH_EACH_CTA, SCRATCH_EACH_ROUTE, SCRATCH_BESIDES  what the launch brings of shared memory and of
+//             device memory (words); LEAST_CTAS  of an independent grid without clusters; GRID_CTAS  of grid
 //
 // Every parameter is 8 bytes.  Costs of these paths do not depend on values beyond bank conflicts.
 
@@ -43,6 +45,8 @@ typedef long long i64;
 #endif
 
 constexpr int E = EXPERTS, B = BLOCK, T = THREADS, CH = WORDS, R = STEPS;
+static_assert(T % 32 == 0 && T <= 1024, "whole warps, as many as a CTA may have");
+static_assert(E >= 0 && E <= 1 << 28, "eight times as many are counted in 32 bits");
 
 template <int> struct Int;
 template <> struct Int<0> { typedef signed char type; };
@@ -379,6 +383,8 @@ extern "C" __global__ void __launch_bounds__(T, 1) warp(PARAMETERS AND_LOGITS) {
 // Every CTA compares all routes with all; each fills and then overwrites a slice of sorted_token_ids of its own.
 
 #if PATH == 2
+static_assert(CH * 32 <= T, "a thread a route");
+static_assert(CH <= 32 && (CH & (CH - 1)) == 0, "words of an expert are added up within a warp");
 struct Planes { u32 kept; u32 bit[BITS + 1]; };
 
 DEV void compare(const Planes &p, u32 bin, u32 &eq, u32 &lt) {
@@ -618,6 +624,15 @@ static_assert(PER <= 2, "pairs of the table are sent as they stand");
 #else
 #define CLUSTERED
 #endif
+static_assert(CH * 32 <= T, "a thread a route of my chunk");
+static_assert(R * T <= 0xffff, "routes of my slice are counted in 16 bits, and blocks before an expert if COMPACT");
+static_assert(CLUSTER == 1 || !COMPACT, "neighbours send whole tables");
+#if COMPACT
+constexpr int WORDS_SHARED = TABLE + (E + LEAST_CTAS - 1) / LEAST_CTAS;
+#else
+constexpr int WORDS_SHARED = TABLE + OF_WARP + SPAN + (CLUSTER > 1 ? CLUSTER * PAIRS + 2 * E : 0);
+#endif
+static_assert(WORDS_SHARED * 4 <= SHARED_BYTES && (OF_WARP + TABLE + 3) / 4 * 16 <= SHARED_BYTES, "tables fit");
 extern __shared__ __align__(16) u32 shared[];
 
 // Routes of `bin` in the warps before mine: word w holds warps 4w to 4w + 3 of every bin (COMPACT: the bins of my chunk).
@@ -864,6 +879,11 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(T, 1) independent(PARAMET
 // The sums need SEGS * 2 * (2 * PAIRS) words, the counts WARPS * STRIDE.
 #define SUMS (SEGS * 4 * PAIRS)
 #define FRONT (SUMS > WARPS * STRIDE ? SUMS : WARPS * STRIDE)
+static_assert(SEGS * CH == GRID_CTAS, "every row of the table is that of a CTA");
+static_assert(8 * ROUTES <= 0xffff, "pairs of counts are added packed, eight rows at a time");
+static_assert(E <= 0x10000, "a bin fits local_bin");
+static_assert((FRONT + 3 * E + 2 + ROUTES) * 4 + ROUTES * 2 <= SHARED_BYTES, "counts, bins and sorted routes fit");
+static_assert(PAIRS <= SCRATCH_EACH_CTA, "a row of counts fits");
 extern __shared__ __align__(16) u32 shared[];
 
 extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
@@ -979,7 +999,7 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
     barrier.wait_after(look);
 
     // All rows of the table at once: pair `p`, rows seg, seg + SEGS, ...; a word is there once it is not EMPTY.
-    // Pairs are added packed, 8 rows at a time: 8 * ROUTES fits 16 bits.
+    // Pairs are added packed, 8 rows at a time.
     u32 *sum_all = cnt, *sum_before = cnt + SEGS * 2 * PAIRS;
 #pragma unroll 1
     for (u32 at = t; at < SEGS * PAIRS; at += T) {
@@ -1101,6 +1121,10 @@ extern "C" __global__ void __launch_bounds__(T, 1) grid(PARAMETERS) {
 
 #if PATH == 5
 #define PASSES ((bits_of(E) + 7) / 8)
+static_assert(T % 256 == 0, "a segment of threads has one for each digit");
+static_assert(PASSES * 256 + 2 <= SCRATCH_EACH_CTA, "tables and parts fit");
+static_assert((PASSES > 1 ? 4 : 2) <= SCRATCH_EACH_ROUTE, "keys and routes fit");
+static_assert(3 * (long long)E <= SCRATCH_BESIDES, "begin, end and first row of each expert fit");
 extern "C" __global__ void __launch_bounds__(T, 1) radix(PARAMETERS) {
     SIZES;
     __shared__ uint2 room[32];

@@ -60,6 +60,17 @@ _TYPES = {
 }
 
 
+class Scratch(NamedTuple):
+    """int32 elements of device memory, in parts that no number of routes changes: align.cu is compiled with them."""
+
+    each_cta: int = 0
+    each_route: int = 0
+    besides: int = 0
+
+    def of(self, grid: int, routes: int) -> int:
+        return self.each_cta * grid + self.each_route * routes + self.besides
+
+
 class Path(NamedTuple):
     """How one problem is launched; everything but the pointers."""
 
@@ -69,7 +80,7 @@ class Path(NamedTuple):
     words: int
     steps: int
     shared_bytes: int
-    scratch: int  # int32 elements
+    scratch: Scratch = Scratch()
     cluster: int = 1  # CTAs
     compact: bool = False
 
@@ -118,13 +129,13 @@ def _independent(problem: Problem, shared_most: int, cluster_most: int) -> Path 
                 ctas = cluster * cdiv(n, cluster * chunk)
                 if cluster == 1:
                     ctas = max(ctas, _INDEPENDENT_CTAS)
-                return Path("independent", ctas, threads, words, steps, shared, 0, cluster)
+                return Path("independent", ctas, threads, words, steps, shared, cluster=cluster)
     most, threads, words, _ = _NO_CLUSTERS[-1]
     ctas = max(cdiv(n, 32 * words), _INDEPENDENT_CTAS)
-    shared = 4 * (_span(experts, threads) + 1 + cdiv(experts, ctas))
+    shared = 4 * (_span(experts, threads) + 1 + cdiv(experts, _INDEPENDENT_CTAS))
     if n > most or shared > shared_most:
         return None
-    return Path("independent", ctas, threads, words, _steps(most, threads), cdiv(shared, 16) * 16, 0, 1, compact=True)
+    return Path("independent", ctas, threads, words, _steps(most, threads), cdiv(shared, 16) * 16, compact=True)
 
 
 def _span(experts: int, threads: int) -> int:
@@ -153,8 +164,7 @@ def _grid(problem: Problem, multiprocessors: int, shared_most: int) -> Path | No
         rows = next((each for each in _GRID_ROWS if each >= need), None)
         shared = 4 * _grid_shared_words(experts, threads, steps)
         if rows and rows * segments <= min(most, multiprocessors) and shared <= shared_most:
-            grid = rows * segments
-            return Path("grid", grid, threads, rows, steps, shared, grid * ((experts + 1) // 2))
+            return Path("grid", rows * segments, threads, rows, steps, shared, Scratch(each_cta=(experts + 1) // 2))
     return None
 
 
@@ -162,7 +172,7 @@ def _radix(problem: Problem, multiprocessors: int) -> Path:
     n, experts = problem.routes, problem.num_experts
     grid = max(1, min(max(cdiv(n, _RADIX_THREADS), cdiv(experts, _RADIX_EXPERTS)), multiprocessors))
     passes = cdiv(experts.bit_length(), 8)
-    scratch = passes * grid * 256 + (4 if passes > 1 else 2) * n + 3 * experts + 2 * grid
+    scratch = Scratch(passes * 256 + 2, 4 if passes > 1 else 2, 3 * experts)
     return Path("radix", grid, _RADIX_THREADS, 1, 1, 0, scratch)
 
 
@@ -172,13 +182,13 @@ def path_of(problem: Problem, multiprocessors: int, shared_most: int, cluster_mo
     shared_most -= _STATIC_SHARED
     if n <= _WARP_ROUTES:
         ctas = max(_WARP_CTAS, min(cdiv(length, 16 * _WARP_THREADS), multiprocessors))
-        return Path("warp", ctas, _WARP_THREADS, 1, 1, 0, 0)
+        return Path("warp", ctas, _WARP_THREADS, 1, 1, 0)
     for words in _PAIRWISE_WORDS:
         if n <= 32 * words:
             threads = max(32 * words, 64)
             most = _PAIRWISE_CTAS[not _PER_EXPERT.isdisjoint(problem.extras)]
             ctas = max(most, min(cdiv(length, 16 * threads), multiprocessors))
-            return Path("pairwise", ctas, threads, words, 1, 0, 0)
+            return Path("pairwise", ctas, threads, words, 1, 0)
     return (
         _independent(problem, shared_most, cluster_most)
         or _grid(problem, multiprocessors, shared_most)
@@ -211,6 +221,13 @@ def defines_of(
         ("STEPS", path.steps),
         ("CLUSTER", path.cluster),
         ("COMPACT", int(path.compact)),
+        # What the launch brings: align.cu asserts that it is enough.
+        ("SHARED_BYTES", path.shared_bytes),
+        ("SCRATCH_EACH_CTA", path.scratch.each_cta),
+        ("SCRATCH_EACH_ROUTE", path.scratch.each_route),
+        ("SCRATCH_BESIDES", path.scratch.besides),
+        ("LEAST_CTAS", _INDEPENDENT_CTAS),
+        ("GRID_CTAS", path.grid if path.name == "grid" else 0),
     )
 
 
@@ -240,7 +257,7 @@ def _plan(key: _Key, problem: Problem, index: int, plans: dict[_Key, Plan]) -> P
     mode = COOPERATIVE if cooperative else OVERLAP if after else PLAIN
     given = (problem.map_dtype, problem.has_num_valid_tokens, problem.has_error_word, problem.extras, strided)
     start = compiled.prepare(path.grid, path.threads, path.shared_bytes, mode)
-    plan = Plan(problem, start, path.scratch, usual=not any(given))
+    plan = Plan(problem, start, path.scratch.of(path.grid, problem.routes), usual=not any(given))
     if len(plans) >= _MOST_PLANS:
         plans.clear()
     plans[key] = plan
