@@ -130,6 +130,17 @@ def test_another_number_of_slots_compiles_nothing(batches):
     assert len(compile_._kernels) == compiled
 
 
+def test_batched_rows_up_to_the_last_of_int32():
+    slots = 2**31 - 1
+    if torch.cuda.mem_get_info(DEVICE)[0] < 24 * 2**30:
+        pytest.skip("needs 24 GiB")
+    counts = torch.tensor([slots - 1], device=DEVICE)
+    layout = moealign.align_batched(counts, max_tokens_per_batch=slots, block_size=1, backend="cuda")
+    assert layout.num_tokens_post_padded.tolist() == [slots - 1]
+    assert layout.sorted_token_ids[-100:].tolist() == [*range(slots - 100, slots - 1), slots]
+    assert layout.expert_ids[-100:].tolist() == [0] * 99 + [-1]
+
+
 def test_blocks_of_any_size_where_there_is_no_row():
     for block_size in (2**31, 2**32, 2**32 + 1, 2**40):
         layout = moealign.align(

@@ -33,6 +33,7 @@ import os
 import re
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,17 @@ def _enter_context(device_index: int) -> None:
         _call("cuCtxSetCurrent", primary)
 
 
+@functools.cache
+def _current_device() -> Callable[[], int]:
+    """What says which device is current; with one in sight it is that one."""
+    found: Callable[[], int] = torch._C._cuda_getDevice if torch.cuda.device_count() > 1 else lambda: 0
+    return found
+
+
 def green_multiprocessors(device_index: int) -> int:
     """Multiprocessors of the green context that the current stream of cuda:`device_index` belongs to, which for the
     default stream is the one that is current.  0 where there is none: the whole device."""
-    if torch.cuda.device_count() > 1 and torch._C._cuda_getDevice() != device_index:
+    if _current_device()() != device_index:
         with torch.cuda.device(device_index):
             return _green_multiprocessors(torch._C._cuda_getCurrentRawStream(device_index))
     return _green_multiprocessors(torch._C._cuda_getCurrentRawStream(device_index))
@@ -317,8 +325,7 @@ class Launch:
         self._pack = struct.Struct(f"{_STREAM}{kernel._parameters}q").pack_into
         self._thread = threading.local()
         self._launch = _driver().cuLaunchKernelEx
-        # With one device in sight it is the current one.
-        self._current_device = torch._C._cuda_getDevice if torch.cuda.device_count() > 1 else lambda: 0
+        self._current_device = _current_device()
         self._current_stream = torch._C._cuda_getCurrentRawStream
 
     def _buffer(self) -> tuple[Any, ctypes.c_void_p, ctypes.c_void_p, Any]:
