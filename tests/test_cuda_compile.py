@@ -22,7 +22,7 @@ from sass import disassembler, touched_before_the_wait
 
 import moealign
 from moealign.backends import cache
-from moealign.layout import Problem
+from moealign.layout import BlockLayout, Problem
 
 cuda = importlib.import_module("moealign.backends.cuda")
 compile_ = importlib.import_module("moealign.backends.cuda.compile")
@@ -540,6 +540,29 @@ def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multipro
             else:
                 assert path.scratch.of(path.grid, routes) == 0  # by which a call tells them
     assert "radix" in names
+
+
+def test_a_call_takes_the_grid_of_its_stream(monkeypatch):
+    """Call after call, whatever was planned for the whole device or for another part of it."""
+    align_ = sys.modules["moealign.backends.cuda.align"]
+    launched = []
+
+    def kernel(*key: object) -> types.SimpleNamespace:
+        return types.SimpleNamespace(prepare=lambda grid, *shape: lambda *args: launched.append(grid))
+
+    facts = types.SimpleNamespace(multi_processor_count=132, major=8, shared_memory_per_block_optin=227 * 1024)
+    green = iter((0, 32, 16, 0, 32))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(align_, "kernel", kernel)
+    monkeypatch.setattr(align_, "green_multiprocessors", lambda index: next(green))
+    ids = torch.zeros(2**17, 8, dtype=torch.int32)
+    problem = Problem("align", torch.device("cuda", 0), torch.int32, 2**20, 8, 256, 128)
+    out = BlockLayout(*(torch.zeros(1, dtype=torch.int32) for _ in range(3)))
+    plans: dict[Any, Any] = {}
+    for _ in range(5):
+        align_.align(problem, ids, None, None, None, out, plans)
+    assert launched == [132, 32, 16, 132, 32]
+    assert len(plans) == 3
 
 
 def test_more_experts_than_kernels_count_is_a_reason():
