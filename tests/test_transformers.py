@@ -516,7 +516,10 @@ PADDED = torch.ones(2, 11, dtype=torch.long)
 PADDED[0, :7] = 0
 
 
-@pytest.mark.parametrize("mask", ["long", "bool", "positional", "four dimensions", "given", "a model of its own"])
+@pytest.mark.parametrize(
+    "mask",
+    ["long", "bool", "positional", "four dimensions", "added to scores", "given", "a model of its own"],
+)
 def test_capture_leaves_padding_out(mask):
     _, model = make("qwen3-moe")
     causal = torch.ones(11, 11, dtype=torch.bool).tril() & PADDED.bool()[:, None, None, :]
@@ -525,6 +528,7 @@ def test_capture_leaves_padding_out(mask):
         "bool": lambda: model(input_ids=TEXT, attention_mask=PADDED.bool()),
         "positional": lambda: model(TEXT, PADDED),
         "four dimensions": lambda: model(TEXT, attention_mask=causal),
+        "added to scores": lambda: model(TEXT, attention_mask=torch.where(causal, 0.0, -1e30)),
         "given": lambda: model(TEXT),
         "a model of its own": lambda: model.model(TEXT, attention_mask=PADDED),
     }[mask]
@@ -738,6 +742,37 @@ def test_a_mask_of_other_tokens_is_refused():
         with pytest.raises(moealign.InvalidInput, match=r"a to route the 1 x 3 tokens .* \[1, 3\] .* got 2 .*'keep'"):
             model(("a", ids_of([0, 1], [1, 2])))
     assert seen.topk_ids["a"].tolist() == [[1, 2], [2, 3]]
+
+
+class Attends(Calls):
+    """A model that takes any mask."""
+
+    def forward(self, input_ids, attention_mask=None):
+        super().forward(("a", torch.stack((input_ids, input_ids + 1), -1)))
+
+
+@pytest.mark.parametrize("numbers", [torch.bool, torch.long, torch.float32])
+def test_a_mask_of_attention_says_who_attends_to_itself(numbers):
+    model, rows = Attends(a=Named()), torch.tensor([[0, 1, 2]])
+    mask = torch.ones(3, 3, dtype=torch.bool).tril() & torch.tensor([False, True, True])
+    given = torch.where(mask, 0.0, -torch.inf) if numbers is torch.float32 else mask.to(numbers)
+    with moealign.capture(model) as seen:
+        model(rows, attention_mask=given[None])
+        model(rows, attention_mask={"sliding_attention": None, "full_attention": given[None, None]})
+    assert seen.topk_ids["a"].tolist() == [[1, 2], [2, 3]] * 2
+
+
+@pytest.mark.parametrize(("mask", "got"), [(torch.ones(3), r"\[3\]"), (object(), "object")])
+def test_a_mask_that_does_not_tell_padding_is_refused(mask, got):
+    model, rows = Attends(a=Named()), torch.tensor([[0, 1, 2]])
+    with (
+        moealign.capture(model),
+        pytest.raises(moealign.InvalidInput, match=rf"attention_mask: .* got {got}; .*'keep'"),
+    ):
+        model(rows, attention_mask=mask)
+    with moealign.capture(model, padding="keep") as seen:
+        model(rows, attention_mask=mask)
+    assert seen.trace().tokens == 3
 
 
 class SomeRouter(torch.nn.Module):

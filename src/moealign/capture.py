@@ -52,7 +52,7 @@ class _Mask:
             if past is None or mask.shape[-2] != length or past + length > mask.shape[-1]:
                 return None
             own = mask[:, 0, :, past : past + length].diagonal(dim1=-2, dim2=-1)
-            real = own if own.dtype is torch.bool else own == 0
+            real = own == 0 if own.is_floating_point() else own != 0
         return real.expand(self.batch, length)
 
 
@@ -385,11 +385,16 @@ def _frame_hooks(seen: Capture, module: nn.Module) -> list[Any]:
             tokens = next((given[each] for each in of if isinstance(given.get(each), Tensor)), None)
             if mask is None and tokens is not None:
                 frame.without.add(tokens.shape[:2].numel())
-            if (
-                not isinstance(mask, Tensor)
-                or mask.dim() not in (2, 4)
-                or (mask.dim() == 4 and module is not seen._model)
-            ):
+            outermost = module is seen._model
+            if isinstance(mask, Tensor) and mask.dim() == 3:
+                mask = mask[:, None]
+            if not isinstance(mask, Tensor) or mask.dim() not in ((2, 4) if outermost else (2,)):
+                if outermost and mask is not None and seen._padding == "drop":
+                    got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                    raise InvalidInput(
+                        f"{name}: expected [batch, length], or [batch, heads, length, length], to know padding by, got "
+                        f"{got}; {_ADVICE}"
+                    )
                 continue
             batch, length = (mask.shape[0], mask.shape[-1 if mask.dim() == 2 else -2])
             if tokens is not None and tokens.dim() >= 2:
