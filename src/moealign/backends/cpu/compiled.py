@@ -1,8 +1,8 @@
-"""numba, imported and compiling at first use: by whom it is asked for, it is either ready or not to be had right now.
+"""Kernels that numba compiles, imported and compiled at their first use.
 
-Importing and compiling run Python for seconds, in which a finalizer, a signal handler or a profiler of this thread may
-call the package again.  numba does not compile inside itself: such a call gets None, and computes by other means.  So
-does a call of a kernel that numba cannot compile.
+Importing and compiling run Python for seconds, in which a finalizer, a signal handler or a profiler may call the
+package again on the same thread.  numba cannot compile inside itself, so :func:`find` returns None to such a call,
+which is then computed by the reference.  The same holds for a kernel that numba fails to compile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["failure", "find", "is_kept", "is_ready", "loaded"]
 
 _log = logging.getLogger("moealign")
 _MODULES = {name: f"{__package__}.{name}" for name in ("kernels", "routing_kernels")}
-_TRIES = 2
+_TRIES = 2  # an exception that a second import does not repeat came from elsewhere
 
 #: The modules of kernels by name, once they are imported.
 loaded: dict[str, Any] = {}
