@@ -105,7 +105,7 @@ def refuses(rows: Tensor) -> str | None:
 
 def _rule(target: Target, routes: int, top_k: int, experts: int, hidden: int, inner: int, item: int) -> Plan:
     """Tiles by rows an expert gets; measured on an H200 by benchmarks/sweep_experts.py."""
-    rows = routes / experts
+    rows = routes / max(experts, 1)
     alone = routes == top_k or (routes <= 2 * top_k and routes * ALONE <= experts)
     if item == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
         m = 16 if alone else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
@@ -195,7 +195,7 @@ def plan(
     width, hidden = (down_proj.shape[1], down_proj.shape[2]) if transposed else down_proj.shape[:0:-1]
     entry = tuned(target).get(tuning_key(experts, top_k, hidden, width, hidden_states.dtype))
     if entry and block_size is None:
-        chosen = entry[min(entry, key=lambda known: abs(math.log(known / tokens)))]
+        chosen = entry[min(entry, key=lambda known: abs(math.log(known / max(tokens, 1))))]
     else:
         chosen = _rule(target, routes, top_k, experts, hidden, width, hidden_states.element_size())
         if block_size is not None:

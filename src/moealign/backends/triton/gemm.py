@@ -144,7 +144,7 @@ def _rows(
     )  # fmt: skip
     if bias is not None:
         at = bias + held * bias_stride + columns
-        there = (columns < N) & here
+        there = columns < tl.where(here, N, 0)  # a scalar and a block make no mask in Triton 3.9's interpreter
         x += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
         if GATED:
             up += tl.load(at + N, mask=there, other=0.0).to(tl.float32)[None, :]
@@ -152,7 +152,8 @@ def _rows(
     if GATED:
         x = x * up
     if weights is not None:
-        x = x * tl.load(weights + routes, mask=kept & here, other=0.0).to(tl.float32)[:, None]
+        weighted = kept & (slot < tl.where(here, BLOCK_M, 0))
+        x = x * tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
     tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
 
 
@@ -201,7 +202,12 @@ def _tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_routes", "num_local"])
+# What changes from call to call compiles nothing anew: numbers of rows, and addresses of tensors with an element a
+# route or a block, which may be cut from others.  They are read one by one.
+@triton.jit(
+    do_not_specialize=["num_routes", "num_local"],
+    do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total"],
+)
 def gemm(
     a, a_short, b, bias, weights, sorted_ids, expert_ids, total, out,
     num_routes, N, K, num_local, inner_rows, top_k,
@@ -252,7 +258,7 @@ def gemm(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["limit"])
+@triton.jit(do_not_specialize=["limit"], do_not_specialize_on_alignment=["kept"])
 def sum_rows(
     rows, kept, out, width, limit,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -267,6 +273,6 @@ def sum_rows(
     for j in tl.static_range(TOP_K):
         route = token * TOP_K + j
         at = tl.load(kept + route).to(tl.int64)
-        there = (at >= 0) & (at < limit)
-        total += tl.load(rows + route * width + columns, mask=(columns < width) & there, other=0.0).to(tl.float32)
+        there = columns < tl.where((at >= 0) & (at < limit), width, 0)
+        total += tl.load(rows + route * width + columns, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)

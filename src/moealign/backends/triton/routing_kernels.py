@@ -97,7 +97,11 @@ def _allowed(
     return found
 
 
-@triton.jit(do_not_specialize=["tokens", "row_stride", "scale"])
+# Rows lie a stride apart that no constant tells, so the address of the first is worth nothing either.
+@triton.jit(
+    do_not_specialize=["tokens", "row_stride", "scale"],
+    do_not_specialize_on_alignment=["logits", "bias", "num_valid", "weights", "ids", "shares"],
+)
 def choose(
     logits, bias, num_valid, weights, ids, shares,
     tokens, row_stride, scale,
