@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from sass import disassembler, touched_before_the_wait
-from test_triton import TARGETS, passes_alone, releases
+from test_triton import TARGETS, cut, passes_alone, releases, specialisation
 
 from moealign.layout import BlockLayout, capacity
 
@@ -122,6 +122,76 @@ def test_a_tuning_file_decides_and_a_broken_one_warns(tmp_path, monkeypatch):
         experts.tuned.cache_clear()
 
 
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+
+def layouts_of(tokens, top_k, count, block_size):
+    """(ids, weights, layout) at every alignment: cut from one allocation as a call on a GPU cuts it, and shifted."""
+    sizes = capacity(tokens * top_k, block_size=block_size, num_experts=count)
+    for shift in range(4):
+        parts = cut(*sizes[:3], tokens * top_k, shift=shift)
+        ids, weights = (each.view(tokens, top_k) for each in cut(tokens * top_k, tokens * top_k, shift=3 - shift))
+        yield ids, weights.view(torch.float32), BlockLayout(*parts[:3], positions=parts[3], block_size=block_size)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (60, 6, 100, 77)], ids=str)
+@pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
+def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, target):
+    """Only tiles do: one kernel a tile, over numbers of tokens and every way in which small tensors can be cut."""
+    from moealign.backends.triton import gemm
+
+    count, top_k, hidden, inner = shape
+    gate_up = torch.empty(count, 2 * inner, hidden, dtype=torch.bfloat16)
+    down = torch.empty(count, hidden, inner, dtype=torch.bfloat16)
+    keys, tiles = set(), set()
+    for tokens in (1, 2, *range(16, 41)):
+        x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+        for block_size in (None, 64):
+            ids = torch.empty(tokens, top_k, dtype=torch.int32)
+            how = experts.plan(x, gate_up, down, ids, False, block_size, None, None, target)
+            for ids, weights, layout in layouts_of(tokens, top_k, count, how.block_size or 16):
+                call = (x, gate_up, down, weights, ids, layout if how.block_size else None)
+                planned, _ = experts.launches(how, *call, "silu", None, None, False, target)
+                out = torch.empty(tokens * top_k, 2 * inner, dtype=torch.bfloat16)
+                product = (x, gate_up, layout, top_k, weights, None, None, False, False, out, target)
+                planned.append(experts.gemm_launch(*product))
+                for one in planned:
+                    keys.add(specialisation(getattr(gemm, one.kernel), one))
+                    which = tuple(each is None for each in one.arguments), one.arguments[-1] == one.arguments[-2]
+                    tiles.add((one.kernel, one.num_warps, one.num_stages, which, widths(one), *one.constants.items()))
+    assert len(keys) == len(tiles)
+
+
+def widths(one):
+    """Of a product, its columns and its depth, its routes a row and its strides; of a sum, its columns."""
+    return one.arguments[10:12] + one.arguments[14:] if one.kernel == "gemm" else one.arguments[3]
+
+
+def test_neither_tokens_nor_alignments_compile_a_router():
+    from moealign.backends.triton import routing, routing_kernels
+    from moealign.layout import Routing
+
+    keys = set()
+    for tokens in range(1, 41):
+        facts = Routing(torch.device("cpu"), torch.float32, tokens, 60, 4, "softmax", True, 1.0, 1, 1)
+        for shift in range(4):
+            logits, bias, weights, ids, valid = cut(tokens * 60, 60, tokens * 4, tokens * 4, 1, shift=shift)
+            floats = (each.view(torch.float32) for each in (logits.view(tokens, 60), bias, weights))
+            logits, bias, weights = floats
+            arguments, constants, warps = routing.launch_of(facts, logits, bias, valid, weights, ids, None)
+            one = experts.GemmLaunch("choose", (tokens,), arguments, constants, warps, 3, False)
+            keys.add(specialisation(routing_kernels.choose, one))
+    assert len(keys) == 1
+
+
+def test_a_layer_without_experts_or_tokens_has_a_plan():
+    for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
+        for target in (H200, A100):
+            how, launches = planned(shape, tokens, target=target)
+            assert how.first.m in experts.BLOCK_SIZES
+            assert len(launches) == 3
+
+
 # ---- compiling ahead -------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +255,7 @@ def compile_one(number):
     function = getattr(gemm, one.kernel)
     signature, constants, attributes = {}, dict(one.constants), {}
     fixed = {each.name for each in function.params if each.do_not_specialize}
+    anywhere = {each.name for each in function.params if each.do_not_specialize_on_alignment}
     for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
         signature[name] = _kind(argument)
         specialised = isinstance(argument, int) and name not in fixed
@@ -192,7 +263,7 @@ def compile_one(number):
             constants[name] = None
         elif specialised and argument == 1:
             signature[name], constants[name] = "constexpr", 1
-        elif isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0):
+        elif name not in anywhere and (isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0)):
             attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(one.constants, "constexpr")
     assert set(signature) == set(function.arg_names), one.kernel
@@ -327,6 +398,26 @@ def test_gpu_in_a_graph_and_without_a_wait(size):
         ids.copy_(new_ids)
         graph.replay()
         assert torch.equal(out, fused_moe(*layer, ids))
+
+
+@gpu
+def test_gpu_a_server_that_is_warm_compiles_nothing():
+    """After one number of tokens with the same tiles, no other one compiles: however its small tensors are aligned."""
+    from moealign import fused_moe
+    from moealign.backends.triton import gemm
+
+    def compiled():
+        return sum(len(each[0]) for one in (gemm.gemm, gemm.sum_rows) for each in one.device_caches.values())
+
+    layer, _, _ = layer_of(40, 8, 128, 256, 128)
+    plans, before = set(), compiled()
+    for tokens in range(16, 41):
+        ids = torch.stack([torch.randperm(128, device="cuda")[:8] for _ in range(tokens)]).int()
+        call = (layer[0][:tokens], *layer[1:3], layer[3][:tokens], ids)
+        plans.add(experts.plan(*call[:3], ids, False, None, None, None))
+        fused_moe(*call)
+        torch.cuda.synchronize()
+        assert compiled() - before <= 3 * len(plans), tokens
 
 
 @gpu

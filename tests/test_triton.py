@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moealign.layout import EXTRAS, Problem, capacity, capacity_batched
+from moealign.layout import EXTRAS, BlockLayout, Problem, capacity, capacity_batched
 from moealign.testing import poisoned
 
 pytest.importorskip("triton")
@@ -94,6 +94,66 @@ def test_another_number_of_routes_compiles_nothing_new():
             for n in (low, middle, high)
         }
         assert len(kinds) == 1, (low, high)
+
+
+def specialisation(function, one):
+    """What Triton compiles a kernel for: kinds of arguments, values 1 and multiples of 16, addresses of 16 bytes."""
+    kinds = []
+    for parameter, argument in zip(function.params, one.arguments, strict=False):
+        kind = getattr(argument, "base", argument)
+        aligned = None
+        if isinstance(kind, torch.Tensor):
+            fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            aligned = None if fixed else kind.data_ptr() % 16 == 0
+            kind = (type(argument).__name__, kind.dtype, getattr(argument, "block_shape", None))
+        elif isinstance(kind, int):
+            wide = not -(2**31) <= kind < 2**31
+            aligned = None if parameter.do_not_specialize else (kind == 1, kind % 16 == 0)
+            kind = ("int", wide)
+        kinds.append((parameter.name, repr(kind), aligned))
+    return (one.kernel, *kinds, *one.constants.items(), one.num_warps, getattr(one, "num_stages", None))
+
+
+def cut(*sizes, shift=0):
+    """int32 tensors of these sizes, one behind the other in one allocation, as outputs of a call on a GPU are."""
+    return torch.empty(sum(sizes) + shift, dtype=torch.int32)[shift:].split(sizes)
+
+
+def test_alignments_of_the_layout_compile_nothing():
+    from moealign.backends.triton import kernels
+
+    for low, high, mapped in ((2, 16, False), (129, 160, False), (129, 160, True), (4_096, 4_120, True)):
+        keys, tiles = set(), set()
+        for n in range(low, high):
+            sizes = capacity(n, block_size=16, num_experts=60)
+            wanted = [name for name in EXTRAS if name != "scatter_idx"]
+            names = ["sorted_token_ids", "expert_ids", "num_tokens_post_padded", *wanted]
+            for shift in range(4):
+                out = BlockLayout(
+                    **dict(zip(names, cut(*(getattr(sizes, name) for name in names), shift=shift), strict=True))
+                )
+                ids, expert_map, words = cut(n, 60, 2, shift=shift)
+                problem = Problem("align", ids.device, ids.dtype, n, 1, 60, 16, torch.int32 if mapped else None)
+                for one in backend.launches(problem, ids, expert_map if mapped else None, words[:1], words[1:], out):
+                    keys.add(specialisation(getattr(kernels, one.kernel), one))
+                    tiles.add((one.kernel, *one.constants.items(), one.num_warps))
+        assert len(keys) == len(tiles), (low, high)
+
+
+def test_outputs_for_engines_are_allocated_apart():
+    """An engine's kernels are compiled for the alignment that they see; an allocation of its own is always aligned."""
+    from moealign.integrations import vllm_ops
+
+    for tokens in (1, 16, 17, 21):
+        ids = torch.empty(tokens, 8, dtype=torch.int64, device="meta")
+        for padded in (False, True):
+            sizes = capacity(tokens * 8, block_size=16, num_experts=128, pad_sorted_ids=padded)
+            layout = vllm_ops.apart(ids, 16, 128, padded, True)
+            assert [each.numel() for each in (*layout, layout.scatter_idx)] == [*sizes[:3], sizes.scatter_idx]
+            assert len({each.untyped_storage()._cdata for each in (*layout, layout.scatter_idx)}) == 4
+            assert vllm_ops.apart(ids, 16, 128, padded, False).scatter_idx is None
+    for wrong in ((0, 128), (16, 0), ("16", 128), (16, True), (2**31, 128)):
+        assert vllm_ops.apart(ids, *wrong, False, False) is None
 
 
 def test_the_table_stays_small():

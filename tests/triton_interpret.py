@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import torch
 import triton
 from triton.runtime import interpreter
@@ -35,14 +36,24 @@ BATCHED = [(0, 4, 4), (5, 8, 4), (3, 0, 16), (33, 17, 7), (300, 5, 64), (4_200, 
 
 
 def mend_interpreter() -> None:
-    """Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here."""
+    """Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here.
+
+    And a product is summed in the order of k: numpy's rounds a row by where it stands in the matrix.
+    """
     original = interpreter._patch_lang_tensor
 
     def patched(tensor, scope):
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def create_dot(self, a, b, d, *options):
+        total = np.zeros_like(d.data)
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
     interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def hand_made(generator):

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..align import moe_align_block_size
+from ..align import align
 from ..errors import InvalidInput, MoealignError
 from .engines import counted, swap_everywhere, switched_on
-from .vllm_ops import require_kernels
+from .vllm_ops import apart, require_kernels
 
 __all__ = ["calls", "install", "installed", "plugin", "uninstall"]
 
@@ -71,13 +71,14 @@ def _align(
     routes, bins = topk_ids.numel(), num_experts + 1
     rows = min(routes * block_size, routes + bins * (block_size - 1))
     names = _bin_names(num_experts, topk_ids.device, bool(ignore_invalid_expert))
-    sorted_ids, expert_ids, total = moe_align_block_size(
+    sorted_ids, expert_ids, total = align(
         topk_ids if ignore_invalid_expert else topk_ids + 1,
-        block_size,
-        bins,
-        names,
-        True,  # rounded up to a block, from which SGLang's length is cut
-        bool(ignore_invalid_expert),
+        block_size=block_size,
+        num_experts=bins,
+        expert_map=names,
+        pad_sorted_ids=True,  # rounded up to a block, from which SGLang's length is cut
+        ignore_invalid_experts=bool(ignore_invalid_expert),
+        out=apart(topk_ids, block_size, bins, True, False),
     )
     return sorted_ids[: -(-rows // 4) * 4], expert_ids, total
 

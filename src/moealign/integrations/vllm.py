@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..align import batched_moe_align_block_size, moe_align_block_size
+from ..align import align, batched_moe_align_block_size
 from ..errors import MoealignError
 from . import vllm_ops
 from .engines import counted, swap_everywhere, switched_on
@@ -44,9 +44,20 @@ def _align(
     return_scatter_idx: bool = False,
 ) -> tuple[Tensor, ...]:
     require_kernels(topk_ids)
-    return moe_align_block_size(
-        topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, return_scatter_idx
+    layout = align(
+        topk_ids,
+        block_size=block_size,
+        num_experts=num_experts,
+        expert_map=expert_map,
+        pad_sorted_ids=pad_sorted_ids,
+        ignore_invalid_experts=ignore_invalid_experts,
+        scatter_idx=return_scatter_idx,
+        out=vllm_ops.apart(topk_ids, block_size, num_experts, pad_sorted_ids, return_scatter_idx),
     )
+    if return_scatter_idx:
+        assert layout.scatter_idx is not None
+        return *layout, layout.scatter_idx
+    return tuple(layout)
 
 
 def _align_batched(

@@ -16,9 +16,9 @@ from ..align import align as _fill
 from ..align import align_batched as _fill_batched
 from ..dispatch import backends
 from ..errors import BackendUnavailable, InvalidInput, InvalidType
-from ..layout import capacity, cdiv
+from ..layout import INT32_MAX, BlockLayout, capacity, cdiv
 
-__all__ = ["align", "align_batched", "align_lora", "globalize_align", "require_kernels"]
+__all__ = ["align", "align_batched", "align_lora", "apart", "globalize_align", "require_kernels"]
 
 
 @functools.cache
@@ -34,6 +34,28 @@ def require_kernels(tensor: Tensor) -> None:
     reason = _without_kernels(tensor.device.type)
     if reason is not None:
         raise BackendUnavailable(reason)
+
+
+def apart(
+    topk_ids: Tensor, block_size: int, num_experts: int, pad_sorted_ids: bool, scatter_idx: bool
+) -> BlockLayout | None:
+    """New outputs of ``moealign.align`` with an allocation each, so that all are aligned as the engine's own are.
+
+    Its Triton kernels are compiled for the alignments they see; outputs cut from one allocation would change them from
+    one number of tokens to the next.  None where outputs are apart anyway, or where the call is going to be refused.
+    """
+    plain = type(block_size) is type(num_experts) is int and block_size > 0 and num_experts > 0
+    if not plain or topk_ids.device.type == "cpu" or torch.compiler.is_compiling():
+        return None
+    routes = topk_ids.numel()
+    sizes = capacity(routes, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids)
+    if sizes.sorted_token_ids > INT32_MAX:
+        return None
+    new = torch.empty(0, dtype=torch.int32, device=topk_ids.device).new_empty
+    layout = BlockLayout(new(sizes.sorted_token_ids), new(sizes.expert_ids), new(1))
+    if scatter_idx:
+        layout.scatter_idx = new((routes, 1))
+    return layout
 
 
 def _buffer(name: str, tensor: Tensor, least: int) -> None:
