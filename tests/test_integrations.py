@@ -122,7 +122,7 @@ def test_an_error_of_ours_that_is_no_refusal_is_not_hidden(engine, monkeypatch):
     def broken(*arguments, **named):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(vllm, "moe_align_block_size", broken)
+    monkeypatch.setattr(vllm, "align", broken)
     vllm.install()
     with pytest.raises(RuntimeError, match="broken"):
         engine.layers.moe_align_block_size(torch.zeros(1, 1, dtype=torch.int32), 4, 3)
@@ -482,7 +482,7 @@ def test_sglang_s_drop_in_hides_no_error_of_ours(sgl, monkeypatch):
     def broken(*arguments):
         raise TypeError("broken")
 
-    monkeypatch.setattr(sglang, "moe_align_block_size", broken)
+    monkeypatch.setattr(sglang, "align", broken)
     sglang.install()
     with pytest.raises(TypeError, match="broken"):
         sgl.importer.align(torch.zeros(1, 1, dtype=torch.int32), 4, 2)
