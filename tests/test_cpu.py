@@ -476,9 +476,9 @@ wanted = moealign.moe_align_block_size(ids, 16, 60, backend="reference")
 try:
     signal.setitimer(signal.ITIMER_REAL, float(os.environ["SECONDS"]))
     moealign.moe_align_block_size(ids, 16, 60, backend="cpu")
-    print("too early")
 except Late:
-    pass
+    pass  # a fast machine is through before
+signal.setitimer(signal.ITIMER_REAL, 0)
 clock = time.process_time()
 time.sleep(0.3)
 assert time.process_time() - clock < 0.2
@@ -524,7 +524,7 @@ def test_a_kernel_that_numba_cannot_compile_is_replaced(monkeypatch: pytest.Monk
     from moealign.backends.cpu import kernels
 
     def broken(*_: object) -> None:
-        raise kernels.NumbaError("compiler re-entrant")
+        raise RuntimeError("compiler re-entrant")
 
     monkeypatch.setattr(compiled, "_ready", {})
     monkeypatch.setattr(compiled, "_failed", set())

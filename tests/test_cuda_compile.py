@@ -194,7 +194,7 @@ def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, ch
 @needs_nvrtc
 def test_the_reader_of_resources_sees_a_stack_and_a_short_parameter():
     source = """extern "C" __global__ void k(long long* a, int b) {
-      volatile int local[64]; for (int i = 0; i < 64; ++i) local[i] = i; a[0] = local[a[b] & 63]; }"""
+      int local[64]; for (int i = 0; i < 64; ++i) local[i * b & 63] = a[i]; a[0] = local[a[b] & 63]; }"""
     found = resources(compile_.build(source, "k", (), "sm_90"), "k")
     assert found.stack >= 256
     assert found.registers > 0

@@ -262,7 +262,7 @@ def _between(
 ) -> Tensor:
     """The kernels with a callable in between, on rows in the order of the routes."""
     top_k = topk_ids.shape[1]
-    experts = gate_up_proj.shape[0]
+    experts = modes.checked(gate_up_proj.size, 0)
     if block_size is None and (modes.traced() or torch.compiler.is_exporting()):
         size = 64  # one program for all numbers of tokens
     else:
@@ -271,7 +271,7 @@ def _between(
     layout = align(
         topk_ids,
         block_size=size,
-        num_experts=experts if expert_map is None else expert_map.shape[0],
+        num_experts=experts if expert_map is None else modes.checked(expert_map.size, 0),
         expert_map=expert_map,
         ignore_invalid_experts=True,
         num_valid_tokens=num_valid_tokens,

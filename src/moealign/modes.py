@@ -100,6 +100,8 @@ def transformed() -> bool:
 
 def traced() -> bool:
     """Whether operations are written down, or done without data: ``torch.jit.trace``, ``make_fx``, fake tensors."""
+    if _is_dynamo():
+        return False
     keys = torch._C._TorchDispatchModeKey
     return _is_tracing() or any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
 

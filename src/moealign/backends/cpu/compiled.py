@@ -93,16 +93,25 @@ def find(module: str, name: str, width: int = 0) -> Callable[..., Any] | None:
         return kernel
     if failure() is not None or not loaded:
         return None
-    dispatcher = _dispatcher(loaded[module], name, width)
-    try:
-        with _at_work():
-            dispatcher.compile(_signature(dispatcher))
-    except loaded["kernels"].NumbaError as error:
-        _failed.add(key)
-        _log.warning("backend 'reference' computes in the place of %s, which numba cannot compile: %s", name, error)
-        return None
-    _ready[key] = dispatcher
-    return _ready[key]
+    dispatcher: Callable[..., Any] = _dispatcher(loaded[module], name, width)
+    errors: list[Exception] = []
+    while len(errors) < _TRIES:
+        try:
+            with _at_work():
+                dispatcher.compile(_signature(dispatcher))  # type: ignore[attr-defined]
+        except Exception as error:
+            errors.append(error)
+        else:
+            _ready[key] = dispatcher
+            if errors:
+                raise errors[0]  # it did not come from numba: a signal handler's, say
+            return dispatcher
+    _failed.add(key)
+    why = errors[-1]
+    _log.warning("backend 'reference' computes in the place of %s, which numba cannot compile: %r", name, why)
+    if type(errors[0]) is not type(why):
+        raise errors[0]  # it interrupted numba, which can no longer compile
+    return None
 
 
 def _dispatcher(module: ModuleType, name: str, width: int) -> Any:

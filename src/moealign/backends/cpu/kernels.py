@@ -27,7 +27,6 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.caching import NullCache
 from numba.core.compiler import CompileResult
-from numba.core.errors import NumbaError
 from numba.core.serialize import dumps
 from numba.extending import intrinsic
 
@@ -38,7 +37,6 @@ __all__ = [
     "PAIRS_MAX_EXPERTS",
     "SERIAL_ARGUMENTS",
     "SHARED_ARGUMENTS",
-    "NumbaError",
     "batched_fill",
     "batched_scan",
     "joins",
