@@ -92,6 +92,12 @@ def test_this_python_is_found():
     assert found is None or subprocess.run([found, "-c", "import venv, ensurepip"]).returncode == 0
 
 
+def test_a_folder_of_path_without_a_python_is_passed_over(monkeypatch, tmp_path):
+    (tmp_path / "python3.99").write_text("not to be run")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert versions.interpreter("3.99") is None
+
+
 def test_an_unfinished_environment_is_refused(tmp_path, capsys):
     (tmp_path / "oldest").mkdir()
     assert versions.main(["--only", "oldest", "--root", str(tmp_path), "--no-write"]) == 1

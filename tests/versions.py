@@ -77,11 +77,11 @@ ROWS = {
 
 def interpreter(version: str) -> str | None:
     """A Python of `version` that can make an environment: this one, one on PATH, or pyenv's; None without one."""
-    on_path = (Path(folder) / f"python{version}" for folder in os.get_exec_path())
+    on_path = (shutil.which(f"python{version}", path=folder) for folder in os.get_exec_path())
     pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     code = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
-    for path in (Path(sys.executable), *on_path, *pyenv):
-        if path.is_file():
+    for path in (sys.executable, *on_path, *pyenv):
+        if path is not None:
             done = subprocess.run([path, "-c", code], capture_output=True, text=True)
             if done.returncode == 0 and done.stdout.strip() == version:
                 return str(path)
