@@ -108,6 +108,13 @@ def products():
             got = grouped_gemm(*single, layout, top_k=3, **options, backend="triton")
             want = grouped_gemm(*single, layout, top_k=3, **options, backend="packed")
             yield f"grouped_gemm, blocks of {size}, {activation}", relative_error(got, want)
+    layout = moealign.align(ids, block_size=16, num_experts=5)
+    far = moealign.BlockLayout(
+        layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded * 10**6, block_size=16
+    )
+    got = grouped_gemm(*single, far, top_k=3, backend="triton")
+    want = grouped_gemm(*single, layout, top_k=3, backend="packed")
+    yield "grouped_gemm, a total past the end of the layout", relative_error(got, want)
     try:
         layout = moealign.align(ids, block_size=48, num_experts=5)
         grouped_gemm(*single, layout, top_k=3, backend="triton")

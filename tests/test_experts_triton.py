@@ -164,7 +164,7 @@ def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, 
 
 def widths(one):
     """Of a product, its columns and its depth, its routes a row and its strides; of a sum, its columns."""
-    return one.arguments[10:12] + one.arguments[14:] if one.kernel == "gemm" else one.arguments[3]
+    return one.arguments[11:13] + one.arguments[15:] if one.kernel == "gemm" else one.arguments[3]
 
 
 def test_neither_tokens_nor_alignments_compile_a_router():

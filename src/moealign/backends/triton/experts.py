@@ -292,6 +292,7 @@ def _gemm(
     short = 0 if alone else tile.short
     persistent = bool(tile.ctas) and not alone
     grid = min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles
+    held = blocks if alone else min(blocks, rows[0].numel() // tile.m)
     return GemmLaunch(
         "gemm",
         (grid,),
@@ -300,7 +301,7 @@ def _gemm(
             (_descriptor(a, short, tile.k) if a_tma else a) if short else None,
             _descriptor(b.view(-1, depth), tile.n, tile.k) if b_tma else b,
             bias, weights, *rows, out,
-            routes, width, depth, experts, outputs, top_k,
+            routes, held, width, depth, experts, outputs, top_k,
             a.stride(0), *strides, 0 if bias is None else bias.stride(0), out.stride(0),
         ),
         {

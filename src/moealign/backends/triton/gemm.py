@@ -205,12 +205,12 @@ def _tile(
 # What changes from call to call compiles nothing anew: numbers of rows, and addresses of tensors with an element a
 # route or a block, which may be cut from others.  They are read one by one.
 @triton.jit(
-    do_not_specialize=["num_routes", "num_local"],
+    do_not_specialize=["num_routes", "num_blocks", "num_local"],
     do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total"],
 )
 def gemm(
     a, a_short, b, bias, weights, sorted_ids, expert_ids, total, out,
-    num_routes, N, K, num_local, inner_rows, top_k,
+    num_routes, num_blocks, N, K, num_local, inner_rows, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
@@ -236,7 +236,7 @@ def gemm(
             ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        num_m = tl.load(total) // BLOCK_M
+        num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # `total` cannot lead past the tensors
         if PERSISTENT:
             for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=SHORT == 0):
                 _tile(
