@@ -170,13 +170,19 @@ def check_floats(tensors: dict[str, Tensor | None], like: Tensor, *, same_dtype:
 
 
 def check_ids(topk_ids: Tensor, weights: Tensor, expert_map: Tensor | None, num_valid_tokens: Tensor | None) -> None:
-    """The ids of a layer whose first projection is `weights` are such that :func:`moealign.align` takes them."""
+    """The ids of a layer whose first projection is `weights` lie beside it, and :func:`moealign.align` takes them.
+
+    An eager call without options leaves the second to that function, which is the first thing it calls.
+    """
+    if not isinstance(topk_ids, Tensor) or topk_ids.device != weights.device:
+        check_plain("topk_ids", topk_ids)
+        raise InvalidInput(f"topk_ids: expected a tensor on {weights.device} like the rows, got {topk_ids.device}")
+    if expert_map is None and num_valid_tokens is None and not modes.watched(topk_ids, weights):
+        return
     experts = weights.shape[0] if weights.dim() else 0
     if isinstance(expert_map, Tensor) and expert_map.dim() == 1:
         experts = expert_map.shape[0]
     check_align(topk_ids, 1, experts, expert_map, False, True, num_valid_tokens, None, ())
-    if topk_ids.device != weights.device:
-        raise InvalidInput(f"topk_ids: expected a tensor on {weights.device} like the rows, got {topk_ids.device}")
 
 
 def check_activation(name: object, gated: bool) -> None:

@@ -67,21 +67,23 @@ def failure() -> str | None:
         return "numba is not installed; pip install 'moealign[cpu]'"
     if loaded or _is_busy():
         return None
-    first: Exception | None = None
-    for _ in range(_TRIES):
+    errors: list[Exception] = []
+    while len(errors) < _TRIES:
         try:
             with _at_work():
                 if _whole("numba.core.config").DISABLE_JIT:
                     return "NUMBA_DISABLE_JIT is set, and these kernels run compiled only; unset it"
                 found = {name: _whole(path) for name, path in _MODULES.items()}
         except Exception as error:  # whatever keeps numba from being imported is the reason
-            first = first or error
+            errors.append(error)
             continue
         loaded.update(found)
-        if first is not None:
-            raise first  # it did not come from numba: a signal handler's, say
+        if errors:
+            raise errors[0]  # it did not come from numba: a signal handler's, say
         return None
-    return f"numba cannot be imported ({type(first).__name__}: {first}); pip install --upgrade 'moealign[cpu]'"
+    if type(errors[0]) is not type(errors[1]):
+        raise errors[0]  # it interrupted numba, which can no longer be imported
+    return f"numba cannot be imported ({errors[0]!r}); pip install --upgrade 'moealign[cpu]'"
 
 
 def find(module: str, name: str, width: int = 0) -> Callable[..., Any] | None:
