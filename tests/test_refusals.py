@@ -103,6 +103,8 @@ ALIGN = [
         InvalidInput,
         r"expected at most 2\*\*31 - 1 .*got 2147483648",
     ),
+    ("blocks past int32", IDS, {"block_size": 2**31}, InvalidInput, r"block_size: expected at most 2\*\*31 - 1"),
+    ("blocks past int32, no routes", IDS[:0], {"block_size": 2**70}, InvalidInput, r"block_size: expected at most 2\*"),
     ("experts past int32", IDS, {"block_size": 1, "num_experts": 2**31 - 1}, InvalidInput, r"num_experts: expected at"),
 ]
 
@@ -135,6 +137,7 @@ def test_a_refusal_is_the_same_after_a_call_that_was_right():
         (COUNTS, {"max_tokens_per_batch": -1}, InvalidInput, r"max_tokens_per_batch: expected .*at least 0, got -1"),
         (COUNTS, {"max_tokens_per_batch": 1.5}, InvalidType, r"max_tokens_per_batch: expected an int, got 1.5"),
         (COUNTS, {"block_size": 0}, InvalidInput, r"block_size: expected an int of at least 1, got 0"),
+        (COUNTS[:0], {"block_size": 2**32}, InvalidInput, r"block_size: expected at most 2\*\*31 - 1"),
         (COUNTS, {"max_tokens_per_batch": 2**30}, InvalidInput, r"max_tokens_per_batch.*at most 2\*\*31 - 1"),
         (COUNTS, {"error_word": torch.zeros(2, dtype=torch.int32)}, InvalidInput, r"error_word: expected one element"),
         (COUNTS, {"backend": "gpu"}, BackendUnavailable, r"backend: expected one of .*got 'gpu'"),

@@ -128,6 +128,7 @@ def check_align(
     routes = topk_ids.numel()
     top_k = topk_ids.shape[-1] if topk_ids.dim() > 1 else 1
     sizes = capacity(routes, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids)
+    _within_int32("block_size", block_size, "a block holds no more rows than there are")
     _within_int32("topk_ids and block_size", sizes.sorted_token_ids, "align fewer tokens at a time, or smaller blocks")
     _within_int32("topk_ids", routes, "align fewer tokens at a time")
     _within_int32("num_experts", num_experts + 1, "ids of experts do not fit")
@@ -168,6 +169,7 @@ def check_align_batched(
         _word("error_word", error_word, device, "moealign.new_error_word(device) makes one")
     batches = expert_num_tokens.shape[0]
     sizes = capacity_batched(max_tokens, block_size=block_size, num_batches=batches)
+    _within_int32("block_size", block_size, "a block holds no more rows than there are")
     _within_int32("max_tokens_per_batch and block_size", sizes.sorted_token_ids, "align fewer batches at a time")
     _within_int32("max_tokens_per_batch", max_tokens, "batches are at most that long")
     problem = Problem(

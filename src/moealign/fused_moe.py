@@ -6,7 +6,7 @@ Three ways, one result up to rounding:
             with the routing weight in its epilogue, a sum over ``top_k`` in a fixed order.  No atomics, no wait for
             the device.
 ``packed``  on CPUs, in float64, and wherever gradients are wanted: rows packed by expert, one matrix product an
-            expert, everything in between in torch, so that gradients are torch's own.
+            expert, everything in between in torch; gathers and products are operators with gradients of their own.
 a callable activation on a GPU runs between the two products, on rows in the order of the routes.
 """
 
@@ -73,8 +73,9 @@ def fused_moe(
         backend: ``triton`` or ``packed``; by default the device, the dtype and whether gradients are wanted decide.
 
     Returns:
-        ``[T, H]`` of the dtype of `hidden_states`.  Differentiable in everything that floats.  Safe in CUDA graphs
-        where ``triton`` computes, and one graph under torch.compile.
+        ``[T, H]`` of the dtype of `hidden_states`, also under autocast, which computes the products in its own dtype.
+        Differentiable in everything that floats, for no tokens too.  Safe in CUDA graphs where ``triton`` computes, and
+        one graph under torch.compile.
 
     Raises:
         InvalidInput, InvalidType: shapes, dtypes or devices that do not belong together.
