@@ -470,6 +470,22 @@ def deterministic(case: Case) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def batched_gradients(case: Case) -> None:
+    floats, ids = split(case, inputs(case, gradients=True))
+    output, plain = (_pytree.tree_leaves(each(*floats, *ids))[0] for each in (case.call, case.plain))
+    batch = torch.randn(3, *output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    got = torch.autograd.grad(output, floats, batch, is_grads_batched=True)
+    same(got, torch.autograd.grad(plain, floats, batch, is_grads_batched=True))
+
+
+def negated_view(case: Case) -> None:
+    """A tensor whose memory holds the negative of its values, as the imaginary part of a conjugate has."""
+    floats, ids = split(case, inputs(case))
+    views = [torch.view_as_complex(torch.stack([each, -each], -1)).conj().imag for each in floats]
+    assert all(each.is_neg() for each in views)
+    same(case.call(*views, *ids), case.plain(*floats, *ids))
+
+
 def checkpointed(case: Case) -> None:
     floats, ids = split(case, inputs(case, gradients=True))
     want = torch.autograd.grad(floating(case.plain(*floats, *ids)), floats)
@@ -559,6 +575,8 @@ GRADIENT_MODES: dict[str, Callable[[Case], None]] = {
     "vmap of gradients": vmap_of_gradients,
     "gradient of vmap": gradient_of_vmap,
     "functional_call": functional_call,
+    "batched gradients": batched_gradients,
+    "negated view": negated_view,
     "checkpoint": checkpointed,
 }
 

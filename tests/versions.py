@@ -41,6 +41,7 @@ MODELS = ("tests/test_transformers.py", "tests/test_parallel.py::test_transforme
 KERNELS = ("tests/test_triton.py", "tests/test_experts_triton.py", "tests/test_routing_triton.py")
 COMMANDS = ("tests/test_cli.py", "tests/test_bench.py", "tests/test_report.py", "tests/test_tune.py")
 DEVELOPMENT = "torch==2.13.*"
+TORCHES = ("2.10", "2.11", "2.12", "2.14", "2.15")  # beside the development one
 
 
 class Row(NamedTuple):
@@ -67,7 +68,7 @@ OLDEST = (
 ROWS = {
     row.name: row
     for row in (
-        *(Row(f"torch-{v}", (f"torch=={v}.*", "transformers==5.24.*"), CORE) for v in ("2.10", "2.11", "2.12", "2.14")),
+        *(Row(f"torch-{v}", (f"torch=={v}.*", "transformers==5.24.*"), CORE) for v in TORCHES),
         *(Row(f"transformers-{v}", (DEVELOPMENT, f"transformers=={v}.*"), MODELS) for v in ("5.16", "5.20", "5.24")),
         Row("triton-newest", (DEVELOPMENT,), KERNELS, beside=("triton",)),
         Row("oldest", OLDEST, (*CORE, *COMMANDS), "3.10"),

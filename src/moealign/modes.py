@@ -41,6 +41,7 @@ __all__ = [
     "forward_mode",
     "has_own_dispatch",
     "in_autocast_dtype",
+    "is_batched_gradient",
     "readable",
     "refuse",
     "traced",
@@ -76,7 +77,7 @@ def watched(*tensors: Tensor | None) -> bool:
                 continue
             if has_own_dispatch(tensor):
                 return True
-        if tensor.is_meta or tensor.layout is not _strided or tensor.is_nested:
+        if tensor.is_meta or tensor.layout is not _strided or tensor.is_nested or tensor.is_neg():
             return True
     return False
 
@@ -116,6 +117,10 @@ def readable(tensor: Tensor) -> bool:
             return False
         tensor = functorch.get_unwrapped(tensor)
     return not (has_own_dispatch(tensor) or tensor.is_meta)
+
+
+#: Whether a tensor is a batch of gradients of ``torch.autograd.grad(..., is_grads_batched=True)``.
+is_batched_gradient = torch._C._functorch.is_legacy_batchedtensor
 
 
 def wants_gradient(*tensors: Any) -> bool:

@@ -73,7 +73,9 @@ FEW_ROWS = 64  # rows an expert below which torch's own loop over experts is the
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether nothing but the values of these is wanted."""
-    return not (modes.watched(*tensors) or modes.forward_mode() or modes.wants_gradient(*tensors))
+    if modes.watched(*tensors) or modes.forward_mode() or modes.wants_gradient(*tensors):
+        return False
+    return not any(map(modes.is_batched_gradient, tensors))
 
 
 def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
