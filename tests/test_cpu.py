@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -460,6 +461,22 @@ def test_helpers_of_a_call_that_does_not_begin_touch_nothing(threads: pytest.Mon
     assert not helpers.threads
     if operation != "route":
         assert (out[operation].sorted_token_ids == -7).all()
+
+
+def test_close_waits_for_helpers_that_have_started_and_do_not_serve_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_, "LONGEST_CLOSE", 60.0)
+    left = []
+
+    class Late(Helpers):
+        def _serve(self) -> None:
+            time.sleep(0.2)
+            super()._serve()
+            left.append(threading.current_thread().name)
+
+    helpers = Late()
+    helpers.ask(2, lambda: None, (), None)
+    helpers.close()
+    assert sorted(left) == ["moealign-0", "moealign-1"]
 
 
 @numba

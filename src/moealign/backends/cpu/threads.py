@@ -6,6 +6,7 @@ import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
@@ -59,7 +60,8 @@ class Helpers:
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a signal handler may call from inside `ask`
         self.queue: SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...], object] | None] = SimpleQueue()
-        self.threads: list[threading.Thread] = []
+        self.threads: list[threading.Thread] = []  # those that serve
+        self.started: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # and those that are about to
         self.closed = False
 
     def ask(self, count: int, task: Callable[..., Any], arguments: tuple[Any, ...], alive: object) -> None:
@@ -70,6 +72,7 @@ class Helpers:
             here = len(self.threads)
             while here < count:
                 thread = threading.Thread(target=self._serve, name=f"moealign-{here}", daemon=True)
+                self.started.add(thread)
                 try:
                     thread.start()
                 except (RuntimeError, MemoryError):  # the system has room for no more
@@ -96,8 +99,9 @@ class Helpers:
         self.closed = True
         self.queue.put(None)
         latest = time.monotonic() + LONGEST_CLOSE
-        for thread in list(self.threads):
-            thread.join(max(latest - time.monotonic(), 0))
+        for thread in list(self.started):
+            with suppress(RuntimeError):  # its start failed, or is not over yet
+                thread.join(max(latest - time.monotonic(), 0))
 
 
 helpers = Helpers()
