@@ -393,6 +393,26 @@ def test_the_readme_is_short():
     assert len(written.splitlines()) < 160
 
 
+OTHERS_VARIABLES = {"NUMBA_CACHE_DIR", "PYTHONPATH", "TRITON_CACHE_DIR", "TRITON_INTERPRET", "XDG_CACHE_HOME"}
+
+
+def variables_of(source: str) -> set[str]:
+    """Names of environment variables that `source` reads."""
+    return set(re.findall(r"""(?:environ(?:\.get\(|\[)|getenv\()["'](\w+)["']""", source))
+
+
+def test_the_readme_names_every_variable_that_the_package_reads():
+    read = set().union(*(variables_of(path.read_text("utf-8")) for path in (ROOT / "src").rglob("*.py")))
+    assert "MOEALIGN_BACKEND" in read
+    named = set(re.findall(r"`(MOEALIGN_\w+)`", (ROOT / "README.md").read_text()))
+    assert read - OTHERS_VARIABLES <= named
+
+
+@pytest.mark.parametrize("read", ["os.environ['HERE']", 'environ.get("HERE")', 'os.getenv("HERE")'])
+def test_a_variable_that_is_read_would_be_seen(read):
+    assert variables_of(f"path = {read}") == {"HERE"}
+
+
 def test_the_readme_s_test_command_is_what_ci_runs():
     assert "make test" in (ROOT / "README.md").read_text()
     assert "make test" in (ROOT / ".ci" / "run").read_text()

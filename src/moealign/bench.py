@@ -1313,8 +1313,6 @@ def publish(session: Session, out: Path | None, figure: Path | None = None) -> i
             say(f"{figure}: drawn")
         except ImportError as error:
             say(f"{figure}: not drawn, {error.name} is not installed; pip install 'moealign[report]' brings it")
-    if os.environ.get("OUT"):
-        write_csv(session.rows, Path(os.environ["OUT"]) / f"align_{session.gpu}.csv")
     if session.wrong:
         say(f"{len(session.wrong)} WRONG, the first of them:")
     for line in session.wrong[:10]:
