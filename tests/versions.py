@@ -71,6 +71,7 @@ ROWS = {
         *(Row(f"torch-{v}", (f"torch=={v}.*", "transformers==5.24.*"), CORE) for v in TORCHES),
         *(Row(f"transformers-{v}", (DEVELOPMENT, f"transformers=={v}.*"), MODELS) for v in ("5.16", "5.20", "5.24")),
         Row("triton-newest", (DEVELOPMENT,), KERNELS, beside=("triton",)),
+        *(Row(f"python-{v}", (DEVELOPMENT, "transformers==5.24.*"), CORE, v) for v in ("3.12", "3.13")),
         Row("oldest", OLDEST, (*CORE, *COMMANDS), "3.10"),
     )
 }
