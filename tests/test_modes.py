@@ -185,6 +185,8 @@ def same(got: Any, want: Any, most: float = 1e-9) -> None:
         if not isinstance(one, Tensor):
             continue
         assert one.shape == other.shape
+        if not one.numel():
+            continue
         if one.is_floating_point():
             bound = most if one.dtype is torch.float64 else max(min(1e5 * most, 1e-3), 1e-4)
             assert (one.double() - other.double()).abs().max() <= bound * max(1.0, float(other.abs().max()))
@@ -837,3 +839,18 @@ def test_no_buffer_is_written_inside_a_transform():
     out = torch.zeros(10, 2 * INNER, dtype=torch.float64)
     with pytest.raises(InvalidInput, match="out: expected no buffer"):
         torch.func.grad(lambda x: grouped_gemm(x, floats[1], layout, top_k=K, out=out).sum())(floats[0])
+
+
+@pytest.mark.parametrize("width", [0, H])
+@pytest.mark.parametrize("inner", [0, INNER])
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_layer_of_no_size_gives_zeros_or_biases(width, inner, tokens, gradients):
+    shapes = ((tokens, width), (E, 2 * inner, width), (E, width, inner), (E, 2 * inner), (E, width), (tokens, K))
+    case = Case(moe, plain_moe, shapes)
+    floats = [torch.randn(shape, requires_grad=gradients) for shape in case.shapes]
+    ids = chosen(tokens)
+    got, want = moe(*floats, ids), plain_moe(*floats, ids)
+    same(got, want, 1e-5)
+    if gradients:
+        same(*(torch.autograd.grad(each.square().sum(), floats, materialize_grads=True) for each in (got, want)), 1e-5)

@@ -87,7 +87,7 @@ def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
             return False
     elif left.device.type != "cpu" or left.dtype is torch.float64:
         return False
-    even = all(size * left.element_size() % 16 == 0 for size in sizes)
+    even = all(size and size * left.element_size() % 16 == 0 for size in sizes)
     return even and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
 
 
