@@ -246,7 +246,8 @@ def transformers_layer(layer: Layer) -> Callable[[int], torch.Tensor] | None:
         return None
     module = types.SimpleNamespace(
         num_experts=layer.shape[0], gate_up_proj=layer.weights[0], down_proj=layer.weights[1], has_gate=True,
-        has_bias=False, is_transposed=False, is_concatenated=True, act_fn=torch.nn.SiLU(), _is_expert_parallel=False,
+        has_bias=False, is_transposed=False, is_concatenated=True, act_fn=torch.nn.SiLU(),
+        _is_expert_parallel=False, has_post_expert_norm=False,
     )  # fmt: skip
     module._apply_gate = types.MethodType(_default_apply_gate, module)
     inputs = [(x, ids.long(), weights.to(x.dtype)) for x, weights, ids in layer.inputs]

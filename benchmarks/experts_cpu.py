@@ -112,7 +112,7 @@ def main() -> int:
             generator = torch.Generator().manual_seed(0)
             module = types.SimpleNamespace(
                 num_experts=experts, has_gate=True, has_bias=False, is_transposed=False, act_fn=torch.nn.SiLU(),
-                _is_expert_parallel=False,
+                _is_expert_parallel=False, has_post_expert_norm=False,
                 gate_up_proj=(torch.randn(experts, 2 * inner, hidden, generator=generator) * hidden**-0.5).to(dtype),
                 down_proj=(torch.randn(experts, hidden, inner, generator=generator) * inner**-0.5).to(dtype),
             )  # fmt: skip

@@ -89,7 +89,7 @@ def test_the_cpu_benchmarks_reference_and_loop_are_right(monkeypatch):
     gate_up, down = torch.randn(4, 16, 8), torch.randn(4, 8, 8)
     module = types.SimpleNamespace(
         num_experts=4, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False, is_transposed=False,
-        act_fn=torch.nn.SiLU(), _is_expert_parallel=False,
+        act_fn=torch.nn.SiLU(), _is_expert_parallel=False, has_post_expert_norm=False,
     )  # fmt: skip
     x, ids, weights = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
     want = expert_loop(*(each.double() for each in (x, gate_up, down, weights)), ids)
