@@ -67,7 +67,7 @@ def followed() -> bool:
 
 def watched(*tensors: Tensor | None) -> bool:
     """Whether more than the values of `tensors` matters: something follows the call, or they do not lie in memory."""
-    if _is_dynamo() or _modes() or _level() is not None or _is_tracing():
+    if followed():
         return True
     for tensor in tensors:
         if tensor is None:

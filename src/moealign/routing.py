@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch, modes
 from .align import _align, _facts, _wanted, align
+from .backends.reference_routing import TINY
 from .checks import check_route
 from .errors import InvalidType
 from .layout import EXTRAS, BlockLayout, Problem, Routing
@@ -249,14 +250,14 @@ def _formula(
     picked = x.gather(1, index)
     if scoring == "softmax":
         weights = torch.softmax(picked, 1) if renormalize else torch.softmax(x, 1).gather(1, index)
-        every = torch.softmax(x, 1)
     else:
-        weights, every = torch.sigmoid(picked), torch.sigmoid(x)
+        weights = torch.sigmoid(picked)
         if renormalize:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+            weights = weights / (weights.sum(1, keepdim=True) + TINY)
     weights = torch.where(live, weights * scale, 0.0)
     if not mean_probability:
         return weights, ids, torch.zeros(0, dtype=torch.float32, device=x.device)
+    every = torch.softmax(x, 1) if scoring == "softmax" else torch.sigmoid(x)
     shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
     return weights, ids, shares.sum(0) / live.sum().clamp(min=1)
 
@@ -287,7 +288,7 @@ def _backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tensor) -> 
         s = torch.sigmoid(picked)
         of_s = given
         if ctx.renormalize:
-            total = s.sum(1, keepdim=True) + 1e-20
+            total = s.sum(1, keepdim=True) + TINY
             of_s = (given - (given * s).sum(1, keepdim=True) / total) / total
         grad = torch.zeros_like(x).scatter(1, index, of_s * s * (1 - s))
     if ctx.wants_mean:

@@ -226,8 +226,12 @@ _library.define("grouped_mm_weights(Tensor grads, Tensor rows, Tensor ends, SymI
 
 def _gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
     """With `blank`, rows of the sentinel are zero."""
-    taken = source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+    taken = _taken(source, routes, positions, top_k)
     return taken.masked_fill_((routes >= positions.shape[0]).unsqueeze(1), 0) if blank else taken
+
+
+def _taken(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
+    return source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
 
 
 def _fake_gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
@@ -235,7 +239,8 @@ def _fake_gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, 
 
 
 def _formula_gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
-    taken = source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
+    """Always blank: a gradient that a row of the sentinel got would be the last token's."""
+    taken = _taken(source, routes, positions, top_k)
     return taken.masked_fill((routes >= positions.shape[0]).unsqueeze(1), 0)
 
 
@@ -254,8 +259,6 @@ def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _scatter(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
-    if not rows.shape[0]:
-        return rows.new_zeros(positions.shape[0], rows.shape[1])
     taken = rows.index_select(0, positions.clamp(min=0))
     return taken.masked_fill_((positions < 0).unsqueeze(1), 0)
 

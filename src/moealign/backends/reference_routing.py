@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layout import Routing
 
-__all__ = ["exp32", "order_of", "route", "sigmoid32"]
+__all__ = ["TINY", "exp32", "order_of", "route", "sigmoid32"]
 
 # exp(x) = 2**n * exp(r): n = floor(x / ln 2 + 1/2), r = x - n ln 2 with ln 2 in two parts, exp(r) by a polynomial
 # (Cephes' expf).  Every constant is a float32.
