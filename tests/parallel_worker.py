@@ -275,7 +275,8 @@ def check_half_precision(rank: int, ranks: int) -> None:
             waits = [
                 each for each in seen if "synchroniz" in str(each.message) and "prototype" not in str(each.message)
             ]
-            assert len(waits) <= 1, [str(each.message) for each in waits]
+            where = [f"{each.filename}:{each.lineno}: {each.message}" for each in waits]
+            assert len(waits) <= 1, (tokens, chunks, where)
             assert float((got.double() - expected[span]).norm()) < 1e-2 * scale, (tokens, chunks)
 
 

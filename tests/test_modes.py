@@ -854,3 +854,38 @@ def test_a_layer_of_no_size_gives_zeros_or_biases(width, inner, tokens, gradient
     same(got, want, 1e-5)
     if gradients:
         same(*(torch.autograd.grad(each.square().sum(), floats, materialize_grads=True) for each in (got, want)), 1e-5)
+
+
+WAITLESS = {  # of tokens [T, 64] and weights that gradients go to, ids [T, 2], and the counts of batches
+    "moe_align_block_size": lambda x, up, down, ids, counts: moe_align_block_size(ids, 16, E),
+    "align": lambda x, up, down, ids, counts: align(ids, block_size=16, num_experts=E, positions=True),
+    "align_batched": lambda x, up, down, ids, counts: align_batched(counts, max_tokens_per_batch=64, block_size=16),
+    "route": lambda x, up, down, ids, counts: route(x[:, :E], K, block_size=16)[0],
+    "fused_moe": lambda x, up, down, ids, counts: fused_moe(x, up, down, x[:, :K], ids),
+    "grouped_gemm": lambda x, up, down, ids, counts: grouped_gemm(
+        x, up, align(ids, block_size=16, num_experts=E), top_k=K
+    ),
+}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 300])
+@pytest.mark.parametrize("name", WAITLESS)
+def test_nothing_waits_for_the_device(name, tokens, gradients):
+    shapes = ((tokens, 64), (E, 128, 64), (E, 64, 64))
+    floats = [torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=gradients) for s in shapes]
+    given = (*floats, chosen(tokens).cuda(), counts(6).cuda())
+
+    def step() -> None:
+        result = WAITLESS[name](*given)
+        if isinstance(result, Tensor) and result.requires_grad:
+            result.sum().backward()
+
+    step()  # compiles, and makes what is kept
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -91,8 +91,10 @@ def _grouped(left: Tensor, right: Tensor, *sizes: int) -> bool:
     return even and left.data_ptr() % 16 == 0 and right.data_ptr() % 16 == 0
 
 
-def _spans(ends: Tensor, experts: int) -> list[tuple[int, int, int]]:
-    """(expert, first row, end) of every expert that has rows.  Reads the device."""
+def _spans(ends: Tensor, experts: int, rows: int) -> list[tuple[int, int, int]]:
+    """(expert, first row, end) of every expert that has some of `rows`.  Reads the device, if there are any."""
+    if not rows:
+        return []
     found, start = [], 0
     for expert, end in enumerate(ends.tolist()[:experts]):
         if end > start:
@@ -107,7 +109,7 @@ def _mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -
     if rows.shape[0] and pays and _grouped(rows, right, *right.shape[-2:]):
         return F.grouped_mm(_dense(rows), _dense(right), offs=ends[: weights.shape[0]])
     out = rows.new_zeros(rows.shape[0], right.shape[-1])
-    for expert, start, end in _spans(ends, weights.shape[0]):
+    for expert, start, end in _spans(ends, weights.shape[0], rows.shape[0]):
         torch.mm(rows[start:end], right[expert], out=out[start:end])
     return out
 
@@ -119,7 +121,7 @@ def _mm_weights(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tens
         empty = torch.diff(ends[:experts], prepend=ends.new_zeros(1)) == 0
         return product.masked_fill_(empty.view(-1, 1, 1), 0)  # nothing says what an empty group gives
     out = rows.new_zeros(experts, grads.shape[1], rows.shape[1])
-    for expert, start, end in _spans(ends, experts):
+    for expert, start, end in _spans(ends, experts, rows.shape[0]):
         torch.mm(grads[start:end].T, rows[start:end], out=out[expert])
     return out
 
@@ -162,7 +164,7 @@ def expert_rows(
     experts' rows at once are written to memory and read again five times.
     """
     top_k, weights = topk_weights.shape[1], topk_weights.reshape(-1)
-    spans = _spans(ends, gate_up_proj.shape[0])
+    spans = _spans(ends, gate_up_proj.shape[0], order.shape[0])
     out = hidden_states.new_zeros(len(weights), hidden_states.shape[1])
 
     def product(rows: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
@@ -307,7 +309,7 @@ def _formula_mm(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = 
         each = _of_each(rows, ends, experts)
         return torch.stack([each[expert] @ right[expert] for expert in range(experts)]).sum(0)
     parts, last = [], 0
-    for expert, start, end in _spans(ends, experts):
+    for expert, start, end in _spans(ends, experts, rows.shape[0]):
         parts.append(rows[start:end] @ right[expert])
         last = end
     rest = torch.zeros(rows.shape[0] - last, right.shape[-1], dtype=rows.dtype, device=rows.device)
