@@ -43,7 +43,7 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 import align as bench  # noqa: E402  benchmarks/align.py: columns, CSV, peers
 
 from moealign import fused_moe  # noqa: E402
-from moealign.backends.triton import experts as kernels  # noqa: E402
+from moealign.experts import launch as kernels  # noqa: E402
 from moealign.layout import BlockLayout, capacity  # noqa: E402
 
 SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 1024)]  # experts, top_k, hidden, inner
@@ -309,7 +309,7 @@ def warm(job: tuple[str, Shape, int, str, Path]) -> str | None:
     routes = tokens * top_k
     try:
         if impl == OURS:
-            from moealign.backends.triton import gemm
+            from moealign.experts import kernels as gemm
 
             target = kernels.target_of(torch.device("cuda", 0))
             how = kernels.plan(x, gate_up, down, ids, False, None, None, None, target)

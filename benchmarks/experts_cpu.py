@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
 import align as bench  # noqa: E402  benchmarks/align.py: columns and CSV
 
 from moealign import fused_moe  # noqa: E402
-from moealign.backends import packed  # noqa: E402
+from moealign.experts import packed  # noqa: E402
 
 SHAPES = [(64, 8, 512, 256), (128, 8, 2048, 768)]  # experts, top_k, hidden, inner
 TOKENS = [1, 16, 256, 1024]

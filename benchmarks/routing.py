@@ -24,9 +24,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "src")]
 
 from moealign import bench, route  # noqa: E402
-from moealign.align import align  # noqa: E402
-from moealign.backends import load  # noqa: E402
-from moealign.checks import check_route  # noqa: E402
+from moealign.alignment import align  # noqa: E402
+from moealign.backend import load  # noqa: E402
+from moealign.calls.checks import check_route  # noqa: E402
 
 SOFTMAX = [
     (tokens, 8, 256, 16 if tokens <= 128 else 64 if tokens <= 512 else 128)

@@ -25,9 +25,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from moealign import align
-from moealign.backends.triton import experts as rules
-from moealign.backends.triton.experts import Plan, Target, Tile
-from moealign.fused_moe import fused_moe
+from moealign.experts import launch as rules
+from moealign.experts.launch import Plan, Target, Tile
+from moealign.experts.layer import fused_moe
 from moealign.layout import BlockLayout, capacity
 
 SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 1024)]  # experts, top_k, hidden, inner
@@ -140,7 +140,7 @@ def warm(job: tuple[tuple[int, ...], int, Any, int, Target]) -> str | None:
     shape, tokens, tile, which, target = job
     torch.set_num_threads(1)
     try:
-        from moealign.backends.triton import gemm
+        from moealign.experts import kernels as gemm
 
         if isinstance(tile, Plan):
             how, tensors = tile, made(shape, tokens, tile.first, "cpu")[1]

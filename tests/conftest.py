@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import moealign
-from moealign.backends import TABLE
+from moealign.backend import TABLE
 
 settings.register_profile(
     "moealign",

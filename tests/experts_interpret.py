@@ -17,8 +17,8 @@ from triton_interpret import mend_interpreter
 
 import moealign
 from moealign import fused_moe, grouped_gemm
-from moealign.backends.triton import experts
-from moealign.backends.triton.experts import Plan, Tile
+from moealign.experts import launch as experts
+from moealign.experts.launch import Plan, Tile
 
 MOST = 2e-6
 

@@ -109,8 +109,8 @@ def test_nothing_heavy_at_import(path):
         ("backends", "from ..align import align", ("backends",), ["align"]),
         ("backends", "from ...dispatch import choose", ("backends", "cpu"), ["dispatch"]),
         ("dispatch", "def f():\n    import moealign.report", (), ["report"]),
-        ("errors", "from moealign.checks import x", (), ["checks"]),
-        ("backends", "from ..layout import Problem\nfrom .kernels import f", ("backends",), []),
+        ("errors", "from moealign.calls.checks import x", (), ["checks"]),
+        ("backends", "from ..layout import AlignProblem\nfrom .kernels import f", ("backends",), []),
     ],
 )
 def test_the_reader_of_imports_sees_a_wrong_one(name, source, package, wrong):

@@ -17,7 +17,8 @@ from moealign import (
     capacity_batched,
     moe_align_block_size,
 )
-from moealign.backends import TABLE, load
+from moealign.backend import TABLE, load
+from moealign.calls import prepared
 from moealign.layout import EXTRAS
 from moealign.testing import assert_same_layout, check_backend, oracle_align, oracle_align_batched, poisoned
 
@@ -401,11 +402,12 @@ def test_the_backend_asked_for_is_the_one_that_runs(name, monkeypatch):
     for each in TABLE:
         module = load(each)
 
-        def counting(*arguments, each=each, real=module.align):
+        def counting(problem, each=each, real=module.prepare):
             calls[each] += 1
-            return real(*arguments)
+            return real(problem)
 
-        monkeypatch.setattr(module, "align", counting)
+        monkeypatch.setattr(module, "prepare", counting)
+    monkeypatch.setattr(prepared, "cached", {})
     align(torch.zeros(1, 2, dtype=torch.int32, device=device), block_size=4, num_experts=2, backend=name)
     assert calls == {each: int(each == name) for each in TABLE}
 

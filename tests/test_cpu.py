@@ -17,20 +17,22 @@ import pytest
 import torch
 
 import moealign
-from moealign.backends import cpu
-from moealign.backends.cpu import compiled
-from moealign.backends.cpu import routing as router
-from moealign.backends.cpu import threads as threads_
-from moealign.backends.cpu.threads import Helpers
-from moealign.backends.reference_routing import exp32, sigmoid32
-from moealign.layout import EXTRAS, OUTPUTS, Problem
+from moealign.backend import cpu
+from moealign.backend.cpu import align as aligner
+from moealign.backend.cpu import compiled
+from moealign.backend.cpu import route as router
+from moealign.backend.cpu import threads as threads_
+from moealign.backend.cpu.threads import Helpers
+from moealign.backend.reference.route import exp32, sigmoid32
+from moealign.layout import EXTRAS, OUTPUTS
+from moealign.problem import AlignProblem
 from moealign.testing import assert_same_layout, difference, oracle_align, oracle_align_batched, poisoned
 
 numba = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs numba")
 
 
-def problem(dtype: torch.dtype = torch.int32) -> Problem:
-    return Problem("align", torch.device("cpu"), dtype, 8, 8, 4, 4)
+def problem(dtype: torch.dtype = torch.int32) -> AlignProblem:
+    return AlignProblem("align", torch.device("cpu"), dtype, 8, 8, 4, 4)
 
 
 def run(code: str, **environment: str | None) -> tuple[str, str]:
@@ -49,18 +51,18 @@ def python(code: str, **environment: str | None) -> str:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Calls of any size go to several threads."""
-    monkeypatch.setattr(cpu, "PARALLEL_ROUTES", 1)
-    monkeypatch.setattr(cpu, "MIN_ROUTES_A_THREAD", 16)
-    monkeypatch.setattr(cpu, "MIN_ROUTES_AN_EXPERT", 0.01)
-    monkeypatch.setattr(cpu, "CHUNK_ROUTES_AN_EXPERT", 0.01)
+    monkeypatch.setattr(aligner, "PARALLEL_ROUTES", 1)
+    monkeypatch.setattr(aligner, "MIN_ROUTES_A_THREAD", 16)
+    monkeypatch.setattr(aligner, "MIN_ROUTES_AN_EXPERT", 0.01)
+    monkeypatch.setattr(aligner, "CHUNK_ROUTES_AN_EXPERT", 0.01)
     return monkeypatch
 
 
 def test_importing_the_package_and_the_backend_imports_no_numba() -> None:
     code = """
 import sys, moealign
-from moealign.backends import cpu
-from moealign.backends.cpu import compiled
+from moealign.backend.cpu import align as cpu
+from moealign.backend.cpu import compiled
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("numba", "llvmlite")))
 """
     assert python(code) == "[]"
@@ -135,7 +137,7 @@ def test_the_router_on_any_number_of_threads_gives_the_bits_of_one(
 
 @numba
 def test_exponentials_as_vectors_have_the_bits_of_the_definition() -> None:
-    from moealign.backends.cpu import routing_kernels
+    from moealign.backend.cpu import route_kernels as routing_kernels
 
     nan, inf = float("nan"), float("inf")
     edges = torch.tensor([0.0, -0.0, 87.0, -87.0, 87.00001, -87.00001, 88.0, -88.0, 1e-30, 1e38, -1e38, inf, -inf, nan])
@@ -164,14 +166,14 @@ def test_batched_on_threads_gives_the_bits_of_one(threads: pytest.MonkeyPatch) -
 @numba
 def test_huge_pages_are_asked_for_inside_large_outputs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int]] = []
-    advise = cpu._madvise()
+    advise = aligner._madvise()
 
     def record(start: int, stop: int) -> None:
         asked.append((start, stop))
         advise(start, stop)
 
-    monkeypatch.setattr(cpu, "_madvise", lambda: record)
-    monkeypatch.setattr(cpu, "HUGE_BYTES", 8 * 2**20)
+    monkeypatch.setattr(aligner, "_madvise", lambda: record)
+    monkeypatch.setattr(aligner, "HUGE_BYTES", 8 * 2**20)
     small, large = torch.zeros(1000, 2, dtype=torch.int64), torch.arange(2**21).reshape(-1, 2) % 8
     for ids, expected in ((small, 0), (large, 1)):
         layout = moealign.align(ids, block_size=64, num_experts=8, backend="cpu")
@@ -235,7 +237,7 @@ def test_strides_that_are_not_two_are_copied_and_right() -> None:
 def test_strides_that_are_two_are_read_in_place() -> None:
     base = torch.zeros(6, 5, 4, dtype=torch.int32)
     for ids in (base[0].T, base[:, 0], base[0, 0, ::2], base[:, :, 0], base[:1, :1, :1].expand(3, 5, 4)):
-        read, *_ = cpu._walk(ids, ids.numel())
+        read, *_ = aligner._walk(ids, ids.numel())
         assert read is ids
 
 
@@ -271,10 +273,10 @@ def test_a_bad_number_of_threads_is_refused_by_every_call(
 def test_the_note_tells_compile_from_cache_from_loaded(tmp_path: Path) -> None:
     code = """
 import torch, moealign
-from moealign.backends import cpu
-from moealign.backends.cpu import compiled
-from moealign.layout import Problem
-problem = Problem("align", torch.device("cpu"), torch.int32, 8, 8, 4, 4)
+from moealign.backend import cpu
+from moealign.backend.cpu import compiled
+from moealign.problem import AlignProblem
+problem = AlignProblem("align", torch.device("cpu"), torch.int32, 8, 8, 4, 4)
 print(cpu.note(problem))
 moealign.align(torch.zeros(1, 8, dtype=torch.int32), block_size=4, num_experts=4, backend="cpu")
 print("then", cpu.note(problem))
@@ -338,7 +340,7 @@ def test_helpers_that_cannot_be_started_are_done_without(
         start(thread)
 
     threads.setattr(threading.Thread, "start", limited)
-    threads.setattr(cpu, "helpers", helpers)
+    threads.setattr(aligner, "helpers", helpers)
     threads.setenv("MOEALIGN_NUM_THREADS", "4")
     ids = torch.arange(2000).reshape(500, 4) % 65
     for _ in range(3):
@@ -351,9 +353,9 @@ def test_helpers_that_cannot_be_started_are_done_without(
 # What each of these processes does at every event of a call, by number: to raise, or to call again.
 AT_EVERY_EVENT = """
 import os, sys, threading, time, torch, moealign
-from moealign.backends import cpu
-from moealign.backends.cpu import compiled
-from moealign.backends.cpu import routing
+from moealign.backend.cpu import align as cpu
+from moealign.backend.cpu import compiled
+from moealign.backend.cpu import route as routing
 for name, value in {"PARALLEL_ROUTES": 1, "MIN_ROUTES_A_THREAD": 16, "MIN_ROUTES_AN_EXPERT": 0.01,
                     "CHUNK_ROUTES_AN_EXPERT": 0.01}.items():
     if os.environ["SIZE"] == "large":
@@ -429,7 +431,7 @@ def test_helpers_of_a_call_that_does_not_begin_touch_nothing(threads: pytest.Mon
     threads.setattr(router, "MIN_LOGITS_A_THREAD", 1)
     threads.setenv("MOEALIGN_NUM_THREADS", "3")
     helpers, out = Helpers(), {}
-    threads.setattr(cpu, "helpers", helpers)
+    threads.setattr(aligner, "helpers", helpers)
     threads.setattr(router, "helpers", helpers)
     ask = helpers.ask
 
@@ -539,7 +541,7 @@ print(inside, right())
 
 @numba
 def test_a_kernel_that_numba_cannot_compile_is_replaced(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from moealign.backends.cpu import kernels
+    from moealign.backend.cpu import align_kernels as kernels
 
     def broken(*_: object) -> None:
         raise RuntimeError("compiler re-entrant")
@@ -616,7 +618,7 @@ def test_kernels_are_kept_in_the_folder_of_the_variables(tmp_path: Path) -> None
 
 @numba
 def test_a_relative_folder_is_taken_from_where_the_process_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from moealign.backends.cpu import kernels
+    from moealign.backend.cpu import align_kernels as kernels
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOEALIGN_CACHE_DIR", "below/cache")

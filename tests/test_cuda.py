@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import moealign
+from moealign.calls import prepared
 from moealign.layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched
 from moealign.testing import assert_same_layout, oracle_align, oracle_align_batched, poisoned
 
-cuda = importlib.import_module("moealign.backends.cuda")
+cuda = importlib.import_module("moealign.backend.cuda")
 
 pytestmark = pytest.mark.skipif(cuda.unavailable() is not None, reason=str(cuda.unavailable()))
 
@@ -78,11 +79,11 @@ def test_every_path_is_the_oracles(routes, experts, mapped):
 @pytest.mark.parametrize("experts", [8, 256, 5000])
 def test_devices_without_clusters_have_paths_of_their_own(routes, experts, monkeypatch):
     """What sm_80 and sm_89 take, run here: the same source, the same sizes, no cluster anywhere."""
-    align_ = sys.modules["moealign.backends.cuda.align"]
+    align_ = sys.modules["moealign.backend.cuda.align"]
     taken = []
     path_of = align_.path_of
     monkeypatch.setattr(align_, "_cluster_sizes", lambda major: (1,))
-    monkeypatch.setattr(align_, "_plans", {})
+    monkeypatch.setattr(prepared, "cached", {})
     monkeypatch.setattr(align_, "path_of", lambda *facts: taken.append(path_of(*facts)) or taken[-1])
     ids = some_ids(routes, experts)
     layout = moealign.align(ids.to(DEVICE), block_size=16, num_experts=experts, **ALL, backend="cuda")
@@ -114,7 +115,7 @@ def test_batched_is_the_oracles(batches, slots, block_size, dtype):
 
 @pytest.mark.parametrize("batches", [8, 64])
 def test_another_number_of_slots_compiles_nothing(batches):
-    compile_ = importlib.import_module("moealign.backends.cuda.compile")
+    compile_ = importlib.import_module("moealign.backend.cuda.compile")
     counts = torch.randint(0, 40, (batches,), dtype=torch.int32)
 
     def call(slots: int) -> None:
@@ -456,8 +457,8 @@ def test_no_call_waits_for_the_gpu(routes):
 
 
 def test_a_failed_launch_says_what_failed():
-    compile_ = importlib.import_module("moealign.backends.cuda.compile")
-    batched = importlib.import_module("moealign.backends.cuda.batched")
+    compile_ = importlib.import_module("moealign.backend.cuda.compile")
+    batched = importlib.import_module("moealign.backend.cuda.batched")
     found = compile_.kernel(batched.SOURCE, *batched.specialise(torch.int32, 4, 4, True), 0)
     with pytest.raises(
         RuntimeError, match=r"batched_few on cuda:0 with 1 CTAs of 4096 threads.*CUDA_ERROR_INVALID_VALUE"

@@ -21,11 +21,12 @@ import torch
 from sass import disassembler, touched_before_the_wait
 
 import moealign
-from moealign.backends import cache
-from moealign.layout import BlockLayout, Problem
+from moealign.backend import cache
+from moealign.layout import BlockLayout
+from moealign.problem import AlignProblem
 
-cuda = importlib.import_module("moealign.backends.cuda")
-compile_ = importlib.import_module("moealign.backends.cuda.compile")
+cuda = importlib.import_module("moealign.backend.cuda")
+compile_ = importlib.import_module("moealign.backend.cuda.compile")
 
 
 def missing() -> str | None:
@@ -47,7 +48,7 @@ SMALL = 'extern "C" __global__ void k(long long* a) { a[threadIdx.x] = VALUE; }'
 def specialisations(major: int) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
     found = []
     for module in ("batched", "align", "route"):
-        found += importlib.import_module(f"moealign.backends.cuda.{module}").specialisations(major)
+        found += importlib.import_module(f"moealign.backend.cuda.{module}").specialisations(major)
     return list(dict.fromkeys(found))
 
 
@@ -149,10 +150,10 @@ def refusal_of(source: str, name: str, defines: tuple[tuple[str, int], ...], **c
 @pytest.mark.parametrize("experts", [1, 2, 61, 257, 1000, 1025, 2049, 5000, 20000, 40000])
 def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
     """Sizes are reckoned in Python and again in align.cu; a byte less is refused by the compiler."""
-    align_ = sys.modules["moealign.backends.cuda.align"]
+    align_ = sys.modules["moealign.backend.cuda.align"]
     seen = set()
     for routes, clusters in ((300, 8), (4000, 8), (12000, 1), (12000, 8), (40000, 8), (2**21, 8)):
-        problem = Problem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
+        problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
         path = align_.path_of(problem, 132, 227 * 1024, clusters)
         kernel = ("align.cu", path.name, align_.defines_of(problem, path, vector_in=False))
         if kernel in seen:
@@ -185,8 +186,8 @@ def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
     ],
 )
 def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, changed, said):
-    align_ = sys.modules["moealign.backends.cuda.align"]
-    problem = Problem("align", torch.device("cuda"), torch.int32, routes, 1, 256, 16)
+    align_ = sys.modules["moealign.backend.cuda.align"]
+    problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, 256, 16)
     path = align_.path_of(problem, 132, 227 * 1024, 8)
     assert said in refusal_of("align.cu", path.name, align_.defines_of(problem, path), **changed)
 
@@ -211,7 +212,7 @@ def test_a_compile_error_says_what_nvrtc_says():
 
 
 def test_a_batched_kernel_serves_every_number_of_slots(monkeypatch):
-    batched = sys.modules["moealign.backends.cuda.batched"]
+    batched = sys.modules["moealign.backend.cuda.batched"]
     asked = []
 
     def kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> types.SimpleNamespace:
@@ -219,21 +220,18 @@ def test_a_batched_kernel_serves_every_number_of_slots(monkeypatch):
         return types.SimpleNamespace(multiprocessors=132, prepare=lambda *shape: shape)
 
     monkeypatch.setattr(batched, "kernel", kernel)
-    monkeypatch.setattr(batched, "_plans", {})
-    monkeypatch.setattr(batched, "_MOST_PLANS", 50)
     for batches, block_size in ((8, 16), (300, 1)):
         asked.clear()
         for slots in (*range(1, 200), 2**20):
-            problem = Problem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, batches, block_size)
-            batched._plan(problem, batches * -(-slots // block_size) * block_size, True)
-            assert len(batched._plans) <= 50
+            problem = AlignProblem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, batches, block_size)
+            batched.BatchedAlignment(problem)._prepare(batches * -(-slots // block_size) * block_size, True)
         assert len(asked) == 200
         assert len(set(asked)) == 1
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 8, 100, 127, 128, 129, 641, 65535, 2**30 - 1, 2**30 + 1, 2**31 - 1])
 def test_a_reciprocal_divides_every_number_of_31_bits(divisor):
-    packed = sys.modules["moealign.backends.cuda.batched"].reciprocal(divisor)
+    packed = sys.modules["moealign.backend.cuda.batched"].reciprocal(divisor)
     factor, shift = packed & 0xFFFFFFFF, packed >> 32
     edges = {at + off for at in range(0, 2**31, max(divisor, 2**31 // 5000) // divisor * divisor) for off in (-1, 0, 1)}
     for number in {*edges, 2**31 - 1, 2**31 - 2, *range(300)} - {-1, 2**31}:
@@ -242,8 +240,8 @@ def test_a_reciprocal_divides_every_number_of_31_bits(divisor):
 
 def test_without_routes_a_block_is_of_one():
     """2**32 is no int of a kernel's, and without routes it is no number of rows."""
-    align_ = sys.modules["moealign.backends.cuda.align"]
-    problem = Problem("align", torch.device("cuda", 0), torch.int32, 0, 8, 64, 2**32)
+    align_ = sys.modules["moealign.backend.cuda.align"]
+    problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 0, 8, 64, 2**32)
     path = align_.path_of(problem, 132, 227 * 1024, 8)
     assert dict(align_.defines_of(problem, path))["BLOCK"] == 1
     few = align_.defines_of(problem._replace(routes=1, block_size=2**31 - 1), path)
@@ -252,9 +250,8 @@ def test_without_routes_a_block_is_of_one():
 
 @pytest.mark.parametrize("slots", [0, 1])
 def test_without_rows_a_batched_block_is_of_one(slots, monkeypatch):
-    batched = sys.modules["moealign.backends.cuda.batched"]
+    batched = sys.modules["moealign.backend.cuda.batched"]
     asked = []
-    monkeypatch.setattr(batched, "_plans", {})
     monkeypatch.setattr(
         batched,
         "kernel",
@@ -262,8 +259,8 @@ def test_without_rows_a_batched_block_is_of_one(slots, monkeypatch):
             asked.append(dict(defines)) or types.SimpleNamespace(multiprocessors=132, prepare=lambda *shape: shape)
         ),
     )
-    problem = Problem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, 0, 2**32)
-    batched._plan(problem, 0, True)
+    problem = AlignProblem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, 0, 2**32)
+    batched.BatchedAlignment(problem)._prepare(0, True)
     assert [each["B"] for each in asked] == [1]
 
 
@@ -490,7 +487,7 @@ def test_a_gpu_that_nothing_is_compiled_for_is_a_reason(capability, said, fresh)
     fresh.setattr(cuda, "compiler_version", lambda: "13.0")
     fresh.setattr(cuda, "architectures", lambda: ("sm_75", "sm_80", "sm_90"))
     fresh.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    problem = Problem("align", torch.device("cuda", 0), torch.int32, 8, 8, 64, 16)
+    problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 8, 8, 64, 16)
     reason = cuda.refuses(problem)
     if said is None:
         assert reason is None
@@ -528,10 +525,10 @@ def test_the_multiprocessors_of_a_stream_are_those_of_its_green_context(said, mo
 @pytest.mark.parametrize("multiprocessors", [1, 2, 8, 14, 32, 66, 132])
 @pytest.mark.parametrize("experts", [1, 8, 256, 2048, 65536])
 def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multiprocessors, experts):
-    align_ = sys.modules["moealign.backends.cuda.align"]
+    align_ = sys.modules["moealign.backend.cuda.align"]
     names = set()
     for routes in (0, 1, 300, 5000, 12001, 32769, 40000, 65536, 131072, 524288, 524289, 2**20, 2**24):
-        problem = Problem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
+        problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
         for shared, clusters in ((99 * 1024, 1), (227 * 1024, 8)):
             path = align_.path_of(problem, multiprocessors, shared, clusters)
             names.add(path.name)
@@ -544,7 +541,7 @@ def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multipro
 
 def test_a_call_takes_the_grid_of_its_stream(monkeypatch):
     """Call after call, whatever was planned for the whole device or for another part of it."""
-    align_ = sys.modules["moealign.backends.cuda.align"]
+    align_ = sys.modules["moealign.backend.cuda.align"]
     launched = []
 
     def kernel(*key: object) -> types.SimpleNamespace:
@@ -556,18 +553,18 @@ def test_a_call_takes_the_grid_of_its_stream(monkeypatch):
     monkeypatch.setattr(align_, "kernel", kernel)
     monkeypatch.setattr(align_, "green_multiprocessors", lambda index: next(green))
     ids = torch.zeros(2**17, 8, dtype=torch.int32)
-    problem = Problem("align", torch.device("cuda", 0), torch.int32, 2**20, 8, 256, 128)
+    problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 2**20, 8, 256, 128)
     out = BlockLayout(*(torch.zeros(1, dtype=torch.int32) for _ in range(3)))
-    plans: dict[Any, Any] = {}
+    alignment = align_.Alignment(problem)
     for _ in range(5):
-        align_.align(problem, ids, None, None, None, out, plans)
+        alignment.run(ids, None, None, None, out)
     assert launched == [132, 32, 16, 132, 32]
-    assert len(plans) == 3
+    assert len(alignment._compiled) == 3
 
 
 def test_more_experts_than_kernels_count_is_a_reason():
-    problem = Problem("align", torch.device("cuda", 0), torch.int32, 0, 8, 2**28 + 1, 16)
-    assert "takes up to 268435456 experts or batches, these are 268435457: use" in (cuda.refuses(problem) or "")
+    problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 0, 8, 2**28 + 1, 16)
+    assert "expected at most 268435456 experts or batches, got 268435457: use" in (cuda.refuses(problem) or "")
 
 
 @needs_nvrtc
@@ -578,5 +575,5 @@ def test_nvrtc_says_what_it_compiles_for():
 def test_importing_the_backend_imports_no_cuda_core():
     # torch itself may import cuda.bindings, and does where it is installed.
     heavy = "('cuda.core', 'cuda.bindings.nvrtc')"
-    code = f"import sys, moealign.backends.cuda; print([m for m in sys.modules if m.startswith({heavy})])"
+    code = f"import sys, moealign.backend.cuda; print([m for m in sys.modules if m.startswith({heavy})])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -9,7 +9,7 @@ from experts_cases import expert_loop, random_layer, relative_error
 
 import moealign
 from moealign import BackendUnavailable, InvalidInput, InvalidType, align, fused_moe, grouped_gemm
-from moealign.backends import packed
+from moealign.experts import packed
 
 # (tokens, top_k, experts, hidden, inner): one of everything, an expert without rows, all to few experts, odd sizes.
 SIZES = [(1, 1, 1, 4, 4), (1, 8, 64, 16, 8), (7, 3, 5, 16, 12), (33, 2, 40, 9, 7), (64, 4, 2, 8, 16)]

@@ -17,7 +17,7 @@ from test_triton import TARGETS, cut, passes_alone, releases, specialisation
 from moealign.layout import BlockLayout, capacity
 
 pytest.importorskip("triton")
-experts = importlib.import_module("moealign.backends.triton.experts")
+experts = importlib.import_module("moealign.experts.launch")
 
 HERE = Path(__file__).parent
 H200 = experts.Target("NVIDIA H200", 132, True)
@@ -138,7 +138,7 @@ def layouts_of(tokens, top_k, count, block_size):
 @pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
 def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, target):
     """Only tiles do: one kernel a tile, over numbers of tokens and every way in which small tensors can be cut."""
-    from moealign.backends.triton import gemm
+    from moealign.experts import kernels as gemm
 
     count, top_k, hidden, inner = shape
     gate_up = torch.empty(count, 2 * inner, hidden, dtype=torch.bfloat16)
@@ -168,12 +168,13 @@ def widths(one):
 
 
 def test_neither_tokens_nor_alignments_compile_a_router():
-    from moealign.backends.triton import routing, routing_kernels
-    from moealign.layout import Routing
+    from moealign.backend.triton import route as routing
+    from moealign.backend.triton import route_kernels as routing_kernels
+    from moealign.problem import RouteProblem
 
     keys = set()
     for tokens in range(1, 41):
-        facts = Routing(torch.device("cpu"), torch.float32, tokens, 60, 4, "softmax", True, 1.0, 1, 1)
+        facts = RouteProblem(torch.device("cpu"), torch.float32, tokens, 60, 4, "softmax", True, 1.0, 1, 1)
         for shift in range(4):
             logits, bias, weights, ids, valid = cut(tokens * 60, 60, tokens * 4, tokens * 4, 1, shift=shift)
             floats = (each.view(torch.float32) for each in (logits.view(tokens, 60), bias, weights))
@@ -249,7 +250,7 @@ def compile_one(number):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moealign.backends.triton import gemm
+    from moealign.experts import kernels as gemm
 
     one = distinct()[number]
     function = getattr(gemm, one.kernel)
@@ -404,7 +405,7 @@ def test_gpu_in_a_graph_and_without_a_wait(size):
 def test_gpu_a_server_that_is_warm_compiles_nothing():
     """After one number of tokens with the same tiles, no other one compiles: however its small tensors are aligned."""
     from moealign import fused_moe
-    from moealign.backends.triton import gemm
+    from moealign.experts import kernels as gemm
 
     def compiled():
         return sum(len(each[0]) for one in (gemm.gemm, gemm.sum_rows) for each in one.device_caches.values())

@@ -10,8 +10,8 @@ import torch
 import torch._dynamo.testing
 
 import moealign
-from moealign.backends import reference_routing
-from moealign.backends.reference_routing import exp32, sigmoid32
+from moealign.backend.reference import route as reference_routing
+from moealign.backend.reference.route import exp32, sigmoid32
 from moealign.layout import OUTPUTS
 from moealign.testing import assert_same_layout, oracle_align, oracle_route
 
@@ -46,7 +46,7 @@ def routed(logits, top_k, *, backend, **given):
     device = device_of(backend)
     given = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
     if backend == "cuda" and given.get("num_groups", 1) > 32:
-        with pytest.raises(moealign.BackendUnavailable, match="up to 32 groups"):
+        with pytest.raises(moealign.BackendUnavailable, match="at most 32 groups"):
             moealign.route(logits.to(device), top_k, **given, backend=backend)
         pytest.skip("the reference takes so many groups")
     weights, ids, layout, *mean = moealign.route(logits.to(device), top_k, **given, backend=backend)

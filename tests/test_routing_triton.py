@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_triton import TARGETS, passes_alone, releases
 
-from moealign.layout import Routing
+from moealign.problem import RouteProblem
 
 pytest.importorskip("triton")
-routing = importlib.import_module("moealign.backends.triton.routing")
+routing = importlib.import_module("moealign.backend.triton.route")
 
 HERE = Path(__file__).parent
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
@@ -31,7 +31,7 @@ def test_compiles_ahead_within_every_targets_shared_memory(release):
 
 def configurations():
     """(arguments, constants, warps) of the routers that models have."""
-    base = Routing(torch.device("cuda"), torch.bfloat16, 3, 256, 8, "softmax", True, 1.0, 1, 1)
+    base = RouteProblem(torch.device("cuda"), torch.bfloat16, 3, 256, 8, "softmax", True, 1.0, 1, 1)
     grouped = {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "has_bias": True, "dtype": torch.float32}
     for each, shares, valid in (
         (base, False, False),
@@ -67,7 +67,7 @@ def compile_all():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moealign.backends.triton.routing_kernels import choose
+    from moealign.backend.triton.route_kernels import choose
 
     too_large = compiled = 0
     for arguments, constants, warps in configurations():

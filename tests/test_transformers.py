@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moealign
-from moealign.backends import packed
+from moealign.experts import packed
 from moealign.integrations import router_forms
 from moealign.integrations import transformers as integration
 from moealign.trace import load_trace, save_trace

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moealign.layout import EXTRAS, BlockLayout, Problem, capacity, capacity_batched
+from moealign.layout import EXTRAS, BlockLayout, capacity, capacity_batched
+from moealign.problem import AlignProblem
 from moealign.testing import poisoned
 
 pytest.importorskip("triton")
-backend = importlib.import_module("moealign.backends.triton")
+backend = importlib.import_module("moealign.backend.triton.align")
+launching = importlib.import_module("moealign.backend.triton.launch")
 
 HERE = Path(__file__).parent
 ALTERNATIVE = os.environ.get("MOEALIGN_TRITON_ALT")
@@ -67,15 +69,15 @@ def test_compiles_ahead_within_every_targets_shared_memory(release):
 
 
 def test_says_why_it_is_not_here(monkeypatch):
-    backend.unavailable.cache_clear()
+    launching.unavailable.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "TRITON_INTERPRET=1" in (backend.unavailable() or "")
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    backend.unavailable.cache_clear()
-    assert "pip install" in (backend.unavailable() or "")
+    assert "TRITON_INTERPRET=1" in (launching.unavailable() or "")
+    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    launching.unavailable.cache_clear()
+    assert "pip install" in (launching.unavailable() or "")
     monkeypatch.undo()
-    backend.unavailable.cache_clear()
+    launching.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("routes", [0, 1, 128, 129, 2_048, 2_049, 524_288])
@@ -120,7 +122,7 @@ def cut(*sizes, shift=0):
 
 
 def test_alignments_of_the_layout_compile_nothing():
-    from moealign.backends.triton import kernels
+    from moealign.backend.triton import align_kernels as kernels
 
     for low, high, mapped in ((2, 16, False), (129, 160, False), (129, 160, True), (4_096, 4_120, True)):
         keys, tiles = set(), set()
@@ -133,7 +135,7 @@ def test_alignments_of_the_layout_compile_nothing():
                     **dict(zip(names, cut(*(getattr(sizes, name) for name in names), shift=shift), strict=True))
                 )
                 ids, expert_map, words = cut(n, 60, 2, shift=shift)
-                problem = Problem("align", ids.device, ids.dtype, n, 1, 60, 16, torch.int32 if mapped else None)
+                problem = AlignProblem("align", ids.device, ids.dtype, n, 1, 60, 16, torch.int32 if mapped else None)
                 for one in backend.launches(problem, ids, expert_map if mapped else None, words[:1], words[1:], out):
                     keys.add(specialisation(getattr(kernels, one.kernel), one))
                     tiles.add((one.kernel, *one.constants.items(), one.num_warps))
@@ -175,7 +177,7 @@ def plan(routes, experts=256, block_size=128, dtype=torch.int32, extras=(), mapp
     sizes = capacity(ids.numel(), block_size=block_size, num_experts=experts)
     out = poisoned(sizes, extras, "cpu", 0)
     map_dtype = torch.int32 if mapped else None
-    problem = Problem(
+    problem = AlignProblem(
         "align", ids.device, dtype, ids.numel(), top_k, experts, block_size, map_dtype, ignore, rich, rich, extras
     )
     return backend.launches(problem, ids, expert_map, word, word, out)
@@ -183,7 +185,9 @@ def plan(routes, experts=256, block_size=128, dtype=torch.int32, extras=(), mapp
 
 def plan_batched(batches, most, block_size, dtype=torch.int32, extras=()):
     counts = torch.empty(batches, dtype=dtype)
-    problem = Problem("align_batched", counts.device, dtype, batches * most, most, batches, block_size, extras=extras)
+    problem = AlignProblem(
+        "align_batched", counts.device, dtype, batches * most, most, batches, block_size, extras=extras
+    )
     out = poisoned(capacity_batched(most, block_size=block_size, num_batches=batches), extras, "cpu", 0)
     return backend.launches_batched(problem, counts, torch.empty(1, dtype=torch.int32), out)
 
@@ -226,7 +230,7 @@ def compile_all():
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moealign.backends.triton import kernels
+    from moealign.backend.triton import align_kernels as kernels
 
     too_large = compiled = 0
     for one in every_configuration():

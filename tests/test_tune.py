@@ -8,9 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moealign import BackendUnavailable, tune
-from moealign.backends.triton import experts
+from moealign import BackendUnavailable
 from moealign.cli import app
+from moealign.experts import launch as experts
+from moealign.experts import tune
 
 SHAPE = tune.Shape(128, 8, 2048, 768)
 H200 = experts.Target("NVIDIA H200", 132, True)

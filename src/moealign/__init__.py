@@ -1,6 +1,6 @@
 """Block-aligned layouts for Mixture-of-Experts kernels, on CPU and GPU; see docs/contract.md for every value."""
 
-from .align import (
+from .alignment import (
     align,
     align_batched,
     batched_moe_align_block_size,
@@ -9,11 +9,11 @@ from .align import (
     new_error_word,
     raise_for_errors,
 )
+from .calls.dispatch import Explanation, backends
 from .capture import capture
-from .dispatch import Explanation, backends
 from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, RankFailed, TraceError
-from .fused_moe import fused_moe
-from .grouped_gemm import grouped_gemm
+from .experts.gemm import grouped_gemm
+from .experts.layer import fused_moe
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
 from .routing import route
 

@@ -42,8 +42,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .align import align, align_batched, moe_align_block_size
-from .dispatch import backends
+from .alignment import align, align_batched, moe_align_block_size
+from .calls.dispatch import backends
 from .errors import BackendUnavailable, InvalidInput
 from .layout import EXTRAS, Capacity, capacity, capacity_batched, cdiv
 from .testing import argsort_align, poisoned

@@ -17,11 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, bench, costs, page, report
-from . import tune as tuning
-from .align import align, explain
-from .backends.triton.experts import target_of, tuning_path
-from .dispatch import backends
+from .alignment import align, explain
+from .calls.dispatch import backends
 from .errors import MoealignError
+from .experts import tune as tuning
+from .experts.launch import target_of, tuning_path
 from .integrations.engines import ENGINES, told
 from .layout import EXTRAS
 from .testing import argsort_align, check_backend, difference, oracle_align

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from . import placement
-from .align import align
+from .alignment import align
 from .errors import BackendUnavailable, InvalidInput
-from .grouped_gemm import grouped_gemm
+from .experts.gemm import grouped_gemm
 from .layout import BlockLayout
 
 __all__ = [

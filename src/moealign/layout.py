@@ -1,4 +1,4 @@
-"""The block-aligned layout: what it is, what it is asked for, and how large it is.
+"""The block-aligned layout: what it is and how large it is.
 
 Words used everywhere: a *route* is one (token, k) choice, numbered ``i = token * top_k + k``; a *bin* collects the
 routes of one expert (or of one local expert, or of one batch); a *block* is ``block_size`` consecutive rows that
@@ -15,13 +15,12 @@ import torch
 from torch.utils import _pytree
 
 __all__ = [
+    "ERROR_BITS",
     "EXTRAS",
     "INT32_MAX",
     "OUTPUTS",
     "BlockLayout",
     "Capacity",
-    "Problem",
-    "Routing",
     "capacity",
     "capacity_batched",
     "cdiv",
@@ -29,6 +28,16 @@ __all__ = [
 ]
 
 INT32_MAX = 2**31 - 1
+
+
+#: Bits that backends set in an error word, and what each says.
+BAD_ID, BAD_MAP, BAD_NUM_VALID, BAD_COUNT = 1, 2, 4, 8
+ERROR_BITS = {
+    BAD_ID: "topk_ids held an id outside {-1} | [0, num_experts); its route was dropped",
+    BAD_MAP: "expert_map held a value outside {-1} | [0, num_experts); it counted as -1",
+    BAD_NUM_VALID: "num_valid_tokens was outside [0, number of tokens]; it was clamped",
+    BAD_COUNT: "expert_num_tokens held a count outside [0, max_tokens_per_batch]; it was clamped",
+}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -100,40 +109,6 @@ def _unflatten(values: object, context: None) -> BlockLayout:
 
 # A pytree node, so that a layout passes through torch.compile and torch.export like a tuple of tensors.
 _pytree.register_pytree_node(BlockLayout, _flatten, _unflatten, serialized_type_name="moealign.BlockLayout")  # type: ignore[arg-type]
-
-
-class Problem(NamedTuple):
-    """The facts of one call that are known without reading a device: what backends decide on and specialise for."""
-
-    op: str  # "align" or "align_batched"
-    device: torch.device
-    dtype: torch.dtype  # of topk_ids, or of expert_num_tokens
-    routes: int  # n; batched: number of batches * max_tokens_per_batch
-    top_k: int  # routes a row of topk_ids; batched: max_tokens_per_batch
-    num_experts: int  # E; batched: number of batches
-    block_size: int  # B
-    map_dtype: torch.dtype | None = None  # of expert_map, None without one
-    ignore_invalid_experts: bool = False  # bins are local ids, foreign routes are dropped
-    has_num_valid_tokens: bool = False
-    has_error_word: bool = False
-    extras: tuple[str, ...] = ()  # of EXTRAS, in that order
-
-
-class Routing(NamedTuple):
-    """The facts of one call of :func:`moealign.route` before the layout: how experts are scored and chosen."""
-
-    device: torch.device
-    dtype: torch.dtype  # of router_logits
-    tokens: int
-    num_experts: int
-    top_k: int
-    scoring: str  # "softmax" or "sigmoid"
-    renormalize: bool
-    scale: float  # of the weights
-    num_groups: int  # 1: every expert may be chosen
-    topk_groups: int
-    has_bias: bool = False
-    has_num_valid_tokens: bool = False
 
 
 class Capacity(NamedTuple):

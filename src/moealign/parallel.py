@@ -20,9 +20,9 @@ from torch import Tensor
 
 from . import modes
 from . import placement as tables
-from .align import align
+from .alignment import align
 from .errors import InvalidInput, RankFailed
-from .fused_moe import fused_moe
+from .experts.layer import fused_moe
 
 __all__ = ["ExpertPlacement", "dispatched_moe", "replicated_moe"]
 

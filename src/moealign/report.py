@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .align import align
+from .alignment import align
 from .layout import BlockLayout
 
 __all__ = ["LayerLoad", "Padding", "draw_blocks", "expert_layer", "layer_load", "median_time", "padding", "recommend"]

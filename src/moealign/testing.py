@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .align import align, align_batched
+from .alignment import align, align_batched
 from .layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched
 
 __all__ = [

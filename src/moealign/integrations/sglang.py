@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..align import align
+from ..alignment import align
 from ..errors import InvalidInput, MoealignError
 from .engines import counted, swap_everywhere, switched_on
 from .vllm_ops import apart, require_kernels

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
-from ..fused_moe import fused_moe
+from ..experts.layer import fused_moe
 from .router_forms import Plan, Unlike, recognise
 
 __all__ = ["NAME", "Replaced", "experts_forward", "install", "replace_routers", "restore_routers", "uninstall"]

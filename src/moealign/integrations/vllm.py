@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..align import align, batched_moe_align_block_size
+from ..alignment import align, batched_moe_align_block_size
 from ..errors import MoealignError
 from . import vllm_ops
 from .engines import counted, swap_everywhere, switched_on

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..align import align as _fill
-from ..align import align_batched as _fill_batched
-from ..dispatch import backends
+from ..alignment import align as _fill
+from ..alignment import align_batched as _fill_batched
+from ..calls.dispatch import backends
 from ..errors import BackendUnavailable, InvalidInput, InvalidType
 from ..layout import INT32_MAX, BlockLayout, capacity, cdiv
 

@@ -1,0 +1,60 @@
+"""The backends, in the order in which a call tries them: a row in the table below and a package beside this file each.
+
+A backend has the same rooms as every other: ``align.py``, ``route.py``, and its kernels.  Its package has these
+functions.  It fills outputs that it is given and allocates none:
+
+``unavailable() -> str | None``
+    Why it cannot run on this machine at all and what would make it run; None if it can.  Nothing heavy is imported
+    before this is asked.
+``refuses(problem) -> str | None``
+    Why it cannot take this AlignProblem or RouteProblem on a machine where it runs; None if it can.  Depends on
+    nothing but the problem.
+``note(problem) -> str``
+    What to expect of a first call (a compilation, a cache), in one line; may be empty.
+``prepare(problem) -> Prepared``
+    What a call with this AlignProblem runs; done once for each signature.
+``prepare_route(route, layout=None) -> PreparedRoute``
+    The same for a RouteProblem, and for the layout of its ids where an AlignProblem is given.
+
+Prepared calls are called from any thread, also from inside each other.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+__all__ = ["TABLE", "Prepared", "PreparedRoute", "load"]
+
+TABLE: dict[str, str] = {
+    "cuda": "moealign.backend.cuda",
+    "triton": "moealign.backend.triton",
+    "cpu": "moealign.backend.cpu",
+    "reference": "moealign.backend.reference",
+}
+
+
+class Prepared(NamedTuple):
+    """One alignment, ready to run.  Both fill every output that is not None, to the last element."""
+
+    #: ``(topk_ids, expert_map, num_valid_tokens, error_word, out)``; batched ``(expert_num_tokens, error_word, out)``
+    run: Callable[..., None]
+    #: ``(topk_ids, sorted_token_ids, expert_ids, num_tokens_post_padded)``: a shorter way for a call without options
+    required: Callable[..., None] | None = None
+
+
+class PreparedRoute(NamedTuple):
+    """One router, ready to run."""
+
+    #: ``(router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability)``: fills the last three, of
+    #: which the mean may be None
+    run: Callable[..., None]
+    #: the same, then ``expert_map, error_word, out``: the router and the layout of its ids; None if they are two calls
+    run_with_layout: Callable[..., None] | None = None
+
+
+def load(name: str) -> ModuleType:
+    """The package of one backend, imported at first use."""
+    return importlib.import_module(TABLE[name])

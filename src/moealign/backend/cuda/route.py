@@ -1,0 +1,260 @@
+"""The router on NVIDIA GPUs, alone or with the layout of its ids.
+
+Up to 256 routes one launch does both.  Beyond, the layout's launch begins while the router ends, and waits for its ids.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layout import OUTPUTS, BlockLayout, cdiv
+from ...problem import AlignProblem, RouteProblem
+from .align import Alignment, Path, defines_of, path_of, pointers
+from .compile import COOPERATIVE, PLAIN, Kernel, Launch, green_multiprocessors, kernel
+
+__all__ = ["MAX_EXPERTS", "MAX_GROUPS", "Router", "refuses", "specialisations"]
+
+MAX_EXPERTS = 2048  #: 64 a lane
+MAX_GROUPS = 32  #: one a lane
+
+# -------------------------------------------------------------------------------------------------------------- tuning
+
+_WARPS = 4  #: tokens of a CTA of the router alone
+_MEAN_CTAS = 2  #: a multiprocessor, where the mean is wanted
+_FUSED_ROUTES = 256
+_FUSED_TOKENS = 8  #: every CTA chooses for all of them, a warp each; more are faster in two launches
+_FUSED_EXPERTS = 1024  #: beyond, a second launch is as fast
+_EARLY_TOKENS = 512  #: up to so many the next kernel may begin with the router, beyond only when CTAs of it end
+
+_LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def refuses(routing: RouteProblem) -> str | None:
+    """Why there is no kernel for this router; None if there is."""
+    if routing.num_experts > MAX_EXPERTS:
+        return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
+    if routing.num_groups > MAX_GROUPS:
+        return f"expected at most {MAX_GROUPS} groups, got {routing.num_groups}"
+    return None
+
+
+def _macros(routing: RouteProblem, vector: bool) -> tuple[tuple[str, int], ...]:
+    """The macros of choose.cuh but EXPERTS."""
+    return (
+        ("TOP_K", routing.top_k),
+        ("LOGITS", _LOGITS[routing.dtype]),
+        ("LOGITS_VECTOR", int(vector)),
+        ("SIGMOID", int(routing.scoring == "sigmoid")),
+        ("RENORM", int(routing.renormalize)),
+        ("BIAS", int(routing.has_bias)),
+        ("GROUPS", routing.num_groups),
+        ("TOP_GROUPS", routing.topk_groups),
+    )
+
+
+def _vector(routing: RouteProblem, logits: Tensor) -> bool:
+    """Whether each lane may read its logits as vectors."""
+    each = routing.num_experts // 32 * logits.element_size()
+    wide = 16 if each % 16 == 0 else 8 if each % 8 == 0 else 0
+    pitch = logits.stride(0) * logits.element_size()
+    return bool(wide) and routing.num_experts % 32 == 0 and not (logits.data_ptr() | pitch) % wide
+
+
+def fused_path(routing: RouteProblem, problem: AlignProblem, path: Path) -> Path | None:
+    """How `path` of the layout is launched with the router inside; None if that takes two launches."""
+    if routing.num_experts > _FUSED_EXPERTS or routing.tokens > _FUSED_TOKENS or problem.has_error_word:
+        return None
+    if path.name not in ("warp", "pairwise"):
+        return None
+    threads = max(path.threads, 32 * routing.tokens)
+    return path._replace(threads=threads, grid=path.grid + 1)  # one CTA writes weights and ids
+
+
+_MAX_GREEN = 64  # launches kept for parts of a device
+
+
+class _Inputs:
+    """Logits and bias as kernels take them."""
+
+    def __init__(self, routing: RouteProblem, logits: Tensor, bias: Tensor | None) -> None:
+        self.logits = logits if logits.stride(1) == 1 or routing.num_experts == 1 else logits.contiguous()
+        self.bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self.vector = _vector(routing, self.logits)
+
+
+def _router(routing: RouteProblem, vector: bool, mean: bool, green: int, index: int) -> tuple[Launch, int]:
+    """The launch of the router alone, and the floats of scratch that it takes; the mean in a green context of `green`
+    multiprocessors, or if 0 on the whole device."""
+    macros = (
+        ("EXPERTS", routing.num_experts),
+        *_macros(routing, vector),
+        ("NVALID", int(routing.has_num_valid_tokens)),
+        ("THREADS", 32 * _WARPS),
+        ("EARLY", int(routing.tokens <= _EARLY_TOKENS)),
+    )
+    compiled: Kernel = kernel("choose.cu", "choose_mean" if mean else "choose", macros, index)
+    grid = cdiv(routing.tokens, _WARPS)
+    if not mean:
+        return compiled.prepare(grid, 32 * _WARPS, 0, PLAIN), 0
+    each = min(_MEAN_CTAS, compiled.max_blocks(32 * _WARPS, 0))
+    grid = max(1, min(grid, each * (green or compiled.multiprocessors)))
+    return compiled.prepare(grid, 32 * _WARPS, 0, COOPERATIVE), grid * routing.num_experts
+
+
+class Router:
+    """One prepared router, and the layout of its ids where `layout` is theirs."""
+
+    def __init__(self, routing: RouteProblem, layout: AlignProblem | None) -> None:
+        self._routing, self._layout, self._index = routing, layout, routing.device.index
+        self._scale = struct.unpack("<i", struct.pack("<f", routing.scale))[0]
+        self._alone: dict[tuple[bool, bool, int], tuple[Launch, int]] = {}
+        self._fused: dict[tuple[bool, bool], Launch | None] = {}
+        if layout is not None:
+            self._align, self._align_after = Alignment(layout), Alignment(layout, overlap=True)
+
+    def run(
+        self,
+        router_logits: Tensor,
+        correction_bias: Tensor | None,
+        num_valid_tokens: Tensor | None,
+        weights: Tensor,
+        ids: Tensor,
+        mean_probability: Tensor | None,
+    ) -> None:
+        """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` unless it is None, in
+        one launch."""
+        if self._routing.tokens == 0:
+            if mean_probability is not None:
+                mean_probability.zero_()
+            return
+        inputs = _Inputs(self._routing, router_logits, correction_bias)
+        self._run(inputs, num_valid_tokens, weights, ids, mean_probability)
+
+    def _run(
+        self,
+        inputs: _Inputs,
+        num_valid_tokens: Tensor | None,
+        weights: Tensor,
+        ids: Tensor,
+        mean_probability: Tensor | None,
+    ) -> None:
+        mean = mean_probability is not None
+        green = green_multiprocessors(self._index) if mean else 0
+        key = (inputs.vector, mean, green)
+        prepared = self._alone.get(key)
+        if prepared is None:
+            if len(self._alone) >= _MAX_GREEN:
+                self._alone.clear()
+            prepared = self._alone[key] = _router(self._routing, *key, self._index)
+        launch, floats = prepared
+        logits = inputs.logits
+        tensors = pointers(logits, inputs.bias, num_valid_tokens, weights, ids)
+        sizes = (self._routing.tokens, logits.stride(0), self._scale)
+        if not mean:
+            launch(*tensors, *sizes)
+            return
+        scratch = torch.empty(floats, dtype=torch.float32, device=ids.device)
+        launch(*tensors, *sizes, *pointers(mean_probability, scratch))
+
+    def run_with_layout(
+        self,
+        router_logits: Tensor,
+        correction_bias: Tensor | None,
+        num_valid_tokens: Tensor | None,
+        weights: Tensor,
+        ids: Tensor,
+        mean_probability: Tensor | None,
+        expert_map: Tensor | None,
+        error_word: Tensor | None,
+        out: BlockLayout,
+    ) -> None:
+        """:meth:`run` and the layout of its ids, in one launch where that is possible, else in two."""
+        routing, layout = self._routing, self._layout
+        assert layout is not None
+        if routing.tokens == 0:
+            self.run(router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability)
+            self._align.run(ids, expert_map, None, error_word, out)
+            return
+        inputs = _Inputs(routing, router_logits, correction_bias)
+        launch = None
+        if mean_probability is None and layout.routes <= _FUSED_ROUTES:
+            key = (inputs.vector, not out.sorted_token_ids.data_ptr() & 15)
+            if key not in self._fused:
+                self._fused[key] = _fused(routing, layout, *key, self._index)
+            launch = self._fused[key]
+        if launch is None:
+            self._run(inputs, num_valid_tokens, weights, ids, mean_probability)
+            alignment = self._align if mean_probability is not None else self._align_after
+            alignment.run(ids, expert_map, None, error_word, out)
+            return
+        launch(
+            0,
+            *pointers(expert_map, num_valid_tokens, None, *(getattr(out, name) for name in OUTPUTS)),
+            layout.routes,
+            layout.row_length,
+            out.sorted_token_ids.numel(),
+            0,
+            0,
+            0,
+            0 if expert_map is None else expert_map.stride(0),
+            *pointers(inputs.logits, inputs.bias, weights, ids),
+            inputs.logits.stride(0),
+            self._scale,
+        )
+
+
+def _fused_defines(
+    routing: RouteProblem, problem: AlignProblem, path: Path, vector: bool, aligned: bool
+) -> tuple[tuple[str, int], ...]:
+    problem = problem._replace(has_num_valid_tokens=routing.has_num_valid_tokens)
+    defines = defines_of(problem, path, vector_in=False, vector_out=aligned)
+    return (*defines, ("ROUTE", 1), ("ONE_TOKEN", int(routing.tokens == 1)), *_macros(routing, vector))
+
+
+def _fused(routing: RouteProblem, problem: AlignProblem, vector: bool, aligned: bool, index: int) -> Launch | None:
+    device = torch.cuda.get_device_properties(index)
+    shared: int = device.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    path = fused_path(routing, problem, path_of(problem, device.multi_processor_count, shared, 8))
+    if path is None:
+        return None
+    compiled = kernel("align.cu", path.name, _fused_defines(routing, problem, path, vector, aligned), index)
+    return compiled.prepare(path.grid, path.threads, path.shared_bytes, PLAIN)
+
+
+def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:
+    """(source, name, macros) of the routers that models have, to be compiled without a GPU."""
+    device = torch.device("cuda")
+
+    def routing(experts: int, top_k: int, dtype: torch.dtype = torch.float32, **facts: Any) -> RouteProblem:
+        return RouteProblem(device, dtype, 1, experts, top_k, "softmax", True, 1.0, 1, 1)._replace(**facts)
+
+    sigmoid: dict[str, Any] = {"scoring": "sigmoid", "has_bias": True, "scale": 2.5}
+    routers = [
+        routing(256, 8),
+        routing(128, 8, torch.bfloat16),
+        routing(64, 8, torch.float16, renormalize=False),
+        routing(8, 2, torch.bfloat16, has_num_valid_tokens=True),
+        routing(16, 1, scoring="sigmoid", renormalize=False),
+        routing(256, 8, num_groups=8, topk_groups=4, **sigmoid),
+        routing(160, 6, torch.bfloat16, num_groups=8, topk_groups=3),
+        routing(60, 4, num_groups=3, topk_groups=2, **sigmoid),
+        routing(384, 8, torch.bfloat16, **sigmoid),
+        routing(1024, 32),
+        routing(2048, 8, torch.bfloat16),
+    ]
+    for each in routers:
+        vector = each.num_experts % 128 == 0
+        macros = (("EXPERTS", each.num_experts), *_macros(each, vector), ("NVALID", int(each.has_num_valid_tokens)))
+        for name in ("choose", "choose_mean"):
+            yield "choose.cu", name, (*macros, ("THREADS", 32 * _WARPS), ("EARLY", int(vector)))
+        for tokens in (1, _FUSED_TOKENS):
+            of = each._replace(tokens=tokens)
+            problem = AlignProblem("align", device, torch.int32, tokens * each.top_k, each.top_k, each.num_experts, 16)
+            path = fused_path(of, problem, path_of(problem, 108, 99 * 1024, 8))
+            if path is not None:
+                yield "align.cu", path.name, _fused_defines(of, problem, path, vector, True)

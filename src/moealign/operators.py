@@ -1,0 +1,390 @@
+"""The operators ``torch.ops.moealign.*`` of the alignment and of the router: schemas, fakes and gradients.
+
+Compilers, tracers, transforms and modes see these in the place of a call.  Sizes of outputs follow from shapes alone
+(:func:`moealign.capacity`), so the fakes need nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import modes
+from .backend.reference.route import TINY
+from .calls import prepared
+from .calls.checks import check_align, check_align_batched, check_out, check_route
+from .calls.dispatch import check_name, select_backend
+from .calls.prepared import buffers_by_name, outputs_of
+from .errors import InvalidInput
+from .layout import EXTRAS, REQUIRED, BlockLayout, Capacity
+from .problem import AlignProblem
+
+__all__ = ["align", "align_batched"]
+
+
+def align(
+    topk_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: Tensor | None,
+    pad_sorted_ids: bool,
+    ignore_invalid_experts: bool,
+    num_valid_tokens: Tensor | None,
+    error_word: Tensor | None,
+    extras: tuple[str, ...],
+    out: BlockLayout | Mapping[str, Tensor] | None,
+    backend: str | None,
+) -> BlockLayout:
+    """:func:`moealign.align` as one operator."""
+    flags = (pad_sorted_ids, ignore_invalid_experts)
+    checked = modes.checked(
+        _check, check_align, (topk_ids, expert_map, num_valid_tokens), error_word, out, extras, backend,
+        topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, error_word, extras,
+    )  # fmt: skip
+    if isinstance(checked, modes.Refusal):
+        return _refused(checked, extras)
+    problem, capacity = checked
+    sizes = (problem.block_size, problem.num_experts)
+    if out is None and error_word is not None:  # an operator that changes an argument returns nothing
+        out = _new_buffers(capacity, extras, topk_ids)
+    if out is None:
+        results = modes.call(
+            torch.ops.moealign.align,
+            topk_ids, *sizes, expert_map, *flags, num_valid_tokens, ",".join(extras), backend,
+        )  # fmt: skip
+        filled = dict(zip(REQUIRED + extras, results, strict=True))
+    else:
+        filled = buffers_by_name(out, extras)
+        modes.call(
+            torch.ops.moealign.align.out,
+            topk_ids, *sizes, expert_map, *flags, num_valid_tokens, error_word, backend, **filled,
+        )  # fmt: skip
+    return BlockLayout(**filled, block_size=sizes[0], num_experts=sizes[1], num_routes=problem.routes)
+
+
+def align_batched(
+    expert_num_tokens: Tensor,
+    max_tokens_per_batch: int,
+    block_size: int,
+    error_word: Tensor | None,
+    extras: tuple[str, ...],
+    out: BlockLayout | Mapping[str, Tensor] | None,
+    backend: str | None,
+) -> BlockLayout:
+    """:func:`moealign.align_batched` as one operator."""
+    checked = modes.checked(
+        _check, check_align_batched, (expert_num_tokens,), error_word, out, extras, backend,
+        expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras,
+    )  # fmt: skip
+    if isinstance(checked, modes.Refusal):
+        return _refused(checked, extras)
+    problem, capacity = checked
+    sizes = (problem.row_length, problem.block_size)
+    if out is None and error_word is not None:
+        out = _new_buffers(capacity, extras, expert_num_tokens)
+    if out is None:
+        results = modes.call(torch.ops.moealign.align_batched, expert_num_tokens, *sizes, ",".join(extras), backend)
+        filled = dict(zip(REQUIRED + extras, results, strict=True))
+    else:
+        filled = buffers_by_name(out, extras)
+        modes.call(torch.ops.moealign.align_batched.out, expert_num_tokens, *sizes, error_word, backend, **filled)
+    return BlockLayout(**filled, block_size=sizes[1], num_experts=problem.num_experts, num_routes=problem.routes)
+
+
+def _check(
+    check: Callable[..., tuple[AlignProblem, Capacity]],
+    inputs: tuple[Tensor | None, ...],
+    error_word: Tensor | None,
+    out: BlockLayout | Mapping[str, Tensor] | None,
+    extras: tuple[str, ...],
+    backend: str | None,
+    *args: Any,
+) -> tuple[AlignProblem, Capacity]:
+    """What an eager call checks, except where buffers lie in memory: the operator checks that when it runs."""
+    problem, capacity = check(*args)
+    check_name(backend)
+    if out is not None:
+        check_out(out, capacity, extras, (*inputs, error_word), where=False)
+    if modes.transformed() and (out is not None or error_word is not None):
+        raise InvalidInput(
+            "out, error_word: expected none inside torch.func transforms, got one; nothing can be written there"
+        )
+    return problem, capacity
+
+
+def _refused(refusal: modes.Refusal, extras: tuple[str, ...]) -> BlockLayout:
+    names = REQUIRED + extras
+    outputs: dict[str, Any] = dict(zip(names, modes.refuse(refusal, len(names)), strict=True))
+    return BlockLayout(**outputs)
+
+
+# ---- the alignment ---------------------------------------------------------------------------------------------------
+
+# Library.define and impl rather than custom_op: a quarter of the cost a call.
+
+_EXTRA_BUFFERS = ", ".join(f"Tensor({letter}!)? {name}=None" for letter, name in zip("efghij", EXTRAS, strict=True))
+_BUFFERS = f"Tensor(b!) sorted_token_ids, Tensor(c!) expert_ids, Tensor(d!) num_tokens_post_padded, {_EXTRA_BUFFERS}"
+_ALIGN = (
+    "Tensor topk_ids, int block_size, int num_experts, Tensor? expert_map=None, bool pad_sorted_ids=False, "
+    "bool ignore_invalid_experts=False, Tensor? num_valid_tokens=None"
+)
+_BATCHED = "Tensor expert_num_tokens, int max_tokens_per_batch, int block_size"
+_ERROR = "Tensor(a!)? error_word=None"
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define(f"align({_ALIGN}, str extras='', str? backend=None) -> Tensor[]")
+_library.define(f"align.out({_ALIGN}, {_ERROR}, str? backend=None, *, {_BUFFERS}) -> ()")
+_library.define(f"align_batched({_BATCHED}, str extras='', str? backend=None) -> Tensor[]")
+_library.define(f"align_batched.out({_BATCHED}, {_ERROR}, str? backend=None, *, {_BUFFERS}) -> ()")
+
+
+def _op_align(
+    topk_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    num_valid_tokens: Tensor | None = None,
+    extras: str = "",
+    backend: str | None = None,
+) -> list[Tensor]:
+    flags = (pad_sorted_ids, ignore_invalid_experts)
+    names = _split(extras)
+    _, sizes = check_align(topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, None, names)
+    buffers = _new_buffers(sizes, names, topk_ids)
+    prepared.align(
+        topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, None, names, buffers, backend
+    )
+    return list(buffers.values())
+
+
+def _op_align_out(
+    topk_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    num_valid_tokens: Tensor | None = None,
+    error_word: Tensor | None = None,
+    backend: str | None = None,
+    **buffers: Tensor | None,
+) -> None:
+    out = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+    extras = tuple(name for name in EXTRAS if name in out)
+    prepared.align(
+        topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, num_valid_tokens,
+        error_word, extras, out, backend,
+    )  # fmt: skip
+
+
+def _op_align_batched(
+    expert_num_tokens: Tensor,
+    max_tokens_per_batch: int,
+    block_size: int,
+    extras: str = "",
+    backend: str | None = None,
+) -> list[Tensor]:
+    names = _split(extras)
+    _, sizes = check_align_batched(expert_num_tokens, max_tokens_per_batch, block_size, None, names)
+    buffers = _new_buffers(sizes, names, expert_num_tokens)
+    prepared.align_batched(expert_num_tokens, max_tokens_per_batch, block_size, None, names, buffers, backend)
+    return list(buffers.values())
+
+
+def _op_align_batched_out(
+    expert_num_tokens: Tensor,
+    max_tokens_per_batch: int,
+    block_size: int,
+    error_word: Tensor | None = None,
+    backend: str | None = None,
+    **buffers: Tensor | None,
+) -> None:
+    out = {name: tensor for name, tensor in buffers.items() if tensor is not None}
+    extras = tuple(name for name in EXTRAS if name in out)
+    prepared.align_batched(expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras, out, backend)
+
+
+def _split(extras: str) -> tuple[str, ...]:
+    """Names joined by commas, as the operators take them (their schemas have no lists of strings), in order."""
+    names = extras.split(",") if extras else []
+    for name in names:
+        if name not in EXTRAS:
+            raise InvalidInput(f"extras: expected names among {', '.join(EXTRAS)} joined by commas, got {name!r}")
+    return tuple(name for name in EXTRAS if name in names)
+
+
+def _new_buffers(sizes: Capacity, extras: tuple[str, ...], like: Tensor) -> dict[str, Tensor]:
+    """Buffers of their own for every output: what an operator returns may not share memory."""
+    shapes = {name: (getattr(sizes, name),) for name in (*REQUIRED, *extras)}
+    if "scatter_idx" in shapes:
+        shapes["scatter_idx"] = (sizes.scatter_idx, 1)  # type: ignore[assignment]
+    return {name: like.new_empty(shape, dtype=torch.int32) for name, shape in shapes.items()}
+
+
+def _fake_align(
+    topk_ids: Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    num_valid_tokens: Tensor | None = None,
+    extras: str = "",
+    backend: str | None = None,
+) -> list[Tensor]:
+    flags = (pad_sorted_ids, ignore_invalid_experts)
+    names = _split(extras)
+    _, sizes = check_align(topk_ids, block_size, num_experts, expert_map, *flags, num_valid_tokens, None, names)
+    return list(_new_buffers(sizes, names, topk_ids).values())
+
+
+def _fake_align_batched(
+    expert_num_tokens: Tensor,
+    max_tokens_per_batch: int,
+    block_size: int,
+    extras: str = "",
+    backend: str | None = None,
+) -> list[Tensor]:
+    names = _split(extras)
+    _, sizes = check_align_batched(expert_num_tokens, max_tokens_per_batch, block_size, None, names)
+    return list(_new_buffers(sizes, names, expert_num_tokens).values())
+
+
+def _fake_out(*args: object, **buffers: object) -> None:
+    return None
+
+
+for _name, _real, _fake in (
+    ("align", _op_align, _fake_align),
+    ("align.out", _op_align_out, _fake_out),
+    ("align_batched", _op_align_batched, _fake_align_batched),
+    ("align_batched.out", _op_align_batched_out, _fake_out),
+):
+    _library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moealign::{_name}", _fake, lib=_library)
+modes.batched(_library, "align")
+modes.batched(_library, "align_batched")
+
+
+# ---- the router; its backward is a formula, so that it can be compiled too -------------------------------------------
+
+_library.define(
+    "route(Tensor router_logits, int top_k, str scoring, bool renormalize, Tensor? correction_bias, int num_groups, "
+    "int topk_groups, float scale, Tensor? num_valid_tokens, bool mean_probability, str? backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+
+
+def _route(
+    router_logits: Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    correction_bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    scale: float,
+    num_valid_tokens: Tensor | None,
+    mean_probability: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    facts = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
+    problem = check_route(router_logits, top_k, *facts)
+    weights, ids, mean = outputs_of(router_logits, top_k, mean_probability)
+    router = select_backend(problem, backend).prepare_route(problem)
+    router.run(router_logits, correction_bias, num_valid_tokens, weights, ids, mean if mean_probability else None)
+    return weights, ids, mean
+
+
+def _fake_route(router_logits: Tensor, top_k: int, *facts: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return outputs_of(router_logits, top_k, facts[-2])
+
+
+def _route_formula(
+    router_logits: Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    correction_bias: Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    scale: float,
+    num_valid_tokens: Tensor | None,
+    mean_probability: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's choice, and from it weights and mean in torch's own operations."""
+    with torch._C._AutoDispatchBelowAutograd():
+        _, ids, _ = torch.ops.moealign.route(
+            router_logits, top_k, scoring, renormalize, correction_bias, num_groups, topk_groups, scale,
+            num_valid_tokens, False, backend,
+        )  # fmt: skip
+    x = router_logits.to(torch.float32)
+    live = ids[:, :1] >= 0
+    index = ids.clamp(min=0).to(torch.int64)
+    picked = x.gather(1, index)
+    if scoring == "softmax":
+        weights = torch.softmax(picked, 1) if renormalize else torch.softmax(x, 1).gather(1, index)
+    else:
+        weights = torch.sigmoid(picked)
+        if renormalize:
+            weights = weights / (weights.sum(1, keepdim=True) + TINY)
+    weights = torch.where(live, weights * scale, 0.0)
+    if not mean_probability:
+        return weights, ids, torch.zeros(0, dtype=torch.float32, device=x.device)
+    every = torch.softmax(x, 1) if scoring == "softmax" else torch.sigmoid(x)
+    shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
+    return weights, ids, shares.sum(0) / live.sum().clamp(min=1)
+
+
+def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, ctx.scoring, ctx.renormalize, _, _, _, ctx.scale, _, ctx.wants_mean, _ = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _route_backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tensor) -> tuple[Any, ...]:
+    """Through w_i = scale * f(l_i) / sum f and the mean of the shares, with f = exp or the sigmoid."""
+    logits, ids = ctx.saved_tensors
+    x = logits.to(torch.float32)
+    live = ids[:, :1] >= 0
+    index = ids.clamp(min=0).to(torch.int64)
+    picked = x.gather(1, index)
+    given = torch.where(live, of_weights * ctx.scale, 0.0)
+    if ctx.scoring == "softmax":
+        if ctx.renormalize:
+            share = torch.softmax(picked, 1)
+            grad = torch.zeros_like(x).scatter(1, index, share * (given - (given * share).sum(1, keepdim=True)))
+        else:
+            p = torch.softmax(x, 1)
+            share = p.gather(1, index)
+            grad = torch.zeros_like(x).scatter(1, index, share * given) - p * (given * share).sum(1, keepdim=True)
+    else:
+        s = torch.sigmoid(picked)
+        of_s = given
+        if ctx.renormalize:
+            total = s.sum(1, keepdim=True) + TINY
+            of_s = (given - (given * s).sum(1, keepdim=True) / total) / total
+        grad = torch.zeros_like(x).scatter(1, index, of_s * s * (1 - s))
+    if ctx.wants_mean:
+        share_of = of_mean / live.sum().clamp(min=1)
+        if ctx.scoring == "softmax":
+            p = torch.softmax(x, 1)
+            through = p * (share_of - (share_of * p).sum(1, keepdim=True))
+        else:
+            s = torch.sigmoid(x)
+            total = s.sum(1, keepdim=True)
+            through = s * (1 - s) * (share_of - (share_of * s).sum(1, keepdim=True) / total) / total
+        grad = grad + torch.where(live, through, 0.0)
+    return grad.to(logits.dtype), *(None,) * 10
+
+
+_library.impl("route", _route, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::route", _fake_route, lib=_library)
+modes.differentiable(_library, "route", _route_formula, _save_route, _route_backward)
+modes.batched(_library, "route")

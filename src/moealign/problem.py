@@ -1,0 +1,43 @@
+"""The facts of one call, without its tensors: what backends decide on and specialise kernels for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["AlignProblem", "RouteProblem"]
+
+
+class AlignProblem(NamedTuple):
+    """One call of :func:`moealign.align` or, where ``op`` says so, of :func:`moealign.align_batched`."""
+
+    op: str  # "align" or "align_batched"
+    device: torch.device
+    dtype: torch.dtype  # of topk_ids, or of expert_num_tokens
+    routes: int  # n; batched: number of batches * max_tokens_per_batch
+    row_length: int  # top_k, routes a row of topk_ids; batched: max_tokens_per_batch
+    num_experts: int  # E; batched: number of batches
+    block_size: int  # B
+    map_dtype: torch.dtype | None = None  # of expert_map, None without one
+    ignore_invalid_experts: bool = False  # bins are local experts, routes of foreign ones are dropped
+    has_num_valid_tokens: bool = False
+    has_error_word: bool = False
+    extras: tuple[str, ...] = ()  # of layout.EXTRAS, in that order
+
+
+class RouteProblem(NamedTuple):
+    """One call of :func:`moealign.route` before the layout: how experts are scored and chosen."""
+
+    device: torch.device
+    dtype: torch.dtype  # of router_logits
+    tokens: int
+    num_experts: int
+    top_k: int
+    scoring: str  # "softmax" or "sigmoid"
+    renormalize: bool
+    scale: float  # of the weights
+    num_groups: int  # 1: every expert may be chosen
+    topk_groups: int
+    has_bias: bool = False
+    has_num_valid_tokens: bool = False
