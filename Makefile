@@ -24,11 +24,11 @@ test: $(READY)
 
 # The drop-ins inside the real vLLM and SGLang: fetches the Python files of their wheels.
 test-engines: $(READY)
-	$(BIN)/python tests/real_vllm.py
+	$(BIN)/python tests/engines/run_engines.py
 
 # The tests under other releases of torch, Transformers, Triton and Python, each in an environment of its own under .versions.
 test-versions:
-	$(PYTHON) tests/versions.py $(ARGS)
+	$(PYTHON) tests/commands/versions.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ bench-cpu: $(READY)
 	$(BIN)/python benchmarks/align_cpu.py
 
 fuzz: $(READY)
-	$(BIN)/python tests/fuzz.py --cases 100000
+	$(BIN)/python tests/commands/fuzz.py --cases 100000
 
 clean:
 	rm -rf $(VENV) .versions build dist site .pytest_cache .mypy_cache .ruff_cache

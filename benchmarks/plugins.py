@@ -2,9 +2,10 @@
 
     python benchmarks/plugins.py      # on a GPU, beside vLLM; writes benchmarks/results/plugins_<gpu>.csv
 
-Or with vLLM's Python files and its MoE library alone, from tests/real_vllm.py --pack and benchmarks/align.py, unpacked:
+Or with vLLM's Python files and its MoE library alone, unpacked; tests/engines/run_engines.py --pack and
+benchmarks/align.py make them:
 
-    MOEALIGN_VLLM_LIBRARY=vllm_moe.so PYTHONPATH=DIR/vllm-0.33.0:DIR/site312:tests python benchmarks/plugins.py
+    MOEALIGN_VLLM_LIBRARY=vllm_moe.so PYTHONPATH=DIR/vllm-0.33.0:DIR/site312:tests/engines python benchmarks/plugins.py
 
 SiLU-mul is then torch's, in both layers.  `align` is vLLM's Python function, `layer` its fused_experts with the
 configuration that it picks by itself, `lora` its operator for adapters; each in graph replay, and with `-host` the

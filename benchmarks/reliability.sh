@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Reliability of the GPU backends, on a machine with an NVIDIA GPU; docs/reliability.md has the figures.
 #
-#   bash benchmarks/reliability.sh sanitize          compute-sanitizer, four tools at once, over tests/gpu_sanitize.py
+#   bash benchmarks/reliability.sh sanitize          compute-sanitizer, four tools at once, over tests/commands/gpu_sanitize.py
 #   bash benchmarks/reliability.sh fuzz [CASES]      random cases against the oracle (100,000), cuda then triton (a tenth)
 #                                                    of few combinations, so that kernels are compiled once
 #   bash benchmarks/reliability.sh tests             the test suite
@@ -48,14 +48,14 @@ step() {
 
 sanitize() {
   # Once without a tool: the kernels are compiled and cached, and a wrong result shows before a slow run starts.
-  step "gpu_sanitize without a tool" "$OUT/plain.log" timeout 150 "$PYTHON" tests/gpu_sanitize.py --backends "$BACKENDS"
+  step "gpu_sanitize without a tool" "$OUT/plain.log" timeout 150 "$PYTHON" tests/commands/gpu_sanitize.py --backends "$BACKENDS"
   local tool pids=() start=$SECONDS
   for tool in "${TOOLS[@]}"; do
     # Without torch's caching allocator every tensor is an allocation of its own, so that memcheck sees its ends.
     (
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$SECONDS_A_TOOL" "$SANITIZER" --tool "$tool" --error-exitcode 9 --report-api-errors no \
         --target-processes application-only --print-limit 20 \
-        "$PYTHON" tests/gpu_sanitize.py --backends "$BACKENDS" >"$OUT/$tool.log" 2>&1
+        "$PYTHON" tests/commands/gpu_sanitize.py --backends "$BACKENDS" >"$OUT/$tool.log" 2>&1
       echo "status $?, $((SECONDS - start)) s" >>"$OUT/$tool.log"
     ) &
     pids+=($!)
@@ -80,7 +80,7 @@ differential() {
   local log=$OUT/fuzz-$backend.log
   for ((job = 0; job < jobs; job++)); do
     # Seeds count up from where each process begins: far enough apart that no two meet.
-    timeout 560 "$PYTHON" tests/fuzz.py --backend "$backend" --device cuda --cases $(((cases + jobs - 1) / jobs)) \
+    timeout 560 "$PYTHON" tests/commands/fuzz.py --backend "$backend" --device cuda --cases $(((cases + jobs - 1) / jobs)) \
       --few $few --seed $((job * 1000000)) >"$log.$job" 2>&1 &
     pids+=($!)
   done

@@ -331,7 +331,7 @@ def parallel_model(rows: Sequence[Row], source: str = "", shape: tuple[int, int,
 
 
 def versions_table(rows: Sequence[Row], source: str) -> str:
-    """How the tests end under other releases; tests/versions.py writes the rows."""
+    """How the tests end under other releases; tests/commands/versions.py writes the rows."""
     columns = ("name", "python", "torch", "transformers", "triton", "numba", "numpy", "passed", "failed", "skipped")
     lines = [[row[name] for name in columns] for row in rows]
     dates = sorted({row["date"] for row in rows})

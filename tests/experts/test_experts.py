@@ -1,0 +1,397 @@
+"""grouped_gemm and fused_moe on the CPU: against plain loops, gradients, dropped routes, refusals, operators."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases.experts import expert_loop, random_layer, relative_error
+
+import moealign
+from moealign import BackendUnavailable, InvalidInput, InvalidType, align, fused_moe, grouped_gemm
+from moealign.experts import packed
+
+# (tokens, top_k, experts, hidden, inner): one of everything, an expert without rows, all to few experts, odd sizes.
+SIZES = [(1, 1, 1, 4, 4), (1, 8, 64, 16, 8), (7, 3, 5, 16, 12), (33, 2, 40, 9, 7), (64, 4, 2, 8, 16)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_equals_plain_loops(size, gated, bias, transposed):
+    x, gate_up, down, weights, ids, biases = random_layer(*size, gated=gated, bias=bias, transposed=transposed)
+    ids[0, -1] = -1 if size[0] > 1 else 0
+    extra = {"gate_up_bias": biases[0], "down_bias": biases[1]} if bias else {}
+    got = fused_moe(x, gate_up, down, weights, ids, transposed=transposed, **extra)
+    want = expert_loop(x, gate_up, down, weights, ids, bias=biases, transposed=transposed)
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_every_activation(activation, gated):
+    x, gate_up, down, weights, ids, _ = random_layer(9, 2, 4, 8, 6, gated=gated)
+    got = fused_moe(x, gate_up, down, weights, ids, activation=activation)
+    assert relative_error(got, expert_loop(x, gate_up, down, weights, ids, activation=activation)) < 1e-12
+
+
+def clamped(rows):
+    """The gate of gpt-oss: interleaved, clamped."""
+    gate, up = rows[..., ::2].clamp(max=7.0), rows[..., 1::2].clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+def test_a_callable_for_the_odd_gates():
+    x, gate_up, down, weights, ids, biases = random_layer(9, 2, 4, 8, 6, bias=True)
+    extra = {"gate_up_bias": biases[0], "down_bias": biases[1]}
+    got = fused_moe(x, gate_up, down, weights, ids, activation=clamped, **extra)
+    want = expert_loop(x, gate_up, down, weights, ids, activation=clamped, bias=biases)
+    assert relative_error(got, want) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_lower_precision_stays_where_it_puts_the_error(dtype, most):
+    x, gate_up, down, weights, ids, _ = random_layer(40, 4, 16, 64, 48, dtype=dtype)
+    want = expert_loop(*(each.double() for each in (x, gate_up, down, weights)), ids)
+    got = fused_moe(x, gate_up, down, weights, ids)
+    assert got.dtype is dtype
+    assert relative_error(got, want) < most
+
+
+def test_expert_maps_and_valid_counts():
+    x, gate_up, down, weights, _, _ = random_layer(12, 3, 4, 8, 6)
+    ids = torch.randint(-1, 11, (12, 3), generator=torch.Generator().manual_seed(5))
+    # Global experts 0 to 9, four of them here; 7 is said to be a local expert that has no weights.
+    expert_map = torch.tensor([-1, 2, -1, 0, 3, -1, 1, 7, -1, -1])
+    valid = torch.tensor([9], dtype=torch.int32)
+    got = fused_moe(x, gate_up, down, weights, ids, expert_map=expert_map, num_valid_tokens=valid)
+    want = expert_loop(x, gate_up, down, weights, ids, expert_map=expert_map, valid=9)
+    assert relative_error(got, want) < 1e-12
+    assert not got[9:].any()
+
+
+def test_ranks_of_expert_parallelism_add_up():
+    x, gate_up, down, weights, ids, _ = random_layer(20, 3, 6, 8, 6)
+    total = torch.zeros_like(x)
+    for rank in range(3):
+        here = slice(2 * rank, 2 * rank + 2)
+        expert_map = torch.full((6,), -1)
+        expert_map[here] = torch.arange(2)
+        total += fused_moe(x, gate_up[here], down[here], weights, ids, expert_map=expert_map)
+    assert relative_error(total, fused_moe(x, gate_up, down, weights, ids)) < 1e-12
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_dropped_routes_add_exactly_zero(bad):
+    x, gate_up, down, weights, ids, biases = random_layer(6, 2, 4, 8, 6, bias=True)
+    extra = {"gate_up_bias": biases[0], "down_bias": biases[1]}
+    ids[2] = 4  # the sentinel of Transformers' expert parallelism
+    ids[3, 0] = -1
+    x[2] = bad  # a padding row of a CUDA graph
+    weights[2], weights[3, 0] = bad, bad
+    got = fused_moe(x, gate_up, down, weights, ids, **extra)
+    assert torch.equal(got[2], torch.zeros(8, dtype=torch.float64))
+    clean = weights.clone().masked_fill((ids < 0) | (ids > 3), 0)
+    want = expert_loop(x.nan_to_num(0, 0, 0), gate_up, down, clean, ids, bias=biases)
+    assert relative_error(got, want) < 1e-12
+
+
+def test_a_bad_expert_without_routes_does_not_show():
+    x, gate_up, down, weights, ids, _ = random_layer(6, 2, 4, 8, 6)
+    ids[ids == 1] = 2
+    gate_up[1], down[1] = float("nan"), float("nan")
+    assert fused_moe(x, gate_up, down, weights, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_many_rows_an_expert_are_computed_one_expert_at_a_time(dtype, monkeypatch):
+    taken = []
+    one_by_one = packed.one_by_one
+    monkeypatch.setattr(packed, "one_by_one", lambda *given: taken.append(one_by_one(*given)) or taken[-1])
+    x, gate_up, down, weights, ids, biases = random_layer(150, 3, 3, 8, 16, bias=True)
+    ids[::7, 1] = -1
+    extra = {"gate_up_bias": biases[0].to(dtype), "down_bias": biases[1].to(dtype)}
+    layer = [each.to(dtype) for each in (x, gate_up, down)]
+    bad = weights.masked_fill(ids < 0, float("nan"))
+    want = expert_loop(x, gate_up, down, weights, ids, bias=biases)
+    for given in (bad, bad.clone().requires_grad_()):
+        got = fused_moe(*layer, given, ids, **extra).detach()
+        assert relative_error(got, want) < (1e-12 if dtype is torch.float64 else 1e-2)
+    assert taken == [True, False], "a gradient takes the way that has one"
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (3, 0)])
+def test_nothing_to_do(shape):
+    x = torch.ones(shape[0], 4)
+    got = fused_moe(
+        x, torch.ones(2, 8, 4), torch.ones(2, 4, 4), torch.ones(shape), torch.zeros(shape, dtype=torch.int32)
+    )
+    assert got.shape == x.shape
+    assert not got.any()
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "gelu", clamped])
+def test_gradients_of_the_layer(transposed, activation):
+    x, gate_up, down, weights, ids, biases = random_layer(5, 2, 4, 6, 4, bias=True, transposed=transposed)
+    ids[1, 0] = -1
+    ids[ids == 3] = 2  # an expert without a route: its gradient is zero, not missing
+    leaves = [each.requires_grad_() for each in (x, gate_up, down, weights, *biases)]
+
+    def layer(x, gate_up, down, weights, first, second):
+        return fused_moe(
+            x,
+            gate_up,
+            down,
+            weights,
+            ids,
+            activation=activation,
+            gate_up_bias=first,
+            down_bias=second,
+            transposed=transposed,
+        )
+
+    assert torch.autograd.gradcheck(layer, leaves)
+    layer(*leaves).sum().backward()
+    assert gate_up.grad is not None
+    assert not gate_up.grad[3].any()
+    assert weights.grad[1, 0] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_callables_with_parameters_see_no_rows_of_dropped_routes(dtype):
+    """What stands in memory past the last kept route must not reach the gradient of a norm."""
+    x, gate_up, down, weights, ids, _ = random_layer(24, 2, 8, 16, 16, dtype=dtype)
+    ids[4:] = -1
+    grads = []
+    for part in (slice(None), slice(4)):
+        scale, slope = (torch.ones(16, dtype=dtype, requires_grad=True) for _ in range(2))
+        filled = [torch.full((64, 64), float("nan"), dtype=dtype) for _ in range(64)]  # poisons what is allocated next
+        del filled
+        out = fused_moe(
+            x[part],
+            gate_up,
+            down,
+            weights[part],
+            ids[part],
+            activation=lambda rows, slope=slope: torch.tanh(rows[:, :16] * slope) * rows[:, 16:],
+            output_rows=lambda rows, scale=scale: torch.nn.functional.rms_norm(rows, (16,), scale),
+        )
+        out[:4].square().sum().backward()
+        grads.append((scale.grad, slope.grad))
+    for whole, kept in zip(*grads, strict=True):
+        assert relative_error(whole, kept) < 1e-5
+
+
+def test_gradients_of_gradients():
+    x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4)
+    leaves = [each.requires_grad_() for each in (x, gate_up, down, weights)]
+    assert torch.autograd.gradgradcheck(lambda *a: fused_moe(*a, ids), leaves)
+
+
+def test_gradients_of_one_product():
+    x, gate_up, _, weights, ids, biases = random_layer(5, 2, 4, 6, 4, bias=True)
+    ids[0, 0] = 9
+    layout = align(ids, block_size=4, num_experts=4)
+    leaves = [each.requires_grad_() for each in (x, gate_up, weights, biases[0])]
+
+    def product(a, b, weights, bias):
+        return grouped_gemm(a, b, layout, top_k=2, row_weights=weights, bias=bias, activation="silu_mul")
+
+    assert torch.autograd.gradcheck(product, leaves)
+
+
+def test_float32_gradients_equal_those_of_plain_loops():
+    x, gate_up, down, weights, ids, _ = random_layer(17, 3, 6, 16, 12, dtype=torch.float32)
+    grads = []
+    for layer in (fused_moe, expert_loop):
+        leaves = [each.clone().requires_grad_() for each in (x, gate_up, down, weights)]
+        layer(*leaves, ids).square().sum().backward()
+        grads.append([each.grad for each in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_a_kernel_that_gives_no_gradients_is_not_taken():
+    x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4, dtype=torch.float32)
+    x.requires_grad_()
+    assert fused_moe(x, gate_up, down, weights, ids).requires_grad
+    with pytest.raises(BackendUnavailable, match="gives no gradients"):
+        fused_moe(x, gate_up, down, weights, ids, backend="triton")
+    with torch.no_grad():
+        assert not fused_moe(x, gate_up, down, weights, ids).requires_grad
+
+
+# ---- one product ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_grouped_gemm_writes_each_route_its_row(block_size, transposed):
+    x, gate_up, _, weights, ids, biases = random_layer(11, 3, 7, 8, 5, bias=True, transposed=transposed)
+    ids[4] = torch.tensor([-1, 7, 2])
+    layout = align(ids, block_size=block_size, num_experts=7)
+    got = grouped_gemm(x, gate_up, layout, top_k=3, row_weights=weights, bias=biases[0], transposed=transposed)
+    full = gate_up.transpose(1, 2) if transposed else gate_up
+    for route, expert in enumerate(ids.reshape(-1).tolist()):
+        if 0 <= expert < 7:
+            row = weights.reshape(-1)[route] * (full[expert] @ x[route // 3] + biases[0][expert])
+            assert relative_error(got[route], row) < 1e-12
+        else:
+            assert not got[route].any()
+
+
+def test_grouped_gemm_reads_foreign_blocks_batches_and_bare_tuples():
+    x, gate_up, _, _, ids, _ = random_layer(6, 2, 3, 8, 5)
+    expert_map = torch.tensor([-1, 0, 1])
+    named = align(ids, block_size=4, num_experts=3, expert_map=expert_map)  # foreign blocks stay, marked
+    ignored = align(ids, block_size=4, num_experts=3, expert_map=expert_map, ignore_invalid_experts=True)
+    got = grouped_gemm(x, gate_up[1:], named, top_k=2)
+    assert torch.equal(got, grouped_gemm(x, gate_up[1:], ignored, top_k=2))
+    assert not got[ids.reshape(-1) == 0].any()
+    bare = moealign.BlockLayout(*moealign.moe_align_block_size(ids, 4, 3), block_size=4)
+    whole = align(ids, block_size=4, num_experts=3)
+    assert torch.equal(grouped_gemm(x, gate_up, bare, top_k=2), grouped_gemm(x, gate_up, whole, top_k=2))
+    batched = moealign.align_batched(torch.tensor([2, 0, 3]), max_tokens_per_batch=4, block_size=4)
+    rows = torch.randn(12, 8, dtype=torch.float64)
+    got = grouped_gemm(rows, gate_up, batched, top_k=1)
+    assert relative_error(got[8:11], rows[8:11] @ gate_up[2].T) < 1e-12
+    assert not got[2:8].any()
+
+
+def test_grouped_gemm_fills_a_buffer():
+    x, gate_up, _, _, ids, _ = random_layer(6, 2, 3, 8, 5)
+    layout = align(ids, block_size=4, num_experts=3)
+    out = torch.full((12, 10), float("nan"), dtype=torch.float64)
+    assert grouped_gemm(x, gate_up, layout, top_k=2, out=out) is out
+    assert torch.equal(out, grouped_gemm(x, gate_up, layout, top_k=2))
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+
+def layer_call(**changed):
+    x, gate_up, down, weights, ids, _ = random_layer(4, 2, 3, 8, 6, dtype=torch.float32)
+    call = {
+        "hidden_states": x,
+        "gate_up_proj": gate_up,
+        "down_proj": down,
+        "topk_weights": weights,
+        "topk_ids": ids,
+        **changed,
+    }
+    return fused_moe(**call)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"hidden_states": torch.zeros(4, 8, dtype=torch.int32)}, InvalidType, "hidden_states: expected bfloat16"),
+        ({"down_proj": torch.zeros(3, 8, 6, dtype=torch.float64)}, InvalidType, "down_proj: expected torch.float32"),
+        ({"down_proj": [1]}, InvalidType, "down_proj: expected a torch.Tensor, got list"),
+        ({"hidden_states": torch.zeros(4, 9)}, InvalidInput, "transposed=True"),
+        ({"hidden_states": torch.zeros(8)}, InvalidInput, r"expected \[T, H\]"),
+        ({"down_proj": torch.zeros(3, 8, 5)}, InvalidInput, "gate_up_proj: expected 2I = 10 or I = 5"),
+        (
+            {"topk_ids": torch.zeros(4, 3, dtype=torch.int64)},
+            InvalidInput,
+            r"topk_weights: expected \[4, k\]",
+        ),
+        ({"activation": "swish"}, InvalidInput, "activation: expected one of gelu, gelu_tanh, relu, relu2, silu"),
+        ({"activation": 3}, InvalidType, "activation: expected a name or a callable, got int"),
+        ({"gate_up_bias": torch.zeros(3, 6)}, InvalidInput, r"gate_up_bias: expected \[3, 12\]"),
+        ({"block_size": 48}, InvalidInput, "block_size: expected one of 16, 32, 64, 128, got 48"),
+        ({"backend": "cuda"}, BackendUnavailable, "backend: expected one of triton, packed, got 'cuda'"),
+        ({"topk_ids": torch.zeros(4, 2)}, InvalidType, "topk_ids: expected an integer dtype"),
+    ],
+)
+def test_fused_moe_refuses(changed, error, said):
+    with pytest.raises(error, match=said):
+        layer_call(**changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "said"),
+    [
+        ({"layout": 3}, InvalidType, "layout: expected a BlockLayout, got int"),
+        ({"layout": moealign.BlockLayout(*[torch.zeros(1)] * 3)}, InvalidInput, "layout: expected its block_size"),
+        ({"b": torch.zeros(3, 9, 7)}, InvalidInput, r"b: expected \[E, N, 8\].*transposed=True"),
+        ({"top_k": 3}, InvalidInput, "top_k: expected 8 routes as in the layout, got 4 rows times top_k = 3"),
+        ({"top_k": 0}, InvalidInput, "top_k: expected an int of at least 1, got 0"),
+        ({"row_weights": torch.zeros(3)}, InvalidInput, "row_weights: expected 8 elements"),
+        ({"bias": torch.zeros(3, 5)}, InvalidInput, r"bias: expected \[E, N\] = \[3, 12\]"),
+        ({"activation": "silu_div"}, InvalidInput, "activation: expected one of"),
+        ({"out": torch.zeros(8, 3)}, InvalidInput, r"out: expected a contiguous \[8, 12\]"),
+        ({"b": torch.zeros(8, 8)}, InvalidInput, r"a, b: expected \[T, K\] and \[E, N, K\]"),
+        ({"backend": "triton", "a": torch.zeros(4, 8, requires_grad=True)}, BackendUnavailable, "no gradients"),
+    ],
+)
+def test_grouped_gemm_refuses(changed, error, said):
+    x, gate_up, _, _, ids, _ = random_layer(4, 2, 3, 8, 6, dtype=torch.float32)
+    call = {"a": x, "b": gate_up, "layout": align(ids, block_size=4, num_experts=3), "top_k": 2, **changed}
+    with pytest.raises(error, match=said):
+        grouped_gemm(call.pop("a"), call.pop("b"), call.pop("layout"), **call)
+
+
+# ---- operators -----------------------------------------------------------------------------------------------------
+
+
+def test_operators_pass_opcheck():
+    rows = torch.randn(6, 4, requires_grad=True)
+    weights = torch.randn(3, 5, 4, requires_grad=True)
+    ends = torch.tensor([2, 2, 6], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.moealign.grouped_mm.default, (rows, weights, ends))
+    grads = torch.randn(6, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.moealign.grouped_mm_weights.default, (grads, rows, ends, 3))
+
+
+def test_the_operators_of_the_kernels_work_where_the_kernels_do_not():
+    """What a tracer wrote for a GPU runs anywhere: the operator takes the other path by itself."""
+    x, gate_up, down, weights, ids, _ = random_layer(5, 2, 4, 8, 6, dtype=torch.float32)
+    layer = (x, gate_up, down, weights, ids, None, None, "silu", None, None, False, None)
+    torch.library.opcheck(torch.ops.moealign.fused_moe.default, layer)
+    want = fused_moe(x, gate_up, down, weights, ids)
+    assert relative_error(torch.ops.moealign.fused_moe(*layer), want) < 1e-6
+    layout = align(ids, block_size=16, num_experts=4)
+    out = torch.zeros(10, 12)
+    product = (x, gate_up, *layout, 2, 16, weights, None, None, False, False)
+    torch.library.opcheck(torch.ops.moealign.grouped_gemm.out, product, {"out": out})
+    torch.ops.moealign.grouped_gemm.out(*product, out=out)
+    assert relative_error(out, grouped_gemm(x, gate_up, layout, top_k=2, row_weights=weights)) < 1e-6
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_compiles_to_one_graph_for_all_numbers_of_tokens(gradients):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(fused_moe, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (5, 9, 33):
+        x, gate_up, down, weights, ids, _ = random_layer(tokens, 2, 4, 8, 6)
+        x.requires_grad_(gradients)
+        got = layer(x, gate_up, down, weights, ids)
+        assert relative_error(got.detach(), expert_loop(x.detach(), gate_up, down, weights, ids)) < 1e-12
+        if gradients:
+            (grad,) = torch.autograd.grad(got.sum(), x)
+            (want,) = torch.autograd.grad(fused_moe(x, gate_up, down, weights, ids).sum(), x)
+            assert relative_error(grad, want) < 1e-12
+    assert counter.frame_count == 1
+
+
+def test_fakes_have_the_right_shape():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        empty = torch.empty
+        x, ids = empty(5, 8), empty(5, 2, dtype=torch.int64)
+        assert fused_moe(x, empty(3, 12, 8), empty(3, 8, 6), empty(5, 2), ids).shape == (5, 8)
+        rows = torch.ops.moealign.grouped_mm(x, empty(3, 12, 8), empty(3, dtype=torch.int32))
+        assert rows.shape == (5, 12)
+
+
+def test_every_activation_has_both_forms():
+    forms = {gated: {name for name, each in packed.ACTIVATIONS if each is gated} for gated in (True, False)}
+    assert forms[True] == forms[False]

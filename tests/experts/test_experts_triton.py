@@ -1,0 +1,459 @@
+"""The experts' kernels: interpreted, compiled ahead for machines that are not here, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from helpers import TARGETS, WORKERS, assert_passes, cut, releases, specialisation
+from sass import disassembler, touched_before_the_wait
+
+from moealign.layout import BlockLayout, capacity
+
+pytest.importorskip("triton")
+experts = importlib.import_module("moealign.experts.launch")
+
+H200 = experts.Target("NVIDIA H200", 132, True)
+A100 = experts.Target("NVIDIA A100", 108, False)
+_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+# (experts, top_k, hidden, inner)
+SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (32, 4, 2880, 2880)]
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("release", releases())
+def test_interpreted_they_equal_plain_loops(release):
+    assert_passes(WORKERS / "experts_interpret.py", release, interpreted=True)
+
+
+@pytest.mark.parametrize("release", releases())
+def test_compile_ahead_within_every_targets_shared_memory(release):
+    assert_passes(__file__, release, interpreted=False)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, bias=False, **options):
+    """The plan of one call and its launches; nothing runs, and no memory is touched."""
+    count, top_k, hidden, inner = shape
+    new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype)  # noqa: E731
+    x, ids = new(tokens, hidden), new(tokens, top_k, dtype=torch.int64)
+    gate_up = new(count, hidden, 2 * inner) if transposed else new(count, 2 * inner, hidden)
+    down = new(count, inner, hidden) if transposed else new(count, hidden, inner)
+    weights = new(tokens, top_k, dtype=torch.float32)
+    how = experts.plan(x, gate_up, down, ids, transposed, options.get("block_size"), options.get("map"), None, target)
+    layout = None
+    if how.block_size:
+        sizes = capacity(tokens * top_k, block_size=how.block_size, num_experts=count)
+        parts = [new(size, dtype=torch.int32) for size in (*sizes[:3], tokens * top_k)]
+        layout = BlockLayout(*parts[:3], positions=parts[3], block_size=how.block_size)
+    biases = (new(count, 2 * inner), new(count, hidden)) if bias else (None, None)
+    launches, out = experts.launches(how, x, gate_up, down, weights, ids, layout, "silu", *biases, transposed, target)
+    assert out.shape == x.shape
+    return how, launches
+
+
+def test_blocks_grow_with_rows_an_expert():
+    sizes = [planned(SHAPES[0], tokens)[0].block_size for tokens in (1, 2, 16, 64, 256, 500, 1024, 4096)]
+    assert sizes == [0, 0, 16, 16, 32, 64, 128, 128]
+
+
+def test_few_routes_are_aligned_where_a_map_or_a_block_size_asks_for_it():
+    assert planned(SHAPES[0], 1, map=torch.zeros(128))[0].block_size == 16
+    assert planned(SHAPES[0], 1, block_size=64)[0].block_size == 64
+    assert planned(SHAPES[0], 1, block_size=64)[0].second.m == 64
+
+
+def test_tiles_of_a_given_block_size_fit_shared_memory():
+    for tokens in (1, 4, 16, 64, 180, 256, 500, 1024, 4096):
+        for shape in SHAPES:
+            for size in experts.BLOCK_SIZES:
+                for tile, products in zip(planned(shape, tokens, block_size=size)[0][1:], (2, 1), strict=True):
+                    assert (tile.m, tile.short < size, tile.stages > 0) == (size, True, True)
+                    assert tile.stages * (tile.m + products * tile.n) * tile.k * 2 <= 200 * 1024
+
+
+def test_three_launches_and_no_more():
+    for tokens in (1, 64, 4096):
+        assert [one.kernel for one in planned(SHAPES[0], tokens)[1]] == ["gemm", "gemm", "sum_rows"]
+
+
+def test_tma_needs_hopper_and_rows_of_16_bytes():
+    def used(*args, **kwargs):
+        return [one.constants["B_TMA"] for one in planned(*args, **kwargs)[1][:2]]
+
+    assert used(SHAPES[0], 4096) == [True, True]
+    assert used(SHAPES[0], 4096, target=A100) == [False, False]
+    assert used((8, 2, 100, 77), 4096) == [False, False]
+    assert used(SHAPES[0], 4096, transposed=True) == [False, False]
+
+
+def test_a_tuning_file_decides_and_a_broken_one_warns(tmp_path, monkeypatch):
+    path = tmp_path / "mine.json"
+    monkeypatch.setenv("MOEALIGN_TUNING", str(path))
+    rule = planned(SHAPES[0], 64)[0]
+    other = rule._replace(block_size=64, first=rule.first._replace(m=64), second=rule.second._replace(m=64))
+    key = experts.tuning_key(*SHAPES[0], torch.bfloat16)
+    path.write_text(json.dumps({"plans": {key: {"64": experts.plan_to(other)}}}))
+    experts.tuned.cache_clear()
+    try:
+        assert planned(SHAPES[0], 64)[0] == other
+        assert planned(SHAPES[1], 64)[0] != other
+        path.write_text("{}")
+        experts.tuned.cache_clear()
+        with pytest.warns(UserWarning, match="expected a tuning file"):
+            assert planned(SHAPES[0], 64)[0] == rule
+    finally:
+        monkeypatch.undo()
+        experts.tuned.cache_clear()
+
+
+# ---- what is compiled ------------------------------------------------------------------------------------------------
+
+
+def layouts_of(tokens, top_k, count, block_size):
+    """(ids, weights, layout) at every alignment: cut from one allocation as a call on a GPU cuts it, and shifted."""
+    sizes = capacity(tokens * top_k, block_size=block_size, num_experts=count)
+    for shift in range(4):
+        parts = cut(*sizes[:3], tokens * top_k, shift=shift)
+        ids, weights = (each.view(tokens, top_k) for each in cut(tokens * top_k, tokens * top_k, shift=3 - shift))
+        yield ids, weights.view(torch.float32), BlockLayout(*parts[:3], positions=parts[3], block_size=block_size)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (60, 6, 100, 77)], ids=str)
+@pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
+def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, target):
+    """Only tiles do: one kernel a tile, over numbers of tokens and every way in which small tensors can be cut."""
+    from moealign.experts import kernels as gemm
+
+    count, top_k, hidden, inner = shape
+    gate_up = torch.empty(count, 2 * inner, hidden, dtype=torch.bfloat16)
+    down = torch.empty(count, hidden, inner, dtype=torch.bfloat16)
+    keys, tiles = set(), set()
+    for tokens in (1, 2, *range(16, 41)):
+        x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+        for block_size in (None, 64):
+            ids = torch.empty(tokens, top_k, dtype=torch.int32)
+            how = experts.plan(x, gate_up, down, ids, False, block_size, None, None, target)
+            for ids, weights, layout in layouts_of(tokens, top_k, count, how.block_size or 16):
+                call = (x, gate_up, down, weights, ids, layout if how.block_size else None)
+                planned, _ = experts.launches(how, *call, "silu", None, None, False, target)
+                out = torch.empty(tokens * top_k, 2 * inner, dtype=torch.bfloat16)
+                product = (x, gate_up, layout, top_k, weights, None, None, False, False, out, target)
+                planned.append(experts.gemm_launch(*product))
+                for one in planned:
+                    keys.add(specialisation(getattr(gemm, one.kernel), one))
+                    which = tuple(each is None for each in one.arguments), one.arguments[-1] == one.arguments[-2]
+                    tiles.add((one.kernel, one.num_warps, one.num_stages, which, widths(one), *one.constants.items()))
+    assert len(keys) == len(tiles)
+
+
+def widths(one):
+    """Of a product, its columns and its depth, its routes a row and its strides; of a sum, its columns."""
+    return one.arguments[11:13] + one.arguments[15:] if one.kernel == "gemm" else one.arguments[3]
+
+
+def test_neither_tokens_nor_alignments_compile_a_router():
+    from moealign.backend.triton import route as routing
+    from moealign.backend.triton import route_kernels as routing_kernels
+    from moealign.problem import RouteProblem
+
+    keys = set()
+    for tokens in range(1, 41):
+        facts = RouteProblem(torch.device("cpu"), torch.float32, tokens, 60, 4, "softmax", True, 1.0, 1, 1)
+        for shift in range(4):
+            logits, bias, weights, ids, valid = cut(tokens * 60, 60, tokens * 4, tokens * 4, 1, shift=shift)
+            floats = (each.view(torch.float32) for each in (logits.view(tokens, 60), bias, weights))
+            logits, bias, weights = floats
+            arguments, constants, warps = routing.launch_of(facts, logits, bias, valid, weights, ids, None)
+            one = experts.GemmLaunch("choose", (tokens,), arguments, constants, warps, 3, False)
+            keys.add(specialisation(routing_kernels.choose, one))
+    assert len(keys) == 1
+
+
+def test_a_layer_without_experts_or_tokens_has_a_plan():
+    for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
+        for target in (H200, A100):
+            how, launches = planned(shape, tokens, target=target)
+            assert how.first.m in experts.BLOCK_SIZES
+            assert len(launches) == 3
+
+
+# ---- compiling ahead -------------------------------------------------------------------------------------------------
+
+
+def every_configuration():
+    """Every rule on Hopper and before it, every dtype, sizes that tiles do not divide, transposed weights, biases."""
+    for tokens in (1, 16, 256, 512, 1024, 4096):
+        yield from planned(SHAPES[0], tokens)[1]
+    yield from planned(SHAPES[1], 1)[1][:2]
+    for tokens in (1, 256, 4096):
+        yield from planned(SHAPES[0], tokens, target=A100)[1][:2]
+    yield from planned(SHAPES[2], 64, transposed=True, bias=True)[1][:2]
+    yield from planned(SHAPES[2], 300, dtype=torch.float32)[1]
+    yield from planned((7, 3, 100, 77), 50, dtype=torch.float16)[1]
+    yield from planned((7, 3, 100, 77), 50, dtype=torch.float16, target=A100, bias=True)[1]
+    for tokens, size in ((4, 128), (180, 128), (200, 64), (200, 16), (4000, 64)):
+        yield of_given_blocks(tokens, size, gated=True)
+    yield from planned(SHAPES[0], 512, block_size=128)[1][:2]
+    yield from planned(SHAPES[1], 1, block_size=128)[1][:2]
+
+
+def of_given_blocks(tokens, size, gated):
+    """What grouped_gemm launches over a layout of blocks of `size`."""
+    count, top_k, hidden, inner = 16, 4, 128, 64
+    new = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype)  # noqa: E731
+    parts = [new(each, dtype=torch.int32) for each in capacity(tokens * top_k, block_size=size, num_experts=count)[:3]]
+    layout = BlockLayout(*parts, block_size=size)
+    a, b, out = new(tokens, hidden), new(count, 2 * inner, hidden), new(tokens * top_k, inner if gated else 2 * inner)
+    weights = new(tokens, top_k, dtype=torch.float32)
+    name = "silu" if gated else None
+    return experts.gemm_launch(a, b, layout, top_k, weights, None, name, gated, False, out, H200)
+
+
+def _kind(argument):
+    if argument is None:
+        return "constexpr"
+    if isinstance(argument, torch.Tensor):
+        return "*" + _NAMES[argument.dtype]
+    if hasattr(argument, "block_shape"):
+        return f"tensordesc<{_NAMES[argument.base.dtype]}{argument.block_shape}>".replace(" ", "")
+    return "i32"
+
+
+def distinct():
+    seen = {}
+    for one in every_configuration():
+        kinds = tuple((_kind(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
+        seen[one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = one
+    return list(seen.values())
+
+
+def compile_one(number):
+    """Compile one configuration for every target that it is meant for: how many, and what needs too much memory or
+    does not wait for the kernel ahead."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from moealign.experts import kernels as gemm
+
+    one = distinct()[number]
+    function = getattr(gemm, one.kernel)
+    signature, constants, attributes = {}, dict(one.constants), {}
+    fixed = {each.name for each in function.params if each.do_not_specialize}
+    anywhere = {each.name for each in function.params if each.do_not_specialize_on_alignment}
+    for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
+        signature[name] = _kind(argument)
+        specialised = isinstance(argument, int) and name not in fixed
+        if argument is None:
+            constants[name] = None
+        elif specialised and argument == 1:
+            signature[name], constants[name] = "constexpr", 1
+        elif name not in anywhere and (isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0)):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(one.constants, "constexpr")
+    assert set(signature) == set(function.arg_names), one.kernel
+    compiled, wrong = 0, []
+    for backend, arch, warp, limit in TARGETS:
+        hopper = backend == "cuda" and arch >= 90
+        if hopper != one.pdl:
+            continue
+        source = ASTSource(function, signature, constants, attributes)
+        options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+        binary = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+        compiled += 1
+        if binary.metadata.shared > limit:
+            wrong.append(f"{one.kernel} {one.constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
+        if backend == "cuda" and arch == 90 and one.constants.get("B_TMA"):
+            assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
+        if backend == "cuda" and arch == 90 and disassembler():
+            touched = touched_before_the_wait(binary.asm["cubin"])
+            wrong += [f"{one.kernel} {one.constants}: {each} before the kernel ahead has ended" for each in touched]
+    return compiled, wrong
+
+
+def compile_all():
+    import triton
+
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = list(pool.map(compile_one, range(len(distinct()))))
+    wrong = [line for _, lines in done for line in lines]
+    print(f"triton {triton.__version__}: {sum(count for count, _ in done)} kernels", *wrong, sep="\n")
+    return len(wrong)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def layer_of(tokens, top_k, count, hidden, inner, seed=0, bias=False):
+    from cases.experts import random_layer
+
+    *layer, ids, biases = random_layer(tokens, top_k, count, hidden, inner, dtype=torch.bfloat16, seed=seed, bias=bias)
+    biases = [each.cuda() for each in biases] if bias else [None, None]
+    return [each.cuda() for each in layer], ids.cuda(), {"gate_up_bias": biases[0], "down_bias": biases[1]}
+
+
+def reference(layer, ids, extra, **options):
+    """The other path, in float64."""
+    from moealign import fused_moe
+
+    wide = {name: None if each is None else each.double() for name, each in extra.items()}
+    return fused_moe(*(each.double() for each in layer), ids, **wide, **options, backend="packed")
+
+
+GPU_SIZES = [
+    (1, 8, 64, 256, 128),  # each route a tile
+    (2, 2, 40, 128, 64),
+    (16, 8, 64, 256, 128),
+    (100, 4, 16, 200, 72),  # sizes that tiles do not divide, still in multiples of 16 bytes
+    (100, 4, 16, 100, 77),  # not even that
+    (300, 4, 32, 256, 128),
+    (1000, 2, 8, 256, 128),
+    (3000, 2, 8, 512, 256),
+]
+
+
+@gpu
+@pytest.mark.parametrize("size", GPU_SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gpu_equals_float64(size, bias):
+    from cases.experts import relative_error
+
+    from moealign import fused_moe
+
+    layer, ids, extra = layer_of(*size, bias=bias)
+    ids[-1, 0] = size[2]
+    got = fused_moe(*layer, ids, **extra)
+    assert relative_error(got, reference(layer, ids, extra)) < 1e-2
+    assert torch.equal(got, fused_moe(*layer, ids, **extra)), "the same bits every time"
+
+
+@gpu
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_gpu_block_sizes_maps_and_callables(block_size):
+    from cases.experts import relative_error
+
+    from moealign import fused_moe
+
+    layer, ids, extra = layer_of(200, 4, 8, 128, 64, bias=True)
+    expert_map = torch.tensor([0, -1, 2, 3, 9, 1, -1, 4, 5, -1, 6, 7], device="cuda")
+    layer[0][190:] = float("nan")
+    options = {"expert_map": expert_map, "num_valid_tokens": torch.tensor([190], dtype=torch.int32, device="cuda")}
+    got = fused_moe(*layer, ids, **extra, **options, block_size=block_size)
+    assert relative_error(got, reference(layer, ids, extra, **options)) < 1e-2
+    assert not got[190:].any()
+
+    def gate(rows):
+        return torch.tanh(rows[:, ::2]) * rows[:, 1::2]
+
+    got = fused_moe(*layer, ids, **extra, **options, activation=gate, block_size=block_size)
+    assert relative_error(got, reference(layer, ids, extra, **options, activation=gate)) < 1e-2
+
+
+@gpu
+def test_gpu_each_route_a_tile_gives_the_bits_of_the_aligned_way():
+    import moealign
+
+    layer, ids, _ = layer_of(2, 8, 256, 512, 256)
+    how = experts.plan(layer[0], layer[1], layer[2], ids, False, None, None, None)
+    assert how.block_size == 0
+    layout = moealign.align(ids, block_size=16, num_experts=256, positions=True)
+    got = [experts.fused_moe(how, *layer, ids, each, "silu", None, None, False) for each in (None, layout)]
+    assert torch.equal(*got)
+
+
+@gpu
+@pytest.mark.parametrize("size", [(2, 8, 64, 256, 128), (300, 4, 16, 256, 128)])
+def test_gpu_in_a_graph_and_without_a_wait(size):
+    from moealign import fused_moe
+
+    layer, ids, _ = layer_of(*size)
+    fused_moe(*layer, ids)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_moe(*layer, ids)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fused_moe(*layer, ids)
+    for seed in range(3):
+        other, new_ids, _ = layer_of(*size, seed=seed)
+        layer[0].copy_(other[0])
+        ids.copy_(new_ids)
+        graph.replay()
+        assert torch.equal(out, fused_moe(*layer, ids))
+
+
+@gpu
+def test_gpu_a_server_that_is_warm_compiles_nothing():
+    """After one number of tokens with the same tiles, no other one compiles: however its small tensors are aligned."""
+    from moealign import fused_moe
+    from moealign.experts import kernels as gemm
+
+    def compiled():
+        return sum(len(each[0]) for one in (gemm.gemm, gemm.sum_rows) for each in one.device_caches.values())
+
+    layer, _, _ = layer_of(40, 8, 128, 256, 128)
+    plans, before = set(), compiled()
+    for tokens in range(16, 41):
+        ids = torch.stack([torch.randperm(128, device="cuda")[:8] for _ in range(tokens)]).int()
+        call = (layer[0][:tokens], *layer[1:3], layer[3][:tokens], ids)
+        plans.add(experts.plan(*call[:3], ids, False, None, None, None))
+        fused_moe(*call)
+        torch.cuda.synchronize()
+        assert compiled() - before <= 3 * len(plans), tokens
+
+
+@gpu
+def test_gpu_gradients_against_float64():
+    from cases.experts import relative_error
+
+    from moealign import fused_moe
+
+    layer, ids, extra = layer_of(120, 4, 16, 128, 64, bias=True)
+    ids[3, 1] = 16
+    grads = []
+    for cast in (torch.bfloat16, torch.float64):
+        leaves = [each.detach().to(cast).requires_grad_() for each in (*layer, *extra.values())]
+        out = fused_moe(*leaves[:4], ids, gate_up_bias=leaves[4], down_bias=leaves[5])
+        out.square().sum().backward()
+        grads.append([each.grad for each in leaves])
+    for ours, want in zip(*grads, strict=True):
+        assert relative_error(ours, want) < 2e-2
+
+
+@gpu
+def test_gpu_one_product_and_torch_compile():
+    from cases.experts import relative_error
+
+    import moealign
+    from moealign import fused_moe, grouped_gemm
+
+    layer, ids, extra = layer_of(200, 4, 16, 128, 64, bias=True)
+    layout = moealign.align(ids, block_size=64, num_experts=16)
+    options = {"top_k": 4, "row_weights": layer[3], "bias": extra["gate_up_bias"], "activation": "silu_mul"}
+    wide = {name: each.double() if isinstance(each, torch.Tensor) else each for name, each in options.items()}
+    got = grouped_gemm(layer[0], layer[1], layout, **options)
+    want = grouped_gemm(layer[0].double(), layer[1].double(), layout, **wide)
+    assert relative_error(got, want) < 1e-2
+    compiled = torch.compile(fused_moe, fullgraph=True)
+    assert torch.equal(compiled(*layer, ids, **extra), fused_moe(*layer, ids, **extra))
+
+
+if __name__ == "__main__":
+    sys.exit(compile_all())

@@ -1,0 +1,134 @@
+"""What tests of several folders share: values, the Triton kernels' specialisations, and processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = ROOT / "tests" / "workers"
+
+POISONS = (-7, 0x5A5A5A5A)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def draw(low: int, high: int, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """Random integers in ``[low, high)``."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------
+
+
+def environment(*paths: str, **variables: str) -> dict[str, str]:
+    """This environment for a Python that finds `moealign`, these helpers, and first of all what is in `paths`."""
+    outer = os.environ.get("PYTHONPATH")
+    search = [*paths, str(ROOT / "src"), str(ROOT / "tests"), *([outer] if outer else [])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), **variables}
+
+
+def assert_passes(script: Path | str, release: str | None = None, *, interpreted: bool) -> None:
+    """`script` succeeds in a process of its own.
+
+    Triton reads TRITON_INTERPRET when it decorates a kernel, and one process holds one release of it.
+    """
+    env = environment(*([release] if release else []))
+    env.pop("TRITON_INTERPRET", None)
+    if interpreted:
+        env["TRITON_INTERPRET"] = "1"
+    limit = 900 if interpreted else 1800
+    run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=limit)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+
+
+def failures(cases: Iterable[tuple[str, str | None]]) -> int:
+    """Print each (case, difference) whose difference is not None, then a summary; 1 if any failed or none ran."""
+    import triton
+
+    done = failed = 0
+    for case, difference in cases:
+        done += 1
+        if difference is not None:
+            failed += 1
+            print(f"{case}: {difference}")
+    print(f"triton {triton.__version__}: {done} cases, {failed} failures")
+    return 1 if failed or not done else 0
+
+
+# ---- Triton ------------------------------------------------------------------------------------------------------
+
+KIB = 1024
+#: (backend, architecture, threads of a warp, bytes of shared memory) that kernels are compiled for.
+TARGETS = [
+    ("cuda", 80, 32, 99 * KIB),
+    ("cuda", 90, 32, 227 * KIB),
+    ("cuda", 100, 32, 227 * KIB),
+    ("hip", "gfx942", 64, 64 * KIB),
+]
+ALTERNATIVE = os.environ.get("MOEALIGN_TRITON_ALT")
+
+
+def releases() -> Iterator[object]:
+    """Parameters: the Triton beside this torch, and the release in the folder MOEALIGN_TRITON_ALT."""
+    yield pytest.param(None, id="installed")
+    missing = pytest.mark.skipif(
+        not (ALTERNATIVE and (Path(ALTERNATIVE) / "triton").is_dir()),
+        reason="MOEALIGN_TRITON_ALT names no folder with another Triton",
+    )
+    yield pytest.param(ALTERNATIVE, id="alternative", marks=missing)
+
+
+def specialisation(function, one):
+    """What Triton compiles a kernel for: kinds of arguments, values 1 and multiples of 16, addresses of 16 bytes."""
+    kinds = []
+    for parameter, argument in zip(function.params, one.arguments, strict=False):
+        kind = getattr(argument, "base", argument)
+        aligned = None
+        if isinstance(kind, torch.Tensor):
+            fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+            aligned = None if fixed else kind.data_ptr() % 16 == 0
+            kind = (type(argument).__name__, kind.dtype, getattr(argument, "block_shape", None))
+        elif isinstance(kind, int):
+            wide = not -(2**31) <= kind < 2**31
+            aligned = None if parameter.do_not_specialize else (kind == 1, kind % 16 == 0)
+            kind = ("int", wide)
+        kinds.append((parameter.name, repr(kind), aligned))
+    return (one.kernel, *kinds, *one.constants.items(), one.num_warps, getattr(one, "num_stages", None))
+
+
+def cut(*sizes, shift=0):
+    """int32 tensors of these sizes, one behind the other in one allocation, as outputs of a call on a GPU are."""
+    return torch.empty(sum(sizes) + shift, dtype=torch.int32)[shift:].split(sizes)
+
+
+def patch_interpreter() -> None:
+    """Make Triton's interpreter right where it is not.
+
+    Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here.  A product is
+    summed in the order of k: how NumPy rounds a row depends on where it stands in the matrix.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def create_dot(self, a, b, d, *options):
+        total = np.zeros_like(d.data)
+        for k in range(a.data.shape[-1]):
+            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = create_dot

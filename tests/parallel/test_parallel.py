@@ -1,0 +1,180 @@
+"""Expert parallelism with gloo: every rank is a process of its own, started here."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import WORKERS, environment
+
+from moealign import InvalidInput
+from moealign.parallel import ExpertPlacement, replicated_moe
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_refusals"
+
+
+def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
+    """Fails with the output of the first rank that failed."""
+    wrong = [text for code, text in outcomes(ranks, name, tmp_path, backend) if code]
+    assert not wrong, wrong[0][-3000:]
+
+
+def outcomes(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> list[tuple[int, str]]:
+    """Each rank's exit status and output."""
+    variables = environment(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    if backend == "nccl":
+        variables |= {"NCCL_NVLS_ENABLE": "0"}
+        if name == "check_a_rank_that_never_comes":  # an error, where NCCL's watchdog would end the process
+            variables |= {"TORCH_NCCL_BLOCKING_WAIT": "1"}
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(WORKERS / "parallel_worker.py"),
+                str(rank),
+                str(ranks),
+                str(tmp_path / "store"),
+                name,
+                backend,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=variables,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        said = [process.communicate(timeout=240 if backend == "gloo" else 90)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_both_modes_are_the_single_layer(ranks, tmp_path):
+    run(ranks, CHECKS, tmp_path)
+
+
+def test_both_modes_in_the_modes_of_pytorch(tmp_path):
+    run(2, "check_modes", tmp_path)
+
+
+def test_data_parallel_with_a_rank_without_tokens(tmp_path):
+    run(2, "check_data_parallel", tmp_path)
+
+
+def test_a_rank_that_never_comes_is_noticed(tmp_path):
+    run(2, "check_a_rank_that_never_comes", tmp_path)
+
+
+def test_transformers_own_expert_parallel_plan(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers.PreTrainedModel, "maybe_distribute_model"):
+        pytest.skip("this Transformers applies no plan to a model that is there")
+    run(2, "check_transformers_own_plan", tmp_path)
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+
+
+@two_gpus
+def test_both_modes_are_the_single_layer_with_nccl(tmp_path):
+    run(2, CHECKS, tmp_path, "nccl")
+
+
+@two_gpus
+def test_the_modes_of_pytorch_with_nccl(tmp_path):
+    run(2, "check_modes,check_data_parallel", tmp_path, "nccl")
+
+
+@two_gpus
+def test_half_precision_and_the_one_wait_with_nccl(tmp_path):
+    run(2, "check_half_precision", tmp_path, "nccl")
+
+
+@two_gpus
+def test_a_rank_that_never_comes_is_noticed_with_nccl(tmp_path):
+    run(2, "check_a_rank_that_never_comes", tmp_path, "nccl")
+
+
+@two_gpus
+def test_nccl_s_watchdog_ends_a_rank_that_waits_in_vain(tmp_path):
+    (code, said), _ = outcomes(2, "check_nccl_s_watchdog", tmp_path, "nccl")
+    assert code != 0, said[-3000:]
+    assert "came back" not in said
+    assert re.search("Watchdog caught collective operation timeout", said), said[-3000:]
+
+
+# ----------------------------------------------------------------------------------------------------------- placement
+
+
+def test_a_placement_says_who_has_what():
+    placement = ExpertPlacement(np.array([[0, 2, 3], [1, 3, -1]]), 4)
+    assert (placement.ranks, placement.slots, placement.replicated) == (2, 3, True)
+    assert placement.expert_map(0).tolist() == [0, -1, 1, 2]
+    assert placement.expert_map(1).tolist() == [-1, 0, -1, 1]
+    assert placement.owners(3) == [(0, 2), (1, 1)]
+    assert placement.owners(1) == [(1, 0)]
+    weights = torch.arange(8.0).view(4, 2)
+    assert placement.shard(weights, 1).tolist() == [[2, 3], [6, 7], [0, 0]]
+
+
+def test_routes_to_copies_take_turns_by_token():
+    placement = ExpertPlacement(np.array([[0, 1], [1, -1]]), 2)
+    ids = torch.tensor([[0, 1], [1, 0], [1, -1], [1, 2]])
+    assert placement.bins(ids).tolist() == [[0, 1], [2, 0], [1, -1], [2, -1]]
+
+
+def test_what_a_placement_says_on_every_call_is_looked_up_once(monkeypatch):
+    placement = ExpertPlacement(np.array([[0, 1], [1, -1]]), 2)
+    ids = torch.tensor([[0, 1], [1, 0]])
+    want, map_of_0 = placement.bins(ids), placement.expert_map(0)
+    monkeypatch.setattr(ExpertPlacement, "owners", lambda *_: pytest.fail("a search of the table at every call"))
+    assert torch.equal(placement.bins(ids), want)
+    assert placement.expert_map(0) is map_of_0
+
+
+def test_a_balanced_placement_is_flatter_and_copies_make_it_flatter_still():
+    loads = torch.tensor([100.0, 60, 50, 10, 5, 3, 2, 1])
+    linear, balanced = ExpertPlacement.linear(8, 4), ExpertPlacement.balanced(loads, 4)
+    copied = ExpertPlacement.balanced(loads, 4, replicas=4)
+    assert linear.imbalance(loads) > balanced.imbalance(loads) > copied.imbalance(loads) >= 1
+    assert not linear.replicated
+    assert copied.replicated
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([0, 1], "table: expected \\[ranks, slots\\]"),
+        ([[0, 1], [2, 4]], "table: expected experts below 4, got 4"),
+        ([[0, 1], [2, -1]], "expert 3 is on none"),
+        ([[0, 0], [1, 2], [3, -1]], "rank 0 holds \\[.*0.*0.*\\]"),
+    ],
+)
+def test_an_impossible_placement_is_refused(table, message):
+    with pytest.raises(InvalidInput, match=message):
+        ExpertPlacement(np.array(table), 4)
+
+
+def test_without_a_group_the_call_says_what_to_do():
+    placement = ExpertPlacement.linear(2, 1)
+    with pytest.raises(InvalidInput, match=r"torch\.distributed to be initialized"):
+        replicated_moe(
+            torch.zeros(1, 2),
+            torch.zeros(2, 2, 2),
+            torch.zeros(2, 2, 1),
+            torch.ones(1, 1),
+            torch.zeros(1, 1, dtype=torch.int64),
+            placement,
+        )

@@ -1,0 +1,310 @@
+"""The router: every backend against the plain loops and against the routers of the models themselves."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from cases.router import KINDS, arguments, awkward, device_of, routed
+
+import moealign
+from moealign.backend.reference import route as reference_routing
+from moealign.backend.reference.route import exp32, sigmoid32
+from moealign.layout import OUTPUTS
+from moealign.testing import assert_same_layout, oracle_align, oracle_route
+
+ROUTERS = ("reference", "cpu", "triton", "cuda")
+SIZES = [(1, 4, 1), (7, 8, 2), (33, 64, 8), (9, 60, 6), (5, 100, 32), (3, 260, 8), (2, 1024, 8), (12, 256, 8)]
+
+
+@pytest.fixture(params=ROUTERS)
+def backend(request):
+    reason = moealign.backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_oracle_agrees(backend, kind, tokens, experts, top_k, dtype):
+    generator = torch.Generator().manual_seed(tokens * experts)
+    given = arguments(kind, experts, top_k, generator)
+    logits = awkward(tokens, experts, generator).to(dtype)
+    valid = max(tokens - 1, 1)
+    ids, weights, shares = oracle_route(logits, top_k, **given, num_valid_tokens=valid)
+    want = oracle_align(torch.tensor(ids, dtype=torch.int32), block_size=4, num_experts=experts)
+    for mean in (True, False):  # without the mean, in one launch with the layout where there is one
+        got = routed(
+            logits,
+            top_k,
+            block_size=4,
+            **given,
+            num_valid_tokens=torch.tensor([valid], dtype=torch.int32),
+            mean_probability=mean,
+            positions=True,
+            backend=backend,
+        )
+        assert got[1].tolist() == ids
+        torch.testing.assert_close(got[0], torch.tensor(weights), rtol=2e-6, atol=1e-9)
+        if mean:
+            torch.testing.assert_close(got[3], torch.tensor(shares), rtol=1e-5, atol=1e-8)
+        assert got[0].dtype is torch.float32
+        assert got[1].dtype is torch.int32
+        assert_same_layout(got[2], want)
+
+
+def test_an_order_that_differs_would_be_seen(monkeypatch):
+    """The comparison with the oracle fails for a router that prefers the higher of two equal experts."""
+    logits = torch.zeros(2, 6)
+    assert moealign.route(logits, 2, block_size=4, backend="reference")[1].tolist() == oracle_route(logits, 2)[0]
+    honest = reference_routing.order_of
+    monkeypatch.setattr(reference_routing, "order_of", lambda x: honest(x) * 8 + torch.arange(x.shape[-1]))
+    assert moealign.route(logits, 2, block_size=4, backend="reference")[1].tolist() != oracle_route(logits, 2)[0]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_the_backends_agree_to_the_bit_about_experts(tokens):
+    names = [name for name in ROUTERS if moealign.backends()[name] is None]
+    generator = torch.Generator().manual_seed(1)
+    for seed in range(40):
+        logits = torch.randn(tokens * 50, 256, generator=generator)
+        logits = (logits * 64).round() / 64 if seed % 2 else logits
+        bias = torch.rand(256, generator=generator) / 100
+        given = {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 8, "topk_groups": 4, "block_size": 16}
+        first, *others = (routed(logits, 8, **given, backend=name)[1] for name in names)
+        assert all(torch.equal(first, other) for other in others)
+
+
+def test_the_contract_s_exp_is_accurate():
+    x = torch.linspace(-86.9, 86.9, 200_001)
+    exact = x.double().exp()
+    assert ((exp32(x).double() - exact) / exact).abs().max() < 2 * 2**-24
+    assert exp32(torch.tensor([-88.0, -math.inf])).tolist() == [0, 0]
+    s = sigmoid32(torch.tensor([-math.inf, -88.0, 0.0, 88.0, math.inf, math.nan]))
+    assert s.tolist() == [0, 0, 0.5, 1, 1, 0]
+
+
+# ------------------------------------------------------------------------------------------------- models' own routers
+
+EXPERTS, HIDDEN, TOKENS = 32, 24, 50
+
+
+def config(**facts: object) -> object:
+    class Config:
+        hidden_size = HIDDEN
+        num_experts = num_local_experts = EXPERTS
+        num_experts_per_tok = 4
+        norm_topk_prob = True
+
+    for name, value in facts.items():
+        setattr(Config, name, value)
+    return Config()
+
+
+def module(package: str, name: str):
+    pytest.importorskip("transformers")
+    return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
+
+
+def filled(router, generator: torch.Generator):
+    with torch.no_grad():
+        for tensor in (*router.parameters(), *router.buffers()):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
+    return router
+
+
+GROUPED = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+MODELS = [
+    ("mixtral", "MixtralTopKRouter", {}, {}),
+    ("qwen3_moe", "Qwen3MoeTopKRouter", {}, {}),
+    ("olmoe", "OlmoeTopKRouter", {"norm_topk_prob": False}, {"renormalize": False}),
+    ("gpt_oss", "GptOssTopKRouter", {}, {}),
+    ("deepseek_v3", "DeepseekV3TopkRouter", GROUPED, {"scoring": "sigmoid", "scale": 2.5}),
+    ("glm4_moe", "Glm4MoeTopkRouter", GROUPED, {"scoring": "sigmoid", "scale": 2.5}),
+]
+
+
+@pytest.mark.parametrize(("package", "name", "facts", "given"), MODELS, ids=[model[0] for model in MODELS])
+def test_a_model_s_own_router_agrees(backend, package, name, facts, given):
+    generator = torch.Generator().manual_seed(3)
+    router = filled(module(package, name)(config(**facts)), generator)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    with torch.no_grad():
+        logits, theirs, which = router(hidden)
+    if "n_group" in facts:
+        given = {**given, "correction_bias": router.e_score_correction_bias, "num_groups": 4, "topk_groups": 2}
+    weights, ids, _ = routed(logits, 4, block_size=16, **given, backend=backend)
+    # Some of them leave the chosen unsorted: expert by expert.
+    order, own = which.sort(1), ids.to(torch.int64).sort(1)
+    assert torch.equal(order.values, own.values)
+    torch.testing.assert_close(weights.gather(1, own.indices), theirs.float().gather(1, order.indices))
+
+
+def test_llama4_s_own_router_agrees(backend):
+    generator = torch.Generator().manual_seed(3)
+    router = filled(module("llama4", "Llama4Router")(config(num_experts_per_tok=1)), generator)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    with torch.no_grad():
+        scores, logits = router(hidden)
+    weights, ids, _ = routed(logits, 1, block_size=16, scoring="sigmoid", renormalize=False, backend=backend)
+    dense = torch.zeros_like(scores).scatter(1, ids.to(torch.int64), weights)
+    torch.testing.assert_close(dense, scores)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def eager(x, ids, scoring="softmax", renormalize=True, scale=1.0, **_):
+    index = ids.to(torch.int64)
+    every = torch.softmax(x, 1) if scoring == "softmax" else torch.sigmoid(x)
+    picked = every.gather(1, index)
+    if renormalize:
+        picked = picked / (picked.sum(1, keepdim=True) + (1e-20 if scoring == "sigmoid" else 0))
+    return picked * scale, (every / every.sum(1, keepdim=True)).mean(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_eager_formula(backend, kind):
+    generator = torch.Generator().manual_seed(5)
+    given = arguments(kind, 16, 4, generator)
+    x = torch.randn(9, 16, generator=generator, requires_grad=True)
+    to_weights, to_mean = torch.randn(9, 4, generator=generator), torch.randn(16, generator=generator)
+    weights, ids, _, mean = routed(x, 4, block_size=4, **given, mean_probability=True, backend=backend)
+    ((weights * to_weights).sum() + (mean * to_mean).sum()).backward()
+    y = x.detach().double().requires_grad_()
+    expected, share = eager(y, ids, **given)
+    ((expected * to_weights).sum() + (share * to_mean).sum()).backward()
+    torch.testing.assert_close(x.grad, y.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_padding_rows_have_no_gradient(backend):
+    x = torch.randn(6, 8, requires_grad=True, device=device_of(backend))
+    valid = torch.tensor([4], dtype=torch.int32, device=x.device)
+    given = {"block_size": 4, "num_valid_tokens": valid, "mean_probability": True, "backend": backend}
+    weights, ids, layout, mean = moealign.route(x, 2, **given)
+    assert ids[4:].tolist() == [[-1, -1]] * 2
+    assert not weights[4:].any()
+    (weights.pow(2).sum() + mean.pow(2).sum()).backward()
+    assert x.grad[:4].any(1).all()
+    assert not x.grad[4:].any()
+    assert math.isclose(mean.sum().item(), 1, rel_tol=1e-5)
+    assert layout.num_tokens_post_padded.item() % 4 == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ operator
+
+
+def test_opcheck(backend):
+    x = torch.randn(5, 8, requires_grad=True, device=device_of(backend))
+    for scoring, bias in (("softmax", None), ("sigmoid", torch.rand(8, device=x.device))):
+        given = (x, 2, scoring, True, bias, 2, 1, 1.0, None, True, backend)
+        torch.library.opcheck(torch.ops.moealign.route, given)
+
+
+def test_one_graph_for_all_sizes():
+    counted = torch._dynamo.testing.CompileCounter()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counted)
+    def compiled(x):
+        weights, ids, layout = moealign.route(x, 2, block_size=4, backend="reference")
+        return weights, ids, layout.sorted_token_ids
+
+    for tokens in (5, 9, 17):
+        x = torch.randn(tokens, 8)
+        expected = moealign.route(x, 2, block_size=4, backend="reference")
+        got = compiled(x)
+        for a, b in zip(got, (*expected[:2], expected[2].sorted_token_ids), strict=True):
+            assert torch.equal(a, b)
+    assert counted.frame_count == 1
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+GOOD = torch.zeros(3, 8)
+REFUSED = [
+    ({"router_logits": [1.0]}, TypeError, "router_logits: expected a torch.Tensor"),
+    ({"router_logits": GOOD.double()}, TypeError, "router_logits: expected float32, bfloat16 or float16"),
+    ({"router_logits": torch.zeros(8)}, ValueError, r"router_logits: expected shape \[tokens, num_experts\]"),
+    ({"top_k": 0}, ValueError, "top_k: expected an int of at least 1"),
+    ({"top_k": 9}, ValueError, "top_k: expected at most 8"),
+    ({"router_logits": torch.zeros(1, 64), "top_k": 33}, ValueError, "top_k: expected at most 32"),
+    ({"scoring": "tanh"}, ValueError, "scoring: expected one of softmax, sigmoid"),
+    ({"correction_bias": torch.zeros(8)}, ValueError, "correction_bias: expected scoring='sigmoid'"),
+    ({"scoring": "sigmoid", "correction_bias": torch.zeros(7)}, ValueError, "correction_bias: expected shape"),
+    ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of num_experts = 8"),
+    ({"num_groups": 4, "topk_groups": 5}, ValueError, "topk_groups: expected at most 4 groups"),
+    ({"num_groups": 8, "topk_groups": 1}, ValueError, "topk_groups: expected at most 8 groups that hold 2 experts"),
+    ({"num_valid_tokens": torch.tensor([1])}, TypeError, "num_valid_tokens: expected an int32 tensor"),
+    ({"backend": "cuda"}, ValueError, "backend: expected one that can take this call, got 'cuda'"),
+    ({"block_size": 0}, ValueError, "block_size: expected an int of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), REFUSED, ids=[case[2][:40] for case in REFUSED])
+def test_bad_input_is_refused(wrong, error, message):
+    call = {"router_logits": GOOD, "top_k": 2, "block_size": 4, **wrong}
+    with pytest.raises(error, match=message):
+        moealign.route(**call)
+
+
+# --------------------------------------------------------------------------------------------------------------- a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def assert_alike(ours, want):
+    """Two results of route, ids and layouts to the bit."""
+    assert torch.equal(ours[1], want[1])
+    torch.testing.assert_close(ours[0], want[0], rtol=2e-6, atol=1e-9)
+    for name in OUTPUTS:
+        one, other = getattr(ours[2], name), getattr(want[2], name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other), name
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 8, 16, 31, 32, 33, 128, 256, 500, 1024, 2048, 4096, 20_000])
+@pytest.mark.parametrize("experts", [8, 128, 256, 512])
+def test_gpu_sizes_and_layouts(tokens, experts):
+    """One launch or two, every option of the layout, against the two parts by the reference."""
+    generator = torch.Generator(device="cuda").manual_seed(tokens)
+    logits = torch.randn(tokens, experts + 3, generator=generator, device="cuda").round(decimals=1)[:, :experts]
+    where = torch.randperm(experts, generator=generator, device="cuda").to(torch.int32) - experts // 2
+    extras = dict.fromkeys(("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows"), True)
+    options = [{}, {"expert_map": where.clamp(min=-1), "ignore_invalid_experts": True, **extras}]
+    for given in options:
+        for dtype in (torch.float32, torch.bfloat16):
+            k = min(8, experts)
+            valid = torch.tensor([tokens - 1], dtype=torch.int32, device="cuda")
+            call = {"block_size": 16, **given, "num_valid_tokens": valid}
+            ours = moealign.route(logits.to(dtype), k, **call, backend="cuda")
+            want = moealign.route(logits.to(dtype), k, **call, backend="reference")
+            assert_alike(ours, want)
+
+
+@gpu
+def test_gpu_in_a_graph_with_other_logits_and_without_a_wait():
+    sizes = [(tokens, 256) for tokens in (1, 8, 32, 256, 300, 1024, 2048)]
+    for tokens, experts in (*sizes, (33, 8), (33, 512)):
+        logits = torch.randn(tokens, experts, device="cuda")
+        moealign.route(logits, 8, block_size=16)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            moealign.route(logits, 8, block_size=16)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            weights, ids, layout = moealign.route(logits, 8, block_size=16)
+        for _ in range(3):
+            logits.normal_()
+            graph.replay()
+            want = moealign.route(logits, 8, block_size=16, backend="reference")
+            assert_alike((weights, ids, layout), want)

@@ -1,0 +1,502 @@
+"""The benchmark's oracle, its CSV, and the tables of the README and docs/.  Nothing here is timed."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from moealign.testing import oracle_align, oracle_align_batched
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
+COLUMNS = "bench,case,routes,num_experts,top_k,block_size,impl,median_us,min_us,max_us,gpu,torch,date"
+DONE = f"""{COLUMNS}
+align,1x8-E256-B16,8,256,8,16,moealign-cuda,2.000,1.900,2.500,h200,2.11.0,2026-11-23
+align,1x8-E256-B16,8,256,8,16,vllm-0.33.0,5.000,4.900,5.500,h200,2.11.0,2026-11-23
+align,1x8-E256-B16,8,256,8,16,sglang-kernel-0.4.4,4.000,3.900,4.500,h200,2.11.0,2026-11-23
+align,1x8-E256-B16,8,256,8,16,floor-chain,1.000,0.900,1.500,h200,2.11.0,2026-11-23
+align,16384x8-E256-B128,131072,256,8,128,moealign-cuda,7.5,7.4,7.6,h200,2.11.0,2026-11-23
+align,16384x8-E256-B128,131072,256,8,128,vllm-0.33.0,60,59,61,h200,2.11.0,2026-11-23
+batched,nb8-M128-B16,1024,8,128,16,moealign-cuda,2.2,2.1,2.3,h200,2.11.0,2026-11-23
+batched,nb8-M128-B16,1024,8,128,16,vllm-0.33.0,3.3,3.2,3.4,h200,2.11.0,2026-11-23
+eager-host,32x8-E256-B16 drop-in,256,256,8,16,moealign-cuda,11,10,12,h200,2.11.0,2026-11-23
+eager-host,32x8-E256-B16 drop-in,256,256,8,16,vllm-0.33.0,25,24,26,h200,2.11.0,2026-11-23
+"""
+DONE_CPU = f"""{COLUMNS}
+align,routes,4096,256,8,64,moealign-cpu,25,24,26,cpu,2.13.0,2026-11-23
+align,routes,4096,256,8,64,torch-argsort,500,490,510,cpu,2.13.0,2026-11-23
+align,experts,4096,256,8,64,moealign-cpu,99,98,100,cpu,2.13.0,2026-11-23
+"""
+README = """# title
+
+<!-- performance:begin -->
+<!-- performance:end -->
+
+between
+
+<!-- performance-cpu:begin -->
+stale
+<!-- performance-cpu:end -->
+
+<!-- versions:begin -->
+<!-- versions:end -->
+"""
+
+
+def load(name: str) -> ModuleType:
+    """A script of benchmarks/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+align, figures = load("align"), load("figures")
+goals, tables = figures.goals, figures.tables
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository of nothing but pages with empty tables and two measurements."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "align_h200.csv").write_text(DONE)
+    (results / "align_cpu.csv").write_text(DONE_CPU)
+    for page, tables_of in figures.PAGES.items():
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        markers = (f"<!-- {marker}:begin -->\n<!-- {marker}:end -->\n" for marker, *_ in tables_of)
+        (tmp_path / page).write_text("".join(markers))
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", ["uniform", "one-expert", "zipf", "half-minus-one"])
+@pytest.mark.parametrize(("mapped", "ignore"), [(False, False), (True, False), (True, True)])
+def test_the_benchmarks_oracle_is_the_librarys(kind: str, mapped: bool, ignore: bool) -> None:
+    size = (37, 3, 11, 7)
+    ids = align.make_ids(kind, size, torch.Generator().manual_seed(3))
+    expert_map = torch.tensor([-1, 3, 2, -1, 0, 5, 1, 4, -1, 6, 7], dtype=torch.int32) if mapped else None
+    call = {"block_size": 7, "num_experts": 11, "expert_map": expert_map, "ignore_invalid_experts": ignore}
+    expected = oracle_align(ids, **call)
+    expected.pop("error_word")
+    found = align.expected_layout(
+        ids.numpy().reshape(-1),
+        block_size=7,
+        num_experts=11,
+        length=len(expected["sorted_token_ids"]),
+        expert_map=None if expert_map is None else expert_map.numpy(),
+        ignore=ignore,
+    )
+    assert {name: found[name].tolist() for name in expected} == expected
+
+
+def test_the_benchmarks_oracle_of_batches_is_the_librarys() -> None:
+    counts = torch.tensor([2, 3, 0, 6, 8], dtype=torch.int32)
+    work = align.Work("batched", "", (5, 8, 5, 4), [counts], batched=True)
+    expected = oracle_align_batched(counts, max_tokens_per_batch=8, block_size=4)
+    expected.pop("error_word")
+    assert {name: work.expected(0)[name].tolist() for name in expected} == expected
+
+
+def test_rows_of_ids_hold_distinct_experts() -> None:
+    for kind in ("uniform", "zipf"):
+        ids = align.make_ids(kind, (50, 8, 16, 4), torch.Generator().manual_seed(0))
+        assert ids.dtype == torch.int32
+        assert all(len(set(row)) == 8 for row in ids.tolist())
+
+
+def peer_output(ids: list[int]) -> tuple[torch.Tensor, ...]:
+    """What a peer might give for 3 experts in blocks of 2: right, but not stable, and with a tail of its own."""
+    assert ids == [2, 0, 2, -1, 2]
+    return torch.tensor([1, 5, 4, 0, 2, 5, 77]), torch.tensor([0, 2, 2, -3]), torch.tensor([6])
+
+
+def test_a_peer_may_order_a_bin_as_it_likes_and_nothing_else() -> None:
+    ids = torch.tensor([[2], [0], [2], [-1], [2]], dtype=torch.int32)
+    want = align.Work("align", "", (5, 1, 3, 2), [ids]).expected(0)
+    routes, experts, total = peer_output(ids.flatten().tolist())
+    assert align.bins_difference(routes, experts, total, want, 2) is None
+    twice, missing, moved = routes.clone(), routes.clone(), experts.clone()
+    twice[2], missing[4], moved[0] = 0, 5, 1
+    assert "once each" in align.bins_difference(twice, experts, total, want, 2)
+    assert "once each" in align.bins_difference(missing, experts, total, want, 2)
+    assert "expected expert 0, got 1" in align.bins_difference(routes, moved, total, want, 2)
+    assert "multiple of 2" in align.bins_difference(routes, experts, torch.tensor([5]), want, 2)
+
+
+def test_exact_difference_names_the_element() -> None:
+    ids = torch.tensor([[1], [0]], dtype=torch.int32)
+    want = align.Work("align", "", (2, 1, 2, 1), [ids]).expected(0)
+    assert align.exact_difference({"sorted_token_ids": torch.tensor([1, 0])}, want) is None
+    assert "sorted_token_ids[1]: expected 0, got 9" in align.exact_difference(
+        {"sorted_token_ids": torch.tensor([1, 9])}, want
+    )
+    assert "expected 2 elements, got 3" in align.exact_difference({"sorted_token_ids": torch.zeros(3)}, want)
+
+
+def made_up_timer(session: Any, entries: list[Any]) -> dict[str, list[float]]:
+    for entry in entries:
+        for slot in range(session.slots):
+            entry.call(slot)
+    return {entry.impl: [1.0, 3.0, 2.0] for entry in entries}
+
+
+def small_work() -> tuple[Any, Any]:
+    session = align.Session(torch.device("cpu"), "test", ["reference"], slots=2)
+    size = (4, 2, 8, 4)
+    return session, align.Work("align", align.name_of(size), size, session.inputs("uniform", size))
+
+
+def test_what_is_wrong_is_reported_and_not_timed() -> None:
+    session, work = small_work()
+    wrong = align.Entry("wrong", lambda slot: None, lambda slot: "element 3")
+    session.run(work, [wrong, align.ours("reference", work)], made_up_timer)
+    assert [row["impl"] for row in session.rows] == ["moealign-reference"]
+    assert session.wrong == ["WRONG align 4x2-E8-B4 wrong: element 3"]
+
+
+def test_timed_calls_that_wrote_nothing_are_reported() -> None:
+    session, work = small_work()
+    session.run(work, [align.ours("reference", work)], lambda _, entries: {entry.impl: [1.0] for entry in entries})
+    assert session.rows == []
+    assert "after the timed calls: sorted_token_ids[0]: expected " in session.wrong[0]
+    assert "got -7" in session.wrong[0]
+
+
+def test_rows_have_the_columns(tmp_path: Path) -> None:
+    session, work = small_work()
+    session.run(work, [align.ours("reference", work), align.torch_argsort(work)], made_up_timer)
+    assert session.wrong == []
+    align.write_csv(session.rows, tmp_path / "some" / "align_test.csv")
+    lines = (tmp_path / "some" / "align_test.csv").read_text().splitlines()
+    assert lines[0] == COLUMNS
+    today = session.rows[0]["date"]
+    assert lines[1] == f"align,4x2-E8-B4,8,8,2,4,moealign-reference,2.000,1.000,3.000,test,{torch.__version__},{today}"
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*_*.csv")), ids=lambda path: path.name)
+def test_tracked_results_have_the_columns_and_one_row_a_measurement(path: Path) -> None:
+    with path.open(newline="") as source:
+        reader = csv.DictReader(source)
+        rows = list(reader)
+    assert reader.fieldnames == COLUMNS.split(",")
+    keys = [tuple(row[name] for name in COLUMNS.split(",")[:7]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    assert all(0 <= float(row["min_us"]) <= float(row["median_us"]) <= float(row["max_us"]) for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    done = subprocess.run([sys.executable, BENCHMARKS / "align.py"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout.count("\n") == 1
+    assert "expected a GPU" in done.stdout
+
+
+def test_gpu_slug() -> None:
+    assert align.gpu_slug("NVIDIA H200") == "h200"
+    assert align.gpu_slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
+
+
+def test_tables_of_results_that_were_made_up(root: Path) -> None:
+    text = figures.with_tables("README.md", README, root / "benchmarks")
+    assert "| 1 x 8, 256, 16 | 8 | 2.00 | 5.00 | 4.00 | 1.00 | 2.0x |" in text
+    assert "| 16,384 x 8, 256, 128 | 131,072 | 7.50 | 60.0 | - | - | 8.0x |" in text
+    assert "| 8 x 128, 16 | 2.20 | 3.30 | 1.5x |" in text
+    assert "(256 routes): 11.0 us, vLLM's wrapper 25.0 us." in text
+    assert "H200, torch 2.11.0, 2026-11-23; `benchmarks/results/align_h200.csv`" in text
+    assert "| 512 x 8, 256, 64 | 4,096 | 25.0 | 500.0 | 20.0x |" in text
+    assert "99.0" not in text
+    assert "stale" not in text
+    assert text.startswith("# title\n")
+    assert "\nbetween\n" in text
+    assert figures.with_tables("README.md", text, root / "benchmarks") == text
+
+
+def test_a_missing_or_double_marker_is_an_error(root: Path) -> None:
+    for text in ("nothing", README + README):
+        with pytest.raises(ValueError, match=r"expected <!-- performance:begin --> and then .* once each"):
+            figures.with_tables("README.md", text, root / "benchmarks")
+
+
+def test_a_file_that_is_not_there_leaves_its_tables_alone(tmp_path: Path) -> None:
+    for page in figures.PAGES:
+        assert figures.with_tables(page, "no markers", tmp_path) == "no markers"
+
+
+def test_the_script_writes_and_checks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    image = root / "docs" / "images" / "performance.png"
+    arguments = ["--root", str(root)]
+    assert figures.main([*arguments, "--check"]) == 1
+    said = capsys.readouterr().out
+    assert "README.md: its tables are not those" in said
+    assert "docs/performance.md: its tables are not those" in said
+    assert "docs/experts.md" not in said
+    assert not image.exists()
+    assert figures.main(arguments) == 0
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert figures.main([*arguments, "--check"]) == 0
+    (root / "docs" / "performance.md").write_text("no markers")
+    assert figures.main([*arguments, "--check"]) == 2
+    assert figures.main(["--root", str(root / "none")]) == 2
+
+
+@pytest.mark.parametrize("page", figures.PAGES)
+def test_the_tables_of_a_page_are_those_of_the_tracked_files(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert figures.with_tables(page, text, BENCHMARKS) == text, "run make figures"
+
+
+def test_every_marker_of_a_page_is_filled_by_the_script() -> None:
+    for page, tables_of in figures.PAGES.items():
+        found = re.findall(r"<!-- (\S+):begin -->", (ROOT / page).read_text())
+        assert sorted(found) == sorted(marker for marker, *_ in tables_of), page
+
+
+VERSIONS = """name,python,torch,transformers,triton,numba,numpy,passed,failed,skipped,date
+torch-2.10,3.11.7,2.10.0,5.24.0,3.6.0,0.68.1,2.4.6,900,1,12,2026-11-26
+oldest,3.10.13,2.10.0,5.16.0,-,0.61.0,1.26.4,950,0,10,2026-11-27
+"""
+
+
+def test_the_table_of_versions_is_its_rows_and_the_dates_they_span(tmp_path: Path) -> None:
+    (tmp_path / "versions.csv").write_text(VERSIONS)
+    rows = figures.read(tmp_path / "versions.csv")
+    said, _, table = tables.versions_table(rows, "a.csv").partition("\n\n")
+    assert said == "`make test-versions`, 2026-11-26 to 2026-11-27; `a.csv`."
+    header, _, *lines = (line.strip("| ").split(" | ") for line in table.splitlines())
+    assert [header, *lines] == [line.split(",")[:-1] for line in VERSIONS.splitlines()]
+    assert tables.versions_table(rows[:1], "a.csv").startswith("`make test-versions`, 2026-11-26; `a.csv`.")
+
+
+# ---- goals, experts, routers, plug-ins, trials -----------------------------------------------------------------------
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    """Rows from lines of bench, case, routes, experts, top-k, and the median of each implementation."""
+    rows = []
+    for line in text.strip().splitlines():
+        bench, case, *sizes = (cell.strip() for cell in line.split(",")[:5])
+        for named in line.split(",")[5:]:
+            impl, median = named.split("=")
+            values = [bench, case, *sizes, "16", impl.strip(), median, median, median, "h200", "2.11.0", "2026-11-23"]
+            rows.append(dict(zip(COLUMNS.split(","), values, strict=True)))
+    return rows
+
+
+def cell_of(table: str, goal: str) -> str:
+    """What stands beside the one goal that begins like that."""
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {goal}")]
+    return line.split("|")[2].strip()
+
+
+def test_a_miss_is_bold_and_a_hit_is_not() -> None:
+    assert goals.each([2.0, 1.5], least=2) == "2.00x, **1.50x**"
+    assert goals.each([2.0, 2.5], most=2) == "2.00x, **2.50x**"
+    assert goals.each([1.9996], least=2) == "**1.9996x**", "a miss does not look like a hit"
+    assert goals.each([12.34], unit=" us") == "12.3 us"
+    assert goals.span([3, 1, 2], least=2) == "**1.00x** to 3.00x"
+    assert goals.span([3, 3]) == "3.00x"
+    assert goals.each([]) == goals.span([]) == "not measured"
+
+
+def test_goals_of_cuda() -> None:
+    rows = rows_of("""
+        align, 1x8-E256-B16, 8, 256, 8, moealign-cuda=1, vllm-0.33.0=4, sglang-kernel-0.4.4=3, floor-chain=0.5
+        align, 64x8-E256-B16, 512, 256, 8, moealign-cuda=1, vllm-0.33.0=2, sglang-kernel-0.4.4=3
+        align, 8192x8-E256-B128, 65536, 256, 8, moealign-cuda=1, vllm-0.33.0=7, sglang-kernel-0.4.4=5
+        align, 32x2-E8-B16, 64, 8, 2, moealign-cuda=1, vllm-0.33.0=1.8
+        batched, nb8-M128-B16, 1024, 8, 128, moealign-cuda=2.2
+        batched, nb9-M128-B16, 1152, 9, 128, moealign-cuda=2.4
+        align-extras, 1x8-E256-B16 three, 8, 256, 8, moealign-cuda=1
+        align-extras, 1x8-E256-B16 all six, 8, 256, 8, moealign-cuda=1.25
+        align-skew, 1x8-E256-B16 uniform, 8, 256, 8, moealign-cuda=1
+        align-skew, 1x8-E256-B16 zipf, 8, 256, 8, moealign-cuda=1.6
+        large-e, 1024x8-E1024-B16, 8192, 1024, 8, moealign-cuda=1
+        large-e, 1024x8-E2048-B16, 8192, 2048, 8, moealign-cuda=3
+        large-e, 1024x8-E4096-B16, 8192, 4096, 8, moealign-cuda=6
+        eager-host, 1x8-E256-B16 drop-in, 8, 256, 8, moealign-cuda=10, vllm-0.33.0=19
+    """)
+    table = goals.cuda_goals(rows, "some.csv")
+    assert table.startswith("H200, torch 2.11.0, 2026-11-23; `some.csv`.")
+    assert cell_of(table, "1 to 32 routes: 2.5x") == "3.00x"
+    assert cell_of(table, "1 to 32 routes: at most 1.8x") == "**2.00x**"
+    assert cell_of(table, "64 to 512 routes") == "**2.00x**"
+    assert cell_of(table, "1,024 routes") == "not measured"
+    assert cell_of(table, "65,536 routes") == "**5.00x**; over vLLM alone 7.00x"
+    assert cell_of(table, "64 routes to 8 experts") == "1.80x"
+    assert cell_of(table, "batched") == "2.20 us to **2.40 us**"
+    assert cell_of(table, "all extras") == "1.25x"
+    assert cell_of(table, "skewed ids") == "**1.60x**"
+    assert cell_of(table, "twice the experts") == "**3.00x**, 2.00x"
+    assert cell_of(table, "host time") == "**1.90x**"
+
+
+def test_goals_of_triton() -> None:
+    table = goals.triton_goals(rows_of("""
+        align, 8x8-E256-B16, 64, 256, 8, moealign-triton=3, moealign-cuda=1, torch-argsort=2
+        align, 2048x8-E256-B128, 16384, 256, 8, moealign-triton=4, vllm-0.33.0=3
+        align, 8192x8-E256-B128, 65536, 256, 8, moealign-triton=4, vllm-0.33.0=12, torch-argsort=40
+    """), "")  # fmt: skip
+    assert cell_of(table, "from 16,384 routes on") == "**0.75x**, 3.00x"
+    assert cell_of(table, "65,536 routes") == "3.00x"
+    assert cell_of(table, "up to 512 routes") == "**3.00x**"
+    assert cell_of(table, "never slower") == "**0.67x** to 10.0x"
+
+
+def test_goals_of_the_cpu() -> None:
+    table = goals.cpu_goals(rows_of("""
+        align, routes, 8, 256, 8, moealign-cpu=10, torch-argsort=20, cpp-counting-sort=9
+        align, routes, 524288, 256, 8, moealign-cpu=2621.44, moealign-cpu-2t=1310.72, floor-memcpy=655.36
+        align, experts, 524288, 64, 8, moealign-cpu=1000, moealign-cpu-2t=800, cpp-counting-sort=1000
+        align, experts, 524288, 256, 8, moealign-cpu=1500
+    """), "")  # fmt: skip
+    assert cell_of(table, "8 routes") == "**2.00x**"
+    assert cell_of(table, "C++, over the routes") == "**0.90x**"
+    assert cell_of(table, "C++, over the experts") == "1.00x"
+    assert cell_of(table, "two threads, from") == "2.00x"
+    assert cell_of(table, "two threads, over") == "**1.25x**"
+    assert cell_of(table, "linear growth") == "5.00 ns"
+    assert cell_of(table, "no cliff") == "1.50x"
+    assert cell_of(table, "a copy") == "4.00x"
+
+
+def test_experts_and_their_goals() -> None:
+    rows = rows_of("""
+        experts, T1-k8-E128-H64-I32, 8, 128, 8, moealign=10, vllm-0.33.0=11, transformers-grouped_mm=40, floor=9.9
+        experts, T256-k8-E128-H64-I32, 2048, 128, 8, moealign=20, vllm-0.33.0=30, transformers-grouped_mm=20, floor=10
+        experts, T4096-k8-E8-H64-I32, 32768, 8, 8, moealign=20, vllm-0.33.0=30, vllm-0.33.0-tuned=19, floor=10
+    """)
+    table = tables.experts_table(rows, "some.csv")
+    assert "| 128, 8, 64, 32 | 1 | 10.0 | 11.0 | - | 40.0 | 9.90 | 1.10x | 4.00x | 99% |" in table
+    assert "|  | 256 | 20.0 |" in table
+    assert "| 8, 8, 64, 32 | 4,096 | 20.0 | 30.0 | 19.0 | - | 10.0 | 1.50x | - | 50% |" in table
+    assert f"{6 * 128 * 64 * 32 / 10 / 1e6:.2f} TB/s and {6 * 32768 * 64 * 32 / 10 / 1e6:.0f} TFLOP/s" in table
+    table = goals.experts_goals(rows, "")
+    assert cell_of(table, "vLLM: at least") == "1.10x to 1.50x"
+    assert cell_of(table, "the same against") == "**0.95x**"
+    assert cell_of(table, "vLLM: 1.2x at one token") == "**1.10x**; 1.2x would be 108% of the floor"
+    assert cell_of(table, "vLLM: 1.2x at 4,096") == "1.50x"
+    assert cell_of(table, "HF") == "2.00x"
+
+
+def test_experts_on_a_cpu() -> None:
+    table = tables.experts_cpu_table(rows_of("""
+        experts-cpu, T16-k8-E64-H512-I256 float32, 128, 64, 8, moealign=10, transformers-eager=20
+    """), "some.csv")  # fmt: skip
+    assert "| 64, 8, 512, 256 | float32 | 16 | 2.00x | - | - |" in table
+
+
+def test_routers_on_a_cpu() -> None:
+    table = tables.routing_cpu_table(rows_of("""
+        routing-cpu, Qwen3-MoE float32, 4096, 128, 8, moealign-cpu=10, torch=25, moealign-cpu-2t=5, torch-2t=20
+    """), "some.csv")  # fmt: skip
+    assert "| Qwen3-MoE, 8 of 128 | 512 | 10.0 | 25.0 | 2.50x | 5.00 | 20.0 | 4.00x |" in table
+
+
+def test_tokens_a_second_of_a_model() -> None:
+    table = tables.transformers_table(rows_of("""
+        transformers, decode T1 H2048-I768 8 layers, 8, 128, 8, moealign=1000, grouped_mm=1500, moealign-graph=500
+        transformers, prefill T4096 H2048-I768 8 layers, 32768, 128, 8, moealign=4096, moealign-routers=2048
+    """), "some.csv")  # fmt: skip
+    assert table.startswith("Tokens a second, H2048-I768 8 layers, wall time, median; H200")
+    assert "| decode, 1 token, eager | 1,000 | - | 667 | - | 1.50x |" in table
+    assert "| decode, 1 token, CUDA graph | 2,000 | - | - | - | - |" in table
+    assert "| prefill, 4,096 tokens, eager | 1,000,000 | 2,000,000 | - | - | - |" in table
+    assert "4,096 tokens, CUDA graph" not in table
+
+
+def test_routers_and_their_goals() -> None:
+    rows = rows_of("""
+        routing, 1x8-E256-B16 bfloat16, 8, 256, 8, moealign-cuda=2, moealign-cuda-align=1, vllm-0.33.0=6
+        routing, 1024x8-E256-B16 bfloat16, 8192, 256, 8, moealign-cuda=2, moealign-triton=3, vllm-0.33.0=5
+        routing, 2048x8-E256-B16 bfloat16, 16384, 256, 8, moealign-triton=4, vllm-0.33.0=9
+        routing, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=3, moealign-cuda-align=2, vllm-0.33.0=6
+        routing, 32x2-E8-B16 bfloat16, 64, 8, 2, moealign-cuda=2, vllm-0.33.0=5
+        routing-grouped, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=4, vllm-0.33.0=8
+    """)
+    table = tables.routing_table(rows, "some.csv")
+    assert "| 1 x 8, 256, 16 | 2.00 | 1.00 | - | - | 6.00 | 3.00x | 2.00x |" in table
+    assert "| 1,024 x 8, 256, 16 | 2.00 | - | - | 3.00 | 5.00 | 2.50x | - |" in table
+    assert table.index("Softmax, bfloat16") < table.index("Softmax, float32") < table.index("Sigmoid with a bias")
+    table = goals.routing_goals(rows, "")
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 2.5x") == "3.00x"
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 3x") == "**2.50x**; **not measured at 2,048 tokens**"
+    assert cell_of(table, "softmax, top 8 of 256, bfloat16: at most 1.5x") == "**2.00x**"
+    assert cell_of(table, "softmax, top 8 of 256, float32: at most 1.5x") == "1.50x"
+    assert cell_of(table, "other sizes: 2.5x") == "2.50x"
+    assert cell_of(table, "sigmoid with groups: 2.5x") == "**2.00x**"
+
+
+def test_plugins() -> None:
+    table = tables.plugins_table(rows_of("""
+        plugin-align, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=4, moealign=1
+        plugin-align, 2x8-E128-B16, 16, 128, 8, vllm-0.33.0=4, moealign=2
+        plugin-align-host, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=30, moealign=20
+    """), "some.csv")  # fmt: skip
+    assert "| alignment | 2.00x to 4.00x | 1.50x |" in table
+    assert "| fused layer | - | - |" in table
+
+
+def test_trials_are_told_part_by_part() -> None:
+    path = BENCHMARKS / "trials.csv"
+    rows = figures.read(path)
+    assert list(rows[0]) == ["part", "idea", "expected", "seen", "kept", "device", "date"]
+    assert all(row["part"] and row["idea"] and row["seen"] and None not in row for row in rows)
+    shown = {marker for tables_of in figures.PAGES.values() for marker, name, _ in tables_of if name == "trials"}
+    assert shown == {f"trials-{row['part']}" for row in rows}
+    two = [{**rows[0], "part": "cpu", "idea": "this"}, {**rows[0], "part": "cuda", "idea": "that"}]
+    assert "| that |" in tables.trials_table(two, "", "cuda")
+    assert "| this |" not in tables.trials_table(two, "", "cuda")
+
+
+# ---- expert parallelism ----------------------------------------------------------------------------------------------
+
+
+def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
+    rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h200.csv")
+    slower = [
+        {**row, "median_us": str(2 * float(row["median_us"]))} if row["bench"] == "collective" else row for row in rows
+    ]
+    terms, halved = (tables.model_terms(each, (256, 8, 7168, 1024)) for each in (rows, slower))
+    assert halved.exchange_rate == terms.exchange_rate / 2
+    assert halved.flop_rate == terms.flop_rate
+    assert 1e5 < terms.reduce_rate < 1e6  # bytes a microsecond: what NVLink reaches
+    assert tables.parallel_model(slower) != tables.parallel_model(rows)
+
+
+def test_many_nodes_do_not_make_the_exchange_in_a_node_free():
+    rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h200.csv")
+    terms = tables.model_terms(rows, (256, 8, 7168, 1024))
+    for line in tables.parallel_model(rows).splitlines():
+        cells = [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
+        if not cells[0].isdigit():
+            continue
+        ranks, tokens, _, replicated = map(int, cells[:4])
+        in_a_node = 2 * ranks * tokens * 7168 * 2 * 7 / 8 / terms.reduce_rate
+        assert replicated >= in_a_node, (ranks, tokens)
+
+
+def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
+    out = tmp_path / "parallel.csv"
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "parallel.py"), "--small", "--out", str(out), "--limit", "200"],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    impls = {row["impl"] for row in figures.read(out)}
+    assert {"one-gpu", "replicated", "dispatched", "exchange-dispatched", "all-to-all"} <= impls

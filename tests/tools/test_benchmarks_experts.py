@@ -1,0 +1,120 @@
+"""What the experts' benchmarks compute with, without a GPU: the peer's source, references, floors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from cases.experts import expert_loop, relative_error
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SOURCE = """
+import vllm.envs as envs
+logger = None
+
+@triton.jit
+def write_zeros_to_output(a):
+    return a
+
+def not_wanted():
+    return 1
+
+@triton.jit
+def fused_moe_kernel(a):
+    return write_zeros_to_output(a)
+
+def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
+    if envs.VLLM_BATCH_INVARIANT:
+        return {}
+    return {"BLOCK_SIZE_M": 16 if M <= 32 else 128, "rocm": current_platform.is_rocm()}
+"""
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+experts, cpu = load("experts"), load("experts_cpu")
+
+
+def test_only_the_kernel_and_its_configurations_are_taken_from_the_wheel(tmp_path):
+    pytest.importorskip("triton")
+    base = "vllm/model_executor/layers/fused_moe/"
+    with zipfile.ZipFile(tmp_path / "vllm.whl", "w") as archive:
+        archive.writestr(base + "fused_moe.py", SOURCE)
+        name = base + "configs/E=8,N=14336,device_name=NVIDIA_H200"
+        archive.writestr(name + ".json", json.dumps({"1": {"x": 1}, "64": {"x": 64}, "triton_version": "3"}))
+        archive.writestr(name + ",dtype=fp8_w8a8.json", json.dumps({"1": {"x": 2}}))
+    experts.extract(tmp_path / "vllm.whl", tmp_path)
+    text = (tmp_path / experts.KERNEL).read_text()
+    assert "not_wanted" not in text
+    assert text.count("@triton.jit") == 2
+    module = experts.load_kernel(tmp_path)
+    shape = (8, 2, 4096, 14336)
+    assert experts.vllm_config(module, shape, 64, "NVIDIA H200", False) == {"BLOCK_SIZE_M": 128, "rocm": False}
+    assert experts.vllm_config(module, shape, 40, "NVIDIA H200", True) == {"x": 64}
+    assert experts.vllm_config(module, shape, 40, "NVIDIA H100", True) is None
+    assert experts.load_kernel(tmp_path / "elsewhere") is None
+
+
+def test_what_is_not_there_is_said(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("this machine can run it")
+    assert experts.main([]) == 2
+    assert "found none" in capsys.readouterr().out
+
+
+def test_the_floor_is_the_longer_of_bytes_and_operations():
+    layer = experts.Layer((4, 2, 8, 16), 3, [])
+    layer.inputs = [(torch.zeros(3, 8), torch.zeros(3, 2), torch.tensor([[0, 1], [0, 1], [1, 2]]))]
+    weights = 3 * 8 * 16  # of one expert
+    assert layer.floor_us(1.0, 1e9) == 3 * weights * 2
+    assert layer.floor_us(1e9, 1.0) == 2 * 3 * 2 * weights
+
+
+def test_the_cpu_benchmarks_reference_and_loop_are_right(monkeypatch):
+    import types
+
+    torch.manual_seed(0)
+    gate_up, down = torch.randn(4, 16, 8), torch.randn(4, 8, 8)
+    module = types.SimpleNamespace(
+        num_experts=4, gate_up_proj=gate_up, down_proj=down, has_gate=True, has_bias=False, is_transposed=False,
+        act_fn=torch.nn.SiLU(), _is_expert_parallel=False, has_post_expert_norm=False,
+    )  # fmt: skip
+    x, ids, weights = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    want = expert_loop(*(each.double() for each in (x, gate_up, down, weights)), ids)
+    assert relative_error(cpu.reference(module, x, ids, weights, 5), want) < 1e-12
+    for impl, call in cpu.implementations(module, x, ids, weights).items():
+        assert relative_error(call(), want) < 1e-5, impl
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["benchmarks/transformers_model.py", "--small", "--layers", "1", "--prefill", "32", "--turns", "1"],
+        ["benchmarks/experts_cpu.py", "--shapes", "0", "--tokens", "2", "--dtypes", "float32", "--seconds", "0.05"],
+        ["benchmarks/routing_cpu.py", "--tokens", "3", "--seconds", "0.05"],
+        ["examples/faster_transformers.py", "--tokens", "3"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_runs_from_the_command_line(command, tmp_path):
+    pytest.importorskip("transformers")
+    root = BENCHMARKS.parent
+    out = [] if command[0].startswith("examples") else ["--out", str(tmp_path / "out.csv")]
+    done = subprocess.run([sys.executable, *command, *out], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    if out:
+        assert (tmp_path / "out.csv").read_text().count("\n") > 2
+    else:
+        assert "the same tokens" in done.stdout

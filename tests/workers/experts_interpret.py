@@ -1,0 +1,146 @@
+"""The experts' kernels under Triton's interpreter against plain loops.  test_experts_triton.py runs it in a process.
+
+TRITON_INTERPRET=1 PYTHONPATH=src:tests python tests/workers/experts_interpret.py
+
+In float32: the interpreter's products in bfloat16 are wrong without a word.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch._dynamo.testing
+from cases.experts import expert_loop, random_layer, relative_error
+from helpers import failures, patch_interpreter
+
+import moealign
+from moealign import fused_moe, grouped_gemm
+from moealign.experts import launch as experts
+from moealign.experts.launch import Plan, Tile
+
+MOST = 2e-6
+
+
+def layers():
+    """(what, relative error) of whole layers: every rule for rows an expert, odd sizes, options."""
+    for tokens, top_k, count, hidden, inner in (
+        (1, 2, 8, 40, 24),  # each route a tile
+        (2, 2, 40, 48, 16),  # the same for two tokens
+        (5, 3, 7, 40, 24),  # blocks of 16
+        (40, 2, 3, 33, 17),  # blocks of 32, odd sizes
+        (70, 2, 2, 32, 16),  # blocks of 128
+    ):
+        x, gate_up, down, weights, ids, biases = random_layer(tokens, top_k, count, hidden, inner, bias=True)
+        ids[-1, 0] = count  # dropped
+        layer = [each.float() for each in (x, gate_up, down, weights)]
+        extra = {"gate_up_bias": biases[0].float(), "down_bias": biases[1].float()}
+        got = fused_moe(*layer, ids, **extra, backend="triton")
+        yield f"{tokens} tokens", relative_error(got, expert_loop(x, gate_up, down, weights, ids, bias=biases))
+    for activation in ("gelu", "gelu_tanh", "relu", "relu2"):
+        for gated in (True, False):
+            x, gate_up, down, weights, ids, _ = random_layer(6, 2, 3, 16, 16, gated=gated)
+            layer = [each.float() for each in (x, gate_up, down, weights)]
+            got = fused_moe(*layer, ids, activation=activation, backend="triton")
+            want = expert_loop(x, gate_up, down, weights, ids, activation=activation)
+            yield f"{activation}, gate {gated}", relative_error(got, want)
+    x, gate_up, down, weights, ids, biases = random_layer(6, 2, 3, 16, 16, bias=True, transposed=True)
+    layer = [each.float() for each in (x, gate_up, down, weights)]
+    extra = {"gate_up_bias": biases[0].float(), "down_bias": biases[1].float(), "transposed": True}
+    want = expert_loop(x, gate_up, down, weights, ids, bias=biases, transposed=True)
+    yield "transposed", relative_error(fused_moe(*layer, ids, **extra, backend="triton"), want)
+
+    def odd(rows):
+        return torch.tanh(rows[:, ::2]) * rows[:, 1::2]
+
+    got = fused_moe(*layer, ids, activation=odd, output_rows=torch.sin, **extra, backend="triton")
+    same = fused_moe(*layer, ids, activation=odd, output_rows=torch.sin, **extra, backend="packed")
+    yield "callables between the products", relative_error(got, same)
+
+
+def maps():
+    x, gate_up, down, weights, _, _ = random_layer(24, 3, 4, 16, 16)
+    ids = torch.randint(-1, 11, (24, 3), generator=torch.Generator().manual_seed(5))
+    expert_map = torch.tensor([-1, 2, -1, 0, 3, -1, 1, 7, -1, -1])  # 7: a local expert without weights
+    valid = torch.tensor([17], dtype=torch.int32)
+    weights[ids == 0] = float("nan")  # of routes that are dropped
+    x[17:] = float("nan")
+    layer = [each.float() for each in (x, gate_up, down, weights)]
+    got = fused_moe(*layer, ids, expert_map=expert_map, num_valid_tokens=valid, backend="triton")
+    want = expert_loop(x, gate_up, down, weights, ids, expert_map=expert_map, valid=17)
+    yield "map and valid count", relative_error(got, want)
+    yield "tokens past the valid ones are zero", float(got[17:].abs().max())
+
+
+def plans():
+    """The same layer by plans that no rule chooses for it: the same rows whatever the way."""
+    x, gate_up, down, weights, ids, _ = random_layer(9, 2, 3, 32, 16)
+    layer = [each.float() for each in (x, gate_up, down)]
+    want = expert_loop(x, gate_up, down, weights, ids)
+    target = experts.target_of(torch.device("cpu"))
+    bits = []
+    for how in (
+        Plan(0, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
+        Plan(16, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
+        Plan(32, Tile(32, 16, 16, 2, 4, 2, 0, 1), Tile(32, 16, 16, 2, 4, 2, 0, 1, 0, 16)),
+        Plan(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 1), Tile(32, 16, 16, 8, 4, 2, 0, 2, 1)),
+        Plan(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 0, 16), Tile(32, 16, 16, 8, 4, 2)),
+    ):
+        layout = None
+        if how.block_size:
+            layout = moealign.align(ids, block_size=how.block_size, num_experts=3, positions=True)
+        got = experts.fused_moe(how, *layer, weights.float(), ids, layout, "silu", None, None, False)
+        yield str(tuple(how)), relative_error(got, want)
+        bits.append(got)
+    yield "each route a tile, or aligned: the same bits", float(not torch.equal(bits[0], bits[1]))
+    assert target.multiprocessors
+
+
+def products():
+    x, gate_up, _, weights, ids, biases = random_layer(11, 3, 5, 24, 20, bias=True)
+    ids[4] = torch.tensor([-1, 5, 2])
+    single = [each.float() for each in (x, gate_up)]
+    for size in (16, 32):
+        layout = moealign.align(ids, block_size=size, num_experts=5)
+        for activation in (None, "silu_mul", "gelu"):
+            options = {"row_weights": weights.float(), "bias": biases[0].float(), "activation": activation}
+            got = grouped_gemm(*single, layout, top_k=3, **options, backend="triton")
+            want = grouped_gemm(*single, layout, top_k=3, **options, backend="packed")
+            yield f"grouped_gemm, blocks of {size}, {activation}", relative_error(got, want)
+    layout = moealign.align(ids, block_size=16, num_experts=5)
+    far = moealign.BlockLayout(
+        layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded * 10**6, block_size=16
+    )
+    got = grouped_gemm(*single, far, top_k=3, backend="triton")
+    want = grouped_gemm(*single, layout, top_k=3, backend="packed")
+    yield "grouped_gemm, a total past the end of the layout", relative_error(got, want)
+    try:
+        layout = moealign.align(ids, block_size=48, num_experts=5)
+        grouped_gemm(*single, layout, top_k=3, backend="triton")
+        yield "a block size that tiles do not have is refused", 1.0
+    except moealign.BackendUnavailable as error:
+        yield "a block size that tiles do not have is refused", float("these are of 48" not in str(error))
+
+
+def compiled():
+    """Traced, the kernels are behind one operator."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layer = torch.compile(fused_moe, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (3, 20):
+        x, gate_up, down, weights, ids, _ = random_layer(tokens, 2, 4, 16, 16)
+        got = layer(*(each.float() for each in (x, gate_up, down, weights)), ids)
+        yield f"{tokens} tokens, compiled", relative_error(got, expert_loop(x, gate_up, down, weights, ids))
+    nodes = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    yield "one operator", float("moealign.fused_moe" not in " ".join(nodes) or counter.frame_count != 1)
+
+
+def compared():
+    """(what, its relative error or None) of every case; NaN is an error too."""
+    for part in (layers, maps, plans, products, compiled):
+        for said, error in part():
+            yield said, None if error < MOST else f"relative error {error}"
+
+
+if __name__ == "__main__":
+    patch_interpreter()
+    sys.exit(failures(compared()))

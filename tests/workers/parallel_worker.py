@@ -1,0 +1,412 @@
+"""What one rank does; test_parallel.py starts a process for each."""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import inspect
+import itertools
+import os
+import sys
+import time
+import traceback
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moealign import InvalidInput, InvalidType, RankFailed, fused_moe
+from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
+
+EXPERTS, HIDDEN, INNER, TOP_K = 10, 6, 5, 3
+DEVICE = torch.device("cpu")  # with NCCL this rank's GPU
+
+
+def layer(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    up = torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator, dtype=dtype)
+    return up.to(DEVICE), torch.randn(EXPERTS, HIDDEN, INNER, generator=generator, dtype=dtype).to(DEVICE)
+
+
+def tokens_of(seed: int, count: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, HIDDEN, generator=generator, dtype=torch.float64)
+    weights = torch.rand(count, TOP_K, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, EXPERTS, (count, TOP_K), generator=generator)
+    if kind == "one expert":
+        ids.fill_(EXPERTS - 1)
+    elif kind == "dropped":
+        ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, -1, ids)
+    elif kind == "nothing":
+        ids.fill_(-1)
+    return hidden.to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
+
+
+def placements(ranks: int) -> dict[str, ExpertPlacement]:
+    loads = [float(e * e + 1) for e in range(EXPERTS)]
+    return {
+        "linear": ExpertPlacement.linear(EXPERTS, ranks),
+        "round robin": ExpertPlacement.round_robin(EXPERTS, ranks),
+        "balanced": ExpertPlacement.balanced(loads, ranks),
+        "replicated": ExpertPlacement.balanced(loads, ranks, replicas=ranks + 1),
+    }
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    most = 1e-12 if DEVICE.type == "cpu" else 1e-11
+    torch.testing.assert_close(a, b, rtol=most, atol=most)
+
+
+def shards(placement: ExpertPlacement, rank: int, grad: bool) -> list[torch.Tensor]:
+    return [placement.shard(w, rank).requires_grad_(grad) for w in layer()]
+
+
+def gathered(placement: ExpertPlacement, local: torch.Tensor) -> torch.Tensor:
+    """Gradients of the shards, summed into ``[E, ...]``: copies of an expert add up."""
+    rows = [torch.empty_like(local) for _ in range(placement.ranks)]
+    dist.all_gather(rows, local.contiguous())
+    total = local.new_zeros(EXPERTS, *local.shape[1:])
+    for rank, part in enumerate(rows):
+        for slot, expert in enumerate(placement.table[rank]):
+            if expert >= 0:
+                total[expert] += part[slot]
+    return total
+
+
+def check_replicated(rank: int, ranks: int) -> None:
+    for placement in placements(ranks).values():
+        for kind in ("uniform", "one expert", "dropped", "nothing"):
+            hidden, weights, ids = tokens_of(7, 23, kind)
+            whole = [t.clone().requires_grad_() for t in (hidden, weights, *layer())]
+            expected = fused_moe(whole[0], whole[2], whole[3], whole[1], ids)
+            expected.sin().sum().backward()
+            mine = [hidden.clone().requires_grad_(), weights.clone().requires_grad_(), *shards(placement, rank, True)]
+            out = replicated_moe(mine[0], mine[2], mine[3], mine[1], ids, placement)
+            out.sin().sum().backward()
+            close(out, expected)
+            close(mine[0].grad, whole[0].grad)
+            close(mine[1].grad, whole[1].grad)
+            for own, full in zip(mine[2:], whole[2:], strict=True):
+                close(gathered(placement, own.grad), full.grad)
+
+
+def check_dispatched(rank: int, ranks: int) -> None:
+    for name, placement in placements(ranks).items():
+        for kind in ("uniform", "one expert", "dropped", "nothing"):
+            # Uneven, and the last rank has none.
+            counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]
+            parts = [tokens_of(11 + r, counts[r], kind) for r in range(ranks)]
+            every = [torch.cat(each) for each in zip(*parts, strict=True)]
+            first = sum(counts[:rank])
+            whole = [t.clone().requires_grad_() for t in (every[0], every[1], *layer())]
+            expected = fused_moe(whole[0], whole[2], whole[3], whole[1], every[2])
+            expected.sin().sum().backward()
+            span = slice(first, first + counts[rank])
+            for chunks in (1, 3):
+                mine = [parts[rank][0].clone().requires_grad_(), parts[rank][1].clone().requires_grad_(),
+                        *shards(placement, rank, True)]  # fmt: skip
+                given = (mine[2], mine[3], mine[1], parts[rank][2], placement)
+                out = dispatched_moe(mine[0], *given, chunks=chunks)
+                out.sin().sum().backward()
+                close(out, expected[span])
+                close(mine[0].grad, whole[0].grad[span])
+                close(mine[1].grad, whole[1].grad[span])
+                for own, full in zip(mine[2:], whole[2:], strict=True):
+                    close(gathered(placement, own.grad), full.grad)
+                with torch.no_grad():  # the parts overlap
+                    again = dispatched_moe(mine[0], *given, chunks=chunks)
+                assert torch.equal(again, out), (name, kind, chunks)
+
+
+def check_mesh(rank: int, ranks: int) -> None:
+    mesh = dist.device_mesh.init_device_mesh(DEVICE.type, (ranks,))
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(3, 9, "uniform")
+    up, down = shards(placement, rank, False)
+    close(
+        replicated_moe(hidden, up, down, weights, ids, placement, group=mesh), fused_moe(hidden, *layer(), weights, ids)
+    )
+
+
+def check_a_subgroup(rank: int, ranks: int) -> None:
+    group = dist.new_group([0, 1])
+    if rank < 2:
+        placement = ExpertPlacement.round_robin(EXPERTS, 2)
+        hidden, weights, ids = tokens_of(rank, 4 + rank, "uniform")
+        up, down = shards(placement, rank, False)
+        out = dispatched_moe(hidden, up, down, weights, ids, placement, group=group)
+        close(out, fused_moe(hidden, *layer(), weights, ids))
+
+
+def check_refusals(rank: int, ranks: int) -> None:
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    up, down = layer()
+    for call, message in (
+        (lambda: replicated_moe(hidden, up, down, weights, ids, ExpertPlacement.linear(EXPERTS, ranks + 1)),
+         f"placement: expected one of {ranks} ranks"),
+        (lambda: dispatched_moe(hidden, up, down, weights, ids, ExpertPlacement.linear(EXPERTS, ranks)),
+         "gate_up_proj: expected this rank's"),
+        (lambda: dispatched_moe(hidden, *shards(ExpertPlacement.linear(EXPERTS, ranks), rank, False), weights, ids,
+                                ExpertPlacement.linear(EXPERTS, ranks), chunks=0), "chunks: expected"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=message):
+            call()
+
+
+def given_to(rank: int, ranks: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+    """A rank's rows, shards and weights, its ids, and biases of its experts; all but the ids want gradients."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(rank, count, "uniform")
+    wanted = [hidden.requires_grad_(), *shards(placement, dist.get_rank(), True), weights.requires_grad_()]
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    biases = {
+        name: torch.randn(placement.slots, size, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_()
+        for name, size in (("gate_up_bias", 2 * INNER), ("down_bias", HIDDEN))
+    }
+    return wanted, ids, biases
+
+
+def check_modes(rank: int, ranks: int) -> None:
+    """Compiled, in lower precision and without autograd, with biases and with no tokens on the last rank."""
+    for function, own in ((replicated_moe, 0), (dispatched_moe, rank)):
+        few = 0 if function is dispatched_moe and rank == ranks - 1 else 7
+        for count in (few, 0):
+            check_modes_of(function, ExpertPlacement.linear(EXPERTS, ranks), *given_to(own, ranks, count))
+
+
+def check_modes_of(function, placement, wanted, ids, biases) -> None:
+    inputs = [*wanted, *biases.values()]
+
+    def layer(x, up, down, weights, up_bias, down_bias):
+        return function(x, up, down, weights, ids, placement, gate_up_bias=up_bias, down_bias=down_bias)
+
+    out = layer(*inputs)
+    grads = torch.autograd.grad(out.square().sum(), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager")(*inputs)
+    close(compiled, out)
+    for got, want in zip(torch.autograd.grad(compiled.square().sum(), inputs), grads, strict=True):
+        close(got, want)
+    with torch.inference_mode():
+        close(layer(*inputs), out)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        low = layer(*(each.float() for each in inputs))
+        assert low.dtype is torch.float32
+        assert float((low - out).norm()) <= 0.03 * float(out.norm())
+    plain = [each.detach() for each in inputs]
+    for tracer in (
+        lambda: layer(*(each.to("meta") for each in plain)),
+        lambda: torch.jit.trace(layer, tuple(plain), check_trace=False),
+        lambda: torch.func.grad(lambda x: layer(x, *plain[1:]).sum())(plain[0]),
+        lambda: torch.fx.experimental.proxy_tensor.make_fx(layer)(*plain),
+    ):
+        with pytest.raises(InvalidInput, match="expected an eager call with plain tensors"):
+            tracer()
+
+
+class Layer(torch.nn.Module):
+    """Experts that every rank holds, as data parallelism has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        up, down = layer(dtype=torch.float32)
+        self.up, self.down = torch.nn.Parameter(up), torch.nn.Parameter(down)
+        generator = torch.Generator().manual_seed(1)
+        self.up_bias = torch.nn.Parameter(torch.randn(EXPERTS, 2 * INNER, generator=generator).to(DEVICE))
+        self.down_bias = torch.nn.Parameter(torch.randn(EXPERTS, HIDDEN, generator=generator).to(DEVICE))
+
+    def forward(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        biases = {"gate_up_bias": self.up_bias, "down_bias": self.down_bias}
+        return fused_moe(hidden, self.up, self.down, weights, ids, **biases)
+
+
+def check_data_parallel(rank: int, ranks: int) -> None:
+    """DDP and FSDP with a rank that has no tokens: its gradients are zeros, and nobody waits in vain."""
+    from torch.distributed.fsdp import fully_shard
+
+    parts = [tokens_of(r, 0 if r == ranks - 1 else 6 + r, "uniform") for r in range(ranks)]
+    parts = [(hidden.float(), weights.float(), ids) for hidden, weights, ids in parts]
+    alone = Layer()
+    sum(alone(*part).square().sum() for part in parts).backward()
+    want = {name: each.grad / ranks for name, each in alone.named_parameters()}
+    replicated = torch.nn.parallel.DistributedDataParallel(Layer())
+    sharded = fully_shard(Layer(), mesh=dist.device_mesh.init_device_mesh(DEVICE.type, (ranks,)))
+    for wrapped in (replicated, sharded):
+        for _ in range(2):
+            wrapped.zero_grad()
+            wrapped(*parts[rank]).square().sum().backward()
+        for name, parameter in wrapped.named_parameters():
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            torch.testing.assert_close(grad, want[name.removeprefix("module.")], rtol=1e-4, atol=1e-5)
+    outside = next(each for name, each in sharded.named_parameters() if name == "up")
+    with pytest.raises(InvalidType, match="gate_up_proj: expected a plain tensor, got DTensor; pass its local part"):
+        fused_moe(parts[0][0], outside, alone.down, *parts[0][1:])
+
+
+def check_half_precision(rank: int, ranks: int) -> None:
+    """The kernels' own dtype and sizes that they take, against one rank's layer; the one wait is counted."""
+    experts, hidden, inner, top_k = 16, 256, 128, 4
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(DEVICE, torch.bfloat16)
+
+    up, down = randn(experts, 2 * inner, hidden), randn(experts, hidden, inner)
+    placement = ExpertPlacement.balanced(torch.arange(experts) + 1, ranks, replicas=ranks)
+    mine = (placement.shard(up, rank), placement.shard(down, rank))
+    for tokens in (1, 16, 300):
+        x = randn(tokens, hidden) * 16
+        weights = torch.rand(tokens, top_k, generator=generator).to(DEVICE)
+        ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.to(DEVICE)
+        expected = fused_moe(x, up, down, weights, ids).double()
+        scale = float(expected.norm())
+        got = replicated_moe(x, *mine, weights, ids, placement).double()
+        assert float((got - expected).norm()) < 1e-2 * scale, tokens
+        span = slice(tokens * rank // ranks, tokens * (rank + 1) // ranks)
+        for chunks in (1, 2):
+            own = (x[span], *mine, weights[span], ids[span], placement)
+            dispatched_moe(*own, chunks=chunks)
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                got = dispatched_moe(*own, chunks=chunks)
+                torch.cuda.set_sync_debug_mode("default")
+            waits = [
+                each for each in seen if "synchroniz" in str(each.message) and "prototype" not in str(each.message)
+            ]
+            where = [f"{each.filename}:{each.lineno}: {each.message}" for each in waits]
+            assert len(waits) <= 1, (tokens, chunks, where)
+            assert float((got.double() - expected[span]).norm()) < 1e-2 * scale, (tokens, chunks)
+
+
+def transformers_mesh(ranks: int) -> object:
+    """What `maybe_distribute_model` takes: from 5.19 on a pair of meshes, before it one mesh."""
+    import transformers
+
+    if "mesh_manager" not in inspect.signature(transformers.PreTrainedModel.maybe_distribute_model).parameters:
+        return dist.device_mesh.init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    from transformers.distributed.utils import TransformersDeviceMesh
+
+    dense, expert = (
+        dist.device_mesh.init_device_mesh("cpu", (1, 1, 1, ranks), mesh_dim_names=("pp", "dp_replicate", *names))
+        for names in (("fsdp", "tp"), ("efsdp", "ep"))
+    )
+    return TransformersDeviceMesh(dense, expert)
+
+
+def check_transformers_own_plan(rank: int, ranks: int) -> None:
+    """Whole models under Transformers' expert-parallel plan, in each of its ways, against one process."""
+    import transformers
+    from transformers.distributed import DistributedConfig
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    import moealign
+    import moealign.integrations.transformers as integration
+
+    small = {
+        "vocab_size": 98, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    seen: list[tuple[int, int, bool]] = []
+
+    def forward(module, x, ids, weights):
+        foreign = ids == module.num_experts
+        seen.append((module.num_experts, module.gate_up_proj.shape[0], bool(foreign.any())))
+        # Transformers gives these a weight of zero: with NaN only a route that is really dropped adds nothing.
+        return integration.experts_forward(module, x, ids, weights.masked_fill(foreign, float("nan")))
+
+    integration.install()
+    ALL_EXPERTS_FUNCTIONS.register(integration.NAME, forward)
+    mesh = transformers_mesh(ranks)
+    fields = inspect.signature(DistributedConfig).parameters
+    size = {"ep_size": ranks} if "ep_size" in fields else {"enable_expert_parallel": True}
+    ways = ["all_reduce", "all_to_all"] if "ep_implementation" in fields else [None]
+    text = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(1))
+    for config in (
+        transformers.MixtralConfig(**small, num_local_experts=6),
+        transformers.Qwen3MoeConfig(**small, num_experts=8, moe_intermediate_size=24, head_dim=8),
+    ):
+        for way, routers in itertools.product(ways, (False, True)):
+            torch.manual_seed(0)  # the same model on every rank
+            model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+            with moealign.capture(model) as one, torch.no_grad():
+                expected = model(text).logits
+            model.set_experts_implementation(integration.NAME)
+            if routers:
+                assert integration.replace_routers(model) == config.num_hidden_layers
+            plan = DistributedConfig(
+                tp_size=ranks, tp_plan="auto", **size, **({"ep_implementation": way} if way else {})
+            )
+            model = type(model).maybe_distribute_model(model, plan, mesh)
+            seen.clear()
+            with moealign.capture(model) as all_, torch.no_grad():
+                got = model(text).logits
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+            local = config.num_experts // ranks
+            assert [each[:2] for each in seen] == [(local, local)] * config.num_hidden_layers, seen
+            for name, ids in all_.topk_ids.items():
+                whole = one.topk_ids[name].sort(1).values
+                if all_.num_experts[name] == config.num_experts:  # the hook stands before the ids become local
+                    assert torch.equal(ids.sort(1).values, whole), (way, name)
+                else:
+                    own = torch.where(whole // local == rank, whole % local, -1)
+                    assert torch.equal(ids.sort(1).values, own.sort(1).values), (way, name)
+
+
+def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
+    """The last rank leaves; the others are told so when the group's time is over."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    own = (*shards(placement, rank, False), weights, ids, placement)
+    dispatched_moe(hidden, *own)  # the ranks have met
+    if rank == ranks - 1:
+        time.sleep(8 if DEVICE.type == "cpu" else 20)
+        return
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match=f"rank {rank} of {ranks}: .* is late, has stopped"):
+        dispatched_moe(hidden, *own)
+    assert time.monotonic() - start < (7 if DEVICE.type == "cpu" else 18)
+
+
+def check_nccl_s_watchdog(rank: int, ranks: int) -> None:
+    """The last rank leaves; NCCL's watchdog ends the processes of the others, in either mode."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    own = (*shards(placement, rank, False), weights, ids, placement)
+    replicated_moe(hidden, *own).sum().item()  # the ranks have met
+    if rank == ranks - 1:
+        time.sleep(30)
+        return
+    replicated_moe(hidden, *own).sum().item()
+    print("came back")
+
+
+#: What is about the end of the group's patience.
+IMPATIENT = ("check_a_rank_that_never_comes", "check_nccl_s_watchdog")
+
+
+def main() -> None:
+    global DEVICE
+    rank, ranks, store, name = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    backend = sys.argv[5] if len(sys.argv) > 5 else "gloo"
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(50 if backend == "nccl" else 200, exit=True)  # where it hangs
+    if backend == "nccl":
+        DEVICE = torch.device("cuda", rank)
+        torch.cuda.set_device(DEVICE)
+    patience = datetime.timedelta(seconds=2 if name in IMPATIENT else 60)
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
+    try:
+        for each in name.split(","):
+            globals()[each](rank, ranks)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Not a clean shutdown: the others need not wait for it.
+        os._exit(1)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The Triton router under the interpreter against the plain loops.  test_routing_triton.py runs it in its own process.
+
+TRITON_INTERPRET=1 PYTHONPATH=src:tests python tests/workers/routing_interpret.py
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from cases.router import KINDS, arguments, awkward, routed
+from helpers import FLOATS, failures, patch_interpreter
+
+from moealign.testing import oracle_route
+
+SIZES = [(1, 4, 1), (12, 8, 2), (4, 60, 6), (2, 100, 32), (2, 260, 8)]  # tokens, experts, top_k
+
+
+def cases():
+    """(what, ids, weights, mean) by the kernel and by the loops."""
+    number = 0
+    for kind in KINDS:
+        for tokens, experts, top_k in SIZES:
+            number += 1
+            generator = torch.Generator().manual_seed(number)
+            given = arguments(kind, experts, top_k, generator)
+            logits = awkward(tokens, experts, generator).to(FLOATS[number % 3])
+            valid = max(tokens - 1, 1)
+            call = {"block_size": 4, "num_valid_tokens": torch.tensor([valid], dtype=torch.int32), **given}
+            weights, ids, _, mean = routed(logits, top_k, **call, mean_probability=True, backend="triton")
+            yield (
+                f"{kind}, {tokens} x {experts}, {top_k}",
+                (ids, weights, mean),
+                oracle_route(logits, top_k, **given, num_valid_tokens=valid),
+            )
+
+
+def compared():
+    """(what, difference or None) of every case."""
+    for said, (ids, weights, mean), (want_ids, want_weights, want_mean) in cases():
+        difference = None
+        try:
+            assert ids.tolist() == want_ids, "ids"
+            torch.testing.assert_close(weights, torch.tensor(want_weights), rtol=2e-6, atol=1e-9)
+            torch.testing.assert_close(mean, torch.tensor(want_mean), rtol=1e-5, atol=1e-8)
+        except AssertionError as error:
+            difference = str(error)
+        yield said, difference
+
+
+if __name__ == "__main__":
+    patch_interpreter()
+    sys.exit(failures(compared()))
