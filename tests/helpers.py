@@ -28,11 +28,20 @@ def draw(low: int, high: int, shape: tuple[int, ...], seed: int = 0, dtype: torc
 # ---- processes ---------------------------------------------------------------------------------------------------
 
 
-def environment(*paths: str, **variables: str) -> dict[str, str]:
-    """This environment for a Python that finds `moealign`, these helpers, and first of all what is in `paths`."""
+def environment(*paths: Path | str, **variables: str | None) -> dict[str, str]:
+    """This environment, for a Python that finds `paths` first, then `moealign` and these helpers; None unsets."""
     outer = os.environ.get("PYTHONPATH")
-    search = [*paths, str(ROOT / "src"), str(ROOT / "tests"), *([outer] if outer else [])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(search), **variables}
+    search = [*paths, ROOT / "src", ROOT / "tests", *([outer] if outer else [])]
+    changed = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, search)), **variables}
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def run_python(code: str, *paths: Path | str, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own, in the :func:`environment` of the other arguments; it must succeed."""
+    command, env = [sys.executable, "-c", code], environment(*paths, **variables)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
 
 
 def assert_passes(script: Path | str, release: str | None = None, *, interpreted: bool) -> None:
@@ -40,10 +49,7 @@ def assert_passes(script: Path | str, release: str | None = None, *, interpreted
 
     Triton reads TRITON_INTERPRET when it decorates a kernel, and one process holds one release of it.
     """
-    env = environment(*([release] if release else []))
-    env.pop("TRITON_INTERPRET", None)
-    if interpreted:
-        env["TRITON_INTERPRET"] = "1"
+    env = environment(*([release] if release else []), TRITON_INTERPRET="1" if interpreted else None)
     limit = 900 if interpreted else 1800
     run = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=limit)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]

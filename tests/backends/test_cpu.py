@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import run_python
 
 import moealign
 from moealign.backend import cpu
@@ -35,17 +34,9 @@ def problem(dtype: torch.dtype = torch.int32) -> AlignProblem:
     return AlignProblem("align", torch.device("cpu"), dtype, 8, 8, 4, 4)
 
 
-def run(code: str, **environment: str | None) -> tuple[str, str]:
-    """What `code` prints in a process of its own, and what it prints to stderr; a variable of None is not set."""
-    variables = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), done.stderr
-
-
-def python(code: str, **environment: str | None) -> str:
+def printed(code: str, *paths: Path, **variables: str | None) -> str:
     """What `code` prints in a process of its own."""
-    return run(code, **environment)[0]
+    return run_python(code, *paths, **variables).stdout.strip()
 
 
 @pytest.fixture
@@ -65,7 +56,7 @@ from moealign.backend.cpu import align as cpu
 from moealign.backend.cpu import compiled
 print(sorted(name for name in sys.modules if name.split(".")[0] in ("numba", "llvmlite")))
 """
-    assert python(code) == "[]"
+    assert printed(code) == "[]"
 
 
 def test_without_numba_it_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +214,7 @@ if child == 0:
     os._exit(0 if all((a.numpy() == b.numpy()).all() for a, b in zip(first, again)) else 1)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    assert python(code, MOEALIGN_NUM_THREADS="2") == "0"
+    assert printed(code, MOEALIGN_NUM_THREADS="2") == "0"
 
 
 @numba
@@ -282,11 +273,11 @@ moealign.align(torch.zeros(1, 8, dtype=torch.int32), block_size=4, num_experts=4
 print("then", cpu.note(problem))
 """
     folder = str(tmp_path)
-    first = python(code, MOEALIGN_CACHE_DIR=folder).splitlines()
+    first = printed(code, MOEALIGN_CACHE_DIR=folder).splitlines()
     assert first[0].startswith("the first call compiles")
     assert folder in first[0]
     assert first[1].strip() == "then"
-    second = python(code, MOEALIGN_CACHE_DIR=folder).splitlines()
+    second = printed(code, MOEALIGN_CACHE_DIR=folder).splitlines()
     assert second[0].startswith("compiled by numba before")
     assert folder in second[0]
 
@@ -420,7 +411,7 @@ print("right")
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("act", ["raise", "again"])
 def test_an_exception_or_a_call_at_any_event_of_a_call_does_no_harm(size: str, act: str) -> None:
-    assert python(AT_EVERY_EVENT, SIZE=size, ACT=act, MOEALIGN_NUM_THREADS="3") == "right"
+    assert printed(AT_EVERY_EVENT, SIZE=size, ACT=act, MOEALIGN_NUM_THREADS="3") == "right"
 
 
 @numba
@@ -505,7 +496,7 @@ assert time.process_time() - clock < 0.2
 assert all(map(torch.equal, moealign.moe_align_block_size(ids, 16, 60), wanted))
 print("right")
 """
-    assert python(code, SECONDS=seconds, MOEALIGN_NUM_THREADS="2", MOEALIGN_CACHE_DIR=str(tmp_path)) == "right"
+    assert printed(code, SECONDS=seconds, MOEALIGN_NUM_THREADS="2", MOEALIGN_CACHE_DIR=str(tmp_path)) == "right"
 
 
 @numba
@@ -536,7 +527,7 @@ moealign.align(ids, block_size=4, num_experts=9, backend="cpu")
 sys.setprofile(None)
 print(inside, right())
 """
-    assert python(code, MOEALIGN_CACHE_DIR=str(tmp_path)) == "4 True"
+    assert printed(code, MOEALIGN_CACHE_DIR=str(tmp_path)) == "4 True"
 
 
 @numba
@@ -590,10 +581,10 @@ def test_where_nothing_can_be_kept_kernels_compile_in_every_process(tmp_path: Pa
         environment["LOSE_HOME"] = "1"
     else:
         environment["NUMBA_CACHE_DIR"] = str(file)
-    told, errors = run(COLD, **environment)
-    assert "chosen; the first call compiles with numba, about 3 s, in every process: see the warning" in told
-    assert errors.count("kernels are compiled in every process") == 1
-    assert len(errors.splitlines()) == 1
+    done = run_python(COLD, **environment)
+    assert "chosen; the first call compiles with numba, about 3 s, in every process: see the warning" in done.stdout
+    assert done.stderr.count("kernels are compiled in every process") == 1
+    assert len(done.stderr.splitlines()) == 1
 
 
 @numba
@@ -603,17 +594,17 @@ def test_kernels_are_kept_in_the_folder_of_the_variables(tmp_path: Path) -> None
         "numba/moealign": {"MOEALIGN_CACHE_DIR": "", "NUMBA_CACHE_DIR": str(tmp_path / "numba")},
     }
     for folder, environment in rows.items():
-        told, errors = run(COLD, XDG_CACHE_HOME=str(tmp_path), **environment)
-        assert f"then it is cached in {tmp_path / folder}" in told
-        assert errors == ""
+        done = run_python(COLD, XDG_CACHE_HOME=str(tmp_path), **environment)
+        assert f"then it is cached in {tmp_path / folder}" in done.stdout
+        assert done.stderr == ""
         (kept,) = (tmp_path / folder).iterdir()
         assert kept.suffix == ".numba"
     assert [path.name for path in (tmp_path / "numba").iterdir()] == ["moealign"]
     (kept,) = (tmp_path / "own").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
-    told, errors = run(COLD, **rows["own"])
-    assert "compiled by numba before" in told
-    assert errors.count("is damaged: compiling again") == 1
+    done = run_python(COLD, **rows["own"])
+    assert "compiled by numba before" in done.stdout
+    assert done.stderr.count("is damaged: compiling again") == 1
 
 
 @numba
@@ -658,8 +649,7 @@ except moealign.BackendUnavailable as error:
         name, text, reason = FAILING[case]
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-        environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    said = python(code, **environment)
+    said = printed(code, tmp_path, **environment)
     assert "got 'cpu'" in said
     assert reason in said
 
@@ -692,4 +682,4 @@ def test_info_tells_where_the_cpu_backend_stands(tmp_path: Path) -> None:
         ({"MOEALIGN_NUM_THREADS": "0"}, "ready; but calls are refused: MOEALIGN_NUM_THREADS"),
     ]
     for environment, said in rows:
-        assert said in " ".join(python(code, **environment).split())
+        assert said in " ".join(printed(code, **environment).split())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import subprocess
 import sys
 import threading
 
 import pytest
 import torch
+from helpers import run_python
 
 import moealign
 from moealign.calls import prepared
@@ -224,9 +224,7 @@ thread.join()
 def test_the_very_first_call(routes, body, cache, tmp_path, monkeypatch):
     monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(tmp_path / "cache"))
     for _ in range(1 if cache == "cold" else 2):
-        code = IN_A_NEW_PROCESS.format(routes=routes, body=body)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
+        run_python(IN_A_NEW_PROCESS.format(routes=routes, body=body))
 
 
 # ------------------------------------------------------------------------------------- streams, threads and devices
@@ -289,11 +287,6 @@ def test_a_device_that_is_not_the_current_one(routes):
     assert_same_layout(batched, oracle_align_batched(counts, max_tokens_per_batch=8, block_size=4))
 
 
-def in_a_new_process(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-
 IN_A_PART = """
 import torch, moealign
 from torch.cuda.green_contexts import GreenContext
@@ -341,7 +334,7 @@ GREEN = importlib.util.find_spec("torch.cuda.green_contexts") is not None and ha
 @pytest.mark.skipif(not GREEN, reason="this torch has no green contexts")
 @pytest.mark.parametrize("order", ["run(); run_in_a_part(); run()", "run_in_a_part(); run(); run_in_a_part()"])
 def test_a_part_of_the_gpu_takes_every_size(order):
-    in_a_new_process(f"{IN_A_PART}\n{order}")
+    run_python(f"{IN_A_PART}\n{order}")
 
 
 @pytest.mark.skipif(not GREEN, reason="this torch has no green contexts")
@@ -349,9 +342,7 @@ def test_a_stream_of_a_part_takes_every_size():
     """The green context is the stream's alone; the current one has the whole device."""
     if not hasattr(torch._C._CUDAGreenContext, "Stream"):
         pytest.skip("this torch makes no streams of green contexts")
-    in_a_new_process(
-        f"{IN_A_PART}\nfor part in parts:\n    with torch.cuda.stream(part.Stream()):\n        run()\nrun()"
-    )
+    run_python(f"{IN_A_PART}\nfor part in parts:\n    with torch.cuda.stream(part.Stream()):\n        run()\nrun()")
 
 
 TWO_GRIDS = """
@@ -387,7 +378,7 @@ def test_two_grids_that_each_want_the_whole_gpu_end(body):
     """Above 524,288 routes a CTA takes a multiprocessor: two such grids are never there at once."""
     code = "for got, want in zip(found, expected, strict=True):\n"
     code += "    assert all(torch.equal(a.cpu(), b) for a, b in zip(got, want, strict=True))"
-    in_a_new_process(TWO_GRIDS + body + code)
+    run_python(TWO_GRIDS + body + code)
 
 
 # -------------------------------------------------------------------------------------------- order, bounds and waits

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import re
 import struct
-import subprocess
 import sys
 import types
 import warnings
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import run_python
 from sass import disassembler, touched_before_the_wait
 
 import moealign
@@ -576,4 +576,4 @@ def test_importing_the_backend_imports_no_cuda_core():
     # torch itself may import cuda.bindings, and does where it is installed.
     heavy = "('cuda.core', 'cuda.bindings.nvrtc')"
     code = f"import sys, moealign.backend.cuda; print([m for m in sys.modules if m.startswith({heavy})])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert run_python(code).stdout == "[]\n"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
+from helpers import run_python
 
 HEAVY = ("numba", "triton", "cuda", "matplotlib", "typer", "rich", "safetensors", "transformers")
 
@@ -23,8 +22,7 @@ print(json.dumps([sorted({{name.partition(".")[0] for name in loaded}}), torch.c
 
 def loaded_by(work: str) -> tuple[list[str], bool]:
     """Top-level modules that `work` brings besides what torch alone brings, and whether CUDA came up."""
-    done = subprocess.run([sys.executable, "-c", PROBE.format(work=work)], capture_output=True, text=True, check=True)
-    names, initialised = json.loads(done.stdout.splitlines()[-1])
+    names, initialised = json.loads(run_python(PROBE.format(work=work)).stdout.splitlines()[-1])
     return names, initialised
 
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
 from typer.testing import CliRunner
 
 import moealign
@@ -122,7 +121,3 @@ def test_recommendation_is_the_largest_cheap_block():
     assert report.recommend([small, middle, large]) is middle
     assert report.recommend([report.Padding(16, 20, 155), large]).block_size in (16, 64)
     assert report.recommend([report.Padding(8, 40, 155), report.Padding(64, 20, 155)]).block_size == 8
-
-
-def test_the_readme_s_picture_is_the_demo_s():
-    assert (ROOT / "docs" / "images" / "blocks.png").stat().st_size > 10_000
