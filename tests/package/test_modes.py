@@ -209,31 +209,35 @@ def values(case: Case) -> None:
     same(case.call(*inputs(case)), case.plain(*inputs(case)))
 
 
-def gradients(case: Case) -> None:
-    given = inputs(case, gradients=True)
-    floats, ids = split(case, given)
-    got = torch.autograd.grad(scalar(case.call, ids)(*floats), floats)
-    same(got, torch.autograd.grad(scalar(case.plain, ids)(*floats), floats))
+Transform = Callable[[Callable[..., Any], list[Tensor], list[Tensor]], Any]
 
 
-def double_backward(case: Case) -> None:
-    floats, ids = split(case, inputs(case, gradients=True))
+def compared(transform: Transform, most: float = 1e-9, **options: Any) -> Callable[[Case], None]:
+    """The mode in which `transform` of (function, floats, ids) gives the same for a call as for its formula."""
 
-    def second(function):
-        first = torch.autograd.grad(scalar(function, ids)(*floats), floats, create_graph=True)
-        return torch.autograd.grad(sum(each.double().square().sum() for each in first), floats)
+    def mode(case: Case) -> None:
+        parts = split(case, inputs(case, **options))
+        same(transform(case.call, *parts), transform(case.plain, *parts), most)
 
-    same(second(case.call), second(case.plain), 1e-7)
+    return mode
 
 
-def one_gradient(case: Case) -> None:
+def gradients(function, floats, ids):
+    return torch.autograd.grad(scalar(function, ids)(*floats), floats)
+
+
+def double_backward(function, floats, ids):
+    first = torch.autograd.grad(scalar(function, ids)(*floats), floats, create_graph=True)
+    return torch.autograd.grad(sum(each.double().square().sum() for each in first), floats)
+
+
+def each_gradient_alone(function, floats, ids):
     """Each input's gradient by itself: what is not wanted is not computed, and nothing is missing."""
-    for which in range(len(case.shapes)):
-        given = inputs(case)
-        given[which].requires_grad_()
-        (got,) = torch.autograd.grad(floating(case.call(*given)), given[which])
-        (want,) = torch.autograd.grad(floating(case.plain(*given)), given[which])
-        same(got, want)
+    found = []
+    for which in range(len(floats)):
+        given = [each.detach().requires_grad_(i == which) for i, each in enumerate(floats)]
+        found += torch.autograd.grad(scalar(function, ids)(*given), given[which])
+    return found
 
 
 def no_tokens(case: Case) -> None:
@@ -244,81 +248,71 @@ def no_tokens(case: Case) -> None:
         assert all(not each.any() and each.isfinite().all() for each in grads)
 
 
-def func_grad(case: Case) -> None:
-    floats, ids = split(case, inputs(case))
-    which = tuple(range(len(floats)))
-    same(
-        torch.func.grad(scalar(case.call, ids), which)(*floats),
-        torch.func.grad(scalar(case.plain, ids), which)(*floats),
-    )
+def func_grad(function, floats, ids):
+    return torch.func.grad(scalar(function, ids), tuple(range(len(floats))))(*floats)
 
 
-def func_vjp(case: Case) -> None:
-    floats, ids = split(case, inputs(case))
-    got, back = torch.func.vjp(scalar(case.call, ids), *floats)
-    want, back_plain = torch.func.vjp(scalar(case.plain, ids), *floats)
-    same((got, back(torch.ones_like(got))), (want, back_plain(torch.ones_like(want))))
+def func_vjp(function, floats, ids):
+    value, back = torch.func.vjp(scalar(function, ids), *floats)
+    return value, back(torch.ones_like(value))
 
 
-def func_jvp(case: Case) -> None:
-    floats, ids = split(case, inputs(case))
-    tangents = tuple(inputs(case, seed=7)[: len(floats)])
-    got = torch.func.jvp(scalar(case.call, ids), tuple(floats), tangents)
-    same(got, torch.func.jvp(scalar(case.plain, ids), tuple(floats), tangents))
-    assert got[1].abs() > 0
+def tangents_of(floats: list[Tensor]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(7)
+    return tuple(torch.randn(each.shape, dtype=torch.float64, generator=generator).to(each) / 2 for each in floats)
 
 
-def dual_numbers(case: Case) -> None:
+def func_jvp(function, floats, ids):
+    value, tangent = torch.func.jvp(scalar(function, ids), tuple(floats), tangents_of(floats))
+    assert tangent.abs() > 0
+    return value, tangent
+
+
+def dual_numbers(function, floats, ids):
     from torch.autograd import forward_ad
 
-    floats, ids = split(case, inputs(case))
-    tangents = inputs(case, seed=7)[: len(floats)]
     with forward_ad.dual_level():
-        dual = [forward_ad.make_dual(each, tangent) for each, tangent in zip(floats, tangents, strict=True)]
-        got = forward_ad.unpack_dual(scalar(case.call, ids)(*dual))
-        want = forward_ad.unpack_dual(scalar(case.plain, ids)(*dual))
-    same((got.primal, got.tangent), (want.primal, want.tangent))
+        dual = map(forward_ad.make_dual, floats, tangents_of(floats))
+        return tuple(forward_ad.unpack_dual(scalar(function, ids)(*dual)))
 
 
-def jacobians(case: Case) -> None:
-    floats, ids = split(case, inputs(case, tokens=3))
+def jacobians(function, floats, ids):
+    def first_output(first):
+        return _pytree.tree_leaves(function(first, *floats[1:], *ids))[0]
 
-    def output(function):
-        return lambda first: _pytree.tree_leaves(function(first, *floats[1:], *ids))[0]
+    return [jacobian(first_output)(floats[0]) for jacobian in (torch.func.jacrev, torch.func.jacfwd)]
 
-    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
-        same(jacobian(output(case.call))(floats[0]), jacobian(output(case.plain))(floats[0]))
-    hessian = torch.func.hessian(scalar(lambda first: case.call(first, *floats[1:], *ids), []))
-    plain = torch.func.hessian(scalar(lambda first: case.plain(first, *floats[1:], *ids), []))
-    same(hessian(floats[0]), plain(floats[0]), 1e-6)
+
+def hessian(function, floats, ids):
+    return torch.func.hessian(scalar(lambda first: function(first, *floats[1:], *ids), []))(floats[0])
+
+
+def stacked(case: Case) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Inputs by three seeds, and the same stacked."""
+    batch = [inputs(case, seed=seed) for seed in range(3)]
+    return batch, [torch.stack(each) for each in zip(*batch, strict=True)]
 
 
 def vmap(case: Case) -> None:
-    batch = [inputs(case, seed=seed) for seed in range(3)]
-    stacked = [torch.stack(each) for each in zip(*batch, strict=True)]
-    want = [case.plain(*given) for given in batch]
-    got = torch.vmap(case.call)(*stacked)
-    for i, each in enumerate(want):
-        same(_pytree.tree_map(lambda leaf, i=i: leaf[i], got), each)
+    batch, together = stacked(case)
+    got = torch.vmap(case.call)(*together)
+    for i, given in enumerate(batch):
+        same(_pytree.tree_map(lambda leaf, i=i: leaf[i], got), case.plain(*given))
 
 
 def vmap_of_gradients(case: Case) -> None:
-    batch = [inputs(case, seed=seed) for seed in range(3)]
-    stacked = [torch.stack(each) for each in zip(*batch, strict=True)]
-    which = tuple(range(len(case.shapes)))
+    batch, together = stacked(case)
 
     def of(function):
-        return torch.func.grad(lambda *given: floating(function(*given)), which)
+        return torch.func.grad(lambda *given: floating(function(*given)), tuple(range(len(case.shapes))))
 
-    got = torch.vmap(of(case.call))(*stacked)
+    got = torch.vmap(of(case.call))(*together)
     for i, given in enumerate(batch):
         same([each[i] for each in got], of(case.plain)(*given))
 
 
 def gradient_of_vmap(case: Case) -> None:
-    batch = [inputs(case, seed=seed) for seed in range(3)]
-    stacked = [torch.stack(each) for each in zip(*batch, strict=True)]
-    floats, ids = split(case, stacked)
+    floats, ids = split(case, stacked(case)[1])
     floats = [each.requires_grad_() for each in floats]
 
     def of(function):
@@ -467,17 +461,15 @@ def deterministic(case: Case) -> None:
     try:
         values(case)
         if case.shapes:
-            gradients(case)
+            compared(gradients, gradients=True)(case)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
-def batched_gradients(case: Case) -> None:
-    floats, ids = split(case, inputs(case, gradients=True))
-    output, plain = (_pytree.tree_leaves(each(*floats, *ids))[0] for each in (case.call, case.plain))
+def batched_gradients(function, floats, ids):
+    output = _pytree.tree_leaves(function(*floats, *ids))[0]
     batch = torch.randn(3, *output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    got = torch.autograd.grad(output, floats, batch, is_grads_batched=True)
-    same(got, torch.autograd.grad(plain, floats, batch, is_grads_batched=True))
+    return torch.autograd.grad(output, floats, batch, is_grads_batched=True)
 
 
 def negated_view(case: Case) -> None:
@@ -566,18 +558,19 @@ MODES: dict[str, Callable[[Case], None]] = {
     "subclass": subclass,
 }
 GRADIENT_MODES: dict[str, Callable[[Case], None]] = {
-    "gradients": gradients,
-    "one gradient": one_gradient,
-    "double backward": double_backward,
-    "torch.func.grad": func_grad,
-    "torch.func.vjp": func_vjp,
-    "torch.func.jvp": func_jvp,
-    "forward-mode AD": dual_numbers,
-    "jacobians": jacobians,
+    "gradients": compared(gradients, gradients=True),
+    "one gradient": compared(each_gradient_alone),
+    "double backward": compared(double_backward, 1e-7, gradients=True),
+    "torch.func.grad": compared(func_grad),
+    "torch.func.vjp": compared(func_vjp),
+    "torch.func.jvp": compared(func_jvp),
+    "forward-mode AD": compared(dual_numbers),
+    "jacobians": compared(jacobians, tokens=3),
+    "hessian": compared(hessian, 1e-6, tokens=3),
     "vmap of gradients": vmap_of_gradients,
     "gradient of vmap": gradient_of_vmap,
     "functional_call": functional_call,
-    "batched gradients": batched_gradients,
+    "batched gradients": compared(batched_gradients, gradients=True),
     "negated view": negated_view,
     "checkpoint": checkpointed,
 }
