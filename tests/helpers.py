@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def draw(low: int, high: int, shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     """Random integers in ``[low, high)``."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def in_threads(work: Callable[[int], None], count: int) -> None:
+    """Run ``work(0)`` to ``work(count - 1)``, each in a thread of its own, at once; none may raise."""
+    with ThreadPoolExecutor(count) as pool:
+        barrier = threading.Barrier(count)
+        list(pool.map(lambda number: (barrier.wait(), work(number)), range(count)))
 
 
 # ---- processes ---------------------------------------------------------------------------------------------------

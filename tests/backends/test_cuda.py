@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-import threading
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import in_threads, run_python
 
 import moealign
 from moealign.calls import prepared
@@ -250,27 +249,17 @@ def test_two_streams_at_once(routes):
 
 
 def test_threads():
-    wrong: list[BaseException] = []
-
     def work(seed: int) -> None:
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for routes in (16, 100, 2000, 20000):
-                    ids = some_ids(routes, 32, seed)
-                    expected = oracle_align(ids, block_size=8, num_experts=32)
-                    on_gpu = ids.to(DEVICE)
-                    for _ in range(5):
-                        layout = moealign.align(on_gpu, block_size=8, num_experts=32, **ALL, backend="cuda")
-                        assert_same_layout(layout, expected)
-        except BaseException as error:
-            wrong.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for routes in (16, 100, 2000, 20000):
+                ids = some_ids(routes, 32, seed)
+                expected = oracle_align(ids, block_size=8, num_experts=32)
+                on_gpu = ids.to(DEVICE)
+                for _ in range(5):
+                    layout = moealign.align(on_gpu, block_size=8, num_experts=32, **ALL, backend="cuda")
+                    assert_same_layout(layout, expected)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert wrong == []
+    in_threads(work, 4)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")

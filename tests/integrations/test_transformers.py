@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
+from helpers import in_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moealign
@@ -82,6 +83,15 @@ def close(got, want, most):
     assert float((got - want).abs().max()) / scale < most
 
 
+def close_gradients(ours, eager, most):
+    """Every parameter's gradient is that of the eager model, or missing from both."""
+    theirs = dict(eager.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad is None) == (theirs[name].grad is None), name
+        if parameter.grad is not None:
+            close(parameter.grad, theirs[name].grad, most)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often our function computed an experts module."""
@@ -105,12 +115,7 @@ def test_logits_and_gradients_equal_eager(name, calls):
     close(got.logits, want.logits, 1e-6)
     want.loss.backward()
     got.loss.backward()
-    theirs = dict(eager.named_parameters())
-    for key, parameter in ours.named_parameters():
-        if theirs[key].grad is None:
-            assert parameter.grad is None, key
-        else:
-            close(parameter.grad, theirs[key].grad, 1e-6)
+    close_gradients(ours, eager, 1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -149,10 +154,7 @@ def test_compiled_gradients_equal_eager(name):
     compiled = torch.compile(ours, backend="aot_eager")
     for model in (eager, compiled):
         model(TEXT, labels=TEXT, use_cache=False).loss.backward()
-    theirs = dict(eager.named_parameters())
-    for key, parameter in ours.named_parameters():
-        if theirs[key].grad is not None:
-            close(parameter.grad, theirs[key].grad, 1e-5)
+    close_gradients(ours, eager, 1e-5)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -223,6 +225,13 @@ def experts_of(**layout):
     return Experts(Config())
 
 
+def routes():
+    """(hidden states, ids, weights) of six tokens for the experts of :func:`experts_of`."""
+    generator = torch.Generator().manual_seed(4)
+    x, weights = torch.randn(6, 12, generator=generator), torch.rand(6, 2, generator=generator)
+    return x, torch.randint(0, 5, (6, 2), generator=generator), weights
+
+
 LAYOUTS = {
     "concatenated": {},
     "llama-4": {"is_transposed": True},
@@ -236,10 +245,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_of_weights_equals_transformers_own(name):
     module = experts_of(**LAYOUTS[name])
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(9, 12, generator=generator)
-    weights = torch.rand(9, 2, generator=generator)
-    ids = torch.randint(0, 5, (9, 2), generator=generator)
+    x, ids, weights = routes()
     close(module(x, ids, weights), moe.batched_mm_experts_forward(module, x, ids, weights), 1e-6)
 
 
@@ -247,8 +253,7 @@ def test_every_layout_of_weights_equals_transformers_own(name):
 def test_the_sentinel_of_expert_parallelism_is_dropped(name):
     """Masked routing writes the number of local experts, and a weight of zero."""
     module = experts_of(**LAYOUTS[name])
-    x, weights = torch.randn(6, 12), torch.rand(6, 2)
-    ids = torch.randint(0, 5, (6, 2))
+    x, ids, weights = routes()
     foreign = torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0], [1, 0]], dtype=torch.bool)
     want = moe.batched_mm_experts_forward(module, x, ids, weights.masked_fill(foreign, 0))
     ids, weights = ids.masked_fill(foreign, 5), weights.masked_fill(foreign, 0)
@@ -260,7 +265,7 @@ def test_the_sentinel_of_expert_parallelism_is_dropped(name):
 
 def test_an_own_gate_or_norm_is_called():
     module = experts_of()
-    ids, weights, x = torch.randint(0, 5, (6, 2)), torch.rand(6, 2), torch.randn(6, 12)
+    x, ids, weights = routes()
     plain = module(x, ids, weights)
     module._apply_gate = lambda rows: torch.tanh(rows[:, :8]) * rows[:, 8:]  # of this object alone
     assert not torch.allclose(module(x, ids, weights), plain)
@@ -275,7 +280,7 @@ def test_an_own_gate_or_norm_is_called():
 def test_an_activation_that_is_not_known_is_called():
     module = experts_of()
     module.act_fn = torch.nn.Softplus()
-    ids, weights, x = torch.randint(0, 5, (6, 2)), torch.rand(6, 2), torch.randn(6, 12)
+    x, ids, weights = routes()
     close(module(x, ids, weights), moe.batched_mm_experts_forward(module, x, ids, weights), 1e-6)
 
 
@@ -335,7 +340,7 @@ def test_experts_with_other_weights_are_refused_with_the_way_out(change, got):
     module = experts_of()
     change(module)
     with pytest.raises(moealign.BackendUnavailable, match=rf"{got}.*; set another by .*'grouped_mm'.*dequantised"):
-        module(torch.randn(6, 12), torch.randint(0, 5, (6, 2)), torch.rand(6, 2))
+        module(*routes())
 
 
 def test_fp8_experts_of_transformers_are_refused_with_the_way_out():
@@ -492,9 +497,7 @@ def test_capture_does_not_begin_inside_a_compiled_function():
 
     with pytest.raises(moealign.InvalidInput, match="expected to begin outside a compiled function, got one that runs"):
         inside(torch.ones(2))
-    with moealign.capture(model) as seen:
-        model(("a", ids_of([0, 1])))
-    assert seen.layers == ["a"]
+    assert captured(model, ("a", ids_of([0, 1]))).layers == ["a"]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -607,13 +610,20 @@ def ids_of(*rows):
     return torch.tensor(rows)
 
 
+def captured(model, *calls):
+    """What :func:`moealign.capture` saw of one call of `model`."""
+    with moealign.capture(model) as seen:
+        model(*calls)
+    return seen
+
+
 def test_layers_of_several_kinds_give_a_trace_each():
     model = Calls(text=Named(), more=Named(), vision=Named(), large=Named(9), wide=Named())
-    with moealign.capture(model) as seen:
-        model(
-            ("text", ids_of([0, 1], [2, 3])), ("more", ids_of([3, 1], [2, 0])), ("vision", ids_of([1, 2])),
-            ("large", ids_of([8, 0], [1, 2])), ("wide", ids_of([0, 1, 2], [1, 2, 3])),
-        )  # fmt: skip
+    seen = captured(
+        model,
+        ("text", ids_of([0, 1], [2, 3])), ("more", ids_of([3, 1], [2, 0])), ("vision", ids_of([1, 2])),
+        ("large", ids_of([8, 0], [1, 2])), ("wide", ids_of([0, 1, 2], [1, 2, 3])),
+    )  # fmt: skip
     assert {name: ids.tolist() for name, ids in seen.topk_ids.items()}["vision"] == [[1, 2]]
     assert seen.num_experts["large"] == 9
     assert [trace.details["layers"] for trace in seen.traces()] == [["text", "more"], ["vision"], ["large"], ["wide"]]
@@ -635,8 +645,7 @@ def test_layers_that_saw_other_tokens_are_not_laid_side_by_side():
 def test_a_module_that_is_used_twice_is_recorded_twice_under_its_first_name():
     shared = Named()
     model = Calls(first=shared, second=shared)
-    with moealign.capture(model) as seen:
-        model(("first", ids_of([0, 1])), ("second", ids_of([2, 3], [1, 0])))
+    seen = captured(model, ("first", ids_of([0, 1])), ("second", ids_of([2, 3], [1, 0])))
     assert seen.layers == ["first"]
     assert seen.trace().calls == (1, 2)
     assert seen.trace().topk_ids.tolist() == [[[0, 1], [2, 3], [1, 0]]]
@@ -657,19 +666,13 @@ def test_a_call_that_raises_leaves_nothing():
 
 def test_threads_keep_their_calls_together():
     model = Calls(a=Named(16), b=Named(16))
-    barrier = threading.Barrier(4)
 
     def work(number):
-        barrier.wait()
         for _ in range(20):
             model(("a", ids_of([number, 8])), ("b", ids_of([number, 9])))
 
     with moealign.capture(model) as seen:
-        workers = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
+        in_threads(work, 4)
     ids = seen.trace().topk_ids
     assert ids.shape == (2, 80, 2)
     assert torch.equal(ids[0, :, 0], ids[1, :, 0])
@@ -697,10 +700,7 @@ def test_blocks_may_be_nested_and_parts_captured():
     ids=["sentinels", "a batch", "a mask of integers", "a mask", "an expert twice"],
 )
 def test_ids_and_masks_are_understood(ids, want):
-    model = Calls(a=Named())
-    with moealign.capture(model) as seen:
-        model(("a", ids))
-    assert seen.topk_ids["a"].tolist() == want
+    assert captured(Calls(a=Named()), ("a", ids)).topk_ids["a"].tolist() == want
 
 
 @pytest.mark.parametrize(
@@ -716,9 +716,8 @@ def test_ids_and_masks_are_understood(ids, want):
     ],
 )
 def test_what_is_no_choice_is_refused(ids, error, message):
-    model = Calls(a=Named())
-    with moealign.capture(model), pytest.raises(getattr(moealign, error), match=message):
-        model(("a", ids))
+    with pytest.raises(getattr(moealign, error), match=message):
+        captured(Calls(a=Named()), ("a", ids))
 
 
 def test_a_choice_that_is_not_of_the_tokens_is_refused():
@@ -809,7 +808,7 @@ SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3]])
     ("given", "want"),
     [
         ((SCORES, ids_of([1, 2], [0, 3])), [[1, 2], [0, 3]]),
-        ((SCORES.topk(2).indices[..., :1], SCORES), "neither"),
+        ((SCORES.topk(2).indices[..., :1], SCORES), [[1, 2], [0, 3]]),
         ((torch.tensor([[0, 0.4, 0.3, 0], [0.5, 0, 0, 0.3]]), -SCORES), [[1, 2], [0, 3]]),
         ((SCORES, SCORES.log()), [[1, 2], [0, 3]]),
         ((SCORES, -SCORES), "expected .* to return its choice, or scores that it chooses by, got .* do not agree"),
@@ -826,17 +825,13 @@ SCORES = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3]])
 def test_what_a_router_returns_is_understood_or_refused(given, want):
     model = torch.nn.Sequential()
     model.router = SomeRouter()
-    with moealign.capture(model) as seen:
-        if want == "neither":
-            model.router(*given)
-            want = [[1, 2], [0, 3]]
-        elif isinstance(want, str):
-            with pytest.raises((moealign.InvalidInput, moealign.InvalidType), match=want):
-                model.router(*given)
-            return
-        else:
-            model.router(*given)
-    assert seen.topk_ids["router"].tolist() == want
+    refused = (
+        pytest.raises((moealign.InvalidInput, moealign.InvalidType), match=want) if isinstance(want, str) else None
+    )
+    with moealign.capture(model) as seen, refused or contextlib.nullcontext():
+        model.router(*given)
+    if refused is None:
+        assert seen.topk_ids["router"].tolist() == want
 
 
 def test_scores_that_a_bias_shifts_are_refused():
@@ -882,9 +877,18 @@ def test_training_through_a_replaced_router():
     for model in (eager, ours):
         model.train()
         model(TEXT, labels=TEXT, output_router_logits=True).loss.backward()  # with the auxiliary loss
-    for (name, theirs), (_, mine) in zip(eager.named_parameters(), ours.named_parameters(), strict=True):
-        if "gate.weight" in name:
-            close(mine.grad, theirs.grad, 1e-5)
+    close_gradients(ours, eager, 1e-5)
+
+
+ROWS = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The plans that were run, one after the other."""
+    ran, run = [], router_forms.Plan.run
+    monkeypatch.setattr(router_forms.Plan, "run", lambda self, *args: ran.append(self) or run(self, *args))
+    return ran
 
 
 # Every router of Transformers that computes one of the forms, by its module and class; each is made small.
@@ -952,25 +956,17 @@ def asked(router, rows):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("module", "name"), ROUTERS, ids=[name for _, name in ROUTERS])
-def test_every_router_of_a_known_form_is_replaced(module, name, dtype, monkeypatch):
+def test_every_router_of_a_known_form_is_replaced(module, name, dtype, runs):
     router = router_of(module, name, dtype)
-    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6)).to(dtype)
+    rows = ROWS.to(dtype)
     with torch.no_grad():
         want = router(*asked(router, rows))
-        ran = count_runs(monkeypatch)
         count = integration.replace_routers(torch.nn.Sequential(router))
         assert count == 1, count.reasons
-        ran.clear()
+        runs.clear()
         got = router(*asked(router, rows))
-    assert len(ran) == 1, "it is the kernel that chose"
+    assert len(runs) == 1, "it is the kernel that chose"
     equal_choices(got, want)
-
-
-def count_runs(monkeypatch):
-    """The plans that were run, one after the other."""
-    ran, run = [], router_forms.Plan.run
-    monkeypatch.setattr(router_forms.Plan, "run", lambda self, *args: ran.append(self) or run(self, *args))
-    return ran
 
 
 def equal_choices(got, want):
@@ -1026,18 +1022,16 @@ class Other(Chooser):
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid", "shifted", "noise"])
 @pytest.mark.parametrize("router", [Chooser, Other])
-def test_a_router_of_any_class_and_names_is_replaced(router, kind, monkeypatch):
+def test_a_router_of_any_class_and_names_is_replaced(router, kind, runs):
     module = router(kind).eval()
-    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
-    want = module(rows)
-    ran = count_runs(monkeypatch)
+    want = module(ROWS)
     assert integration.replace_routers(module) == 1
-    ran.clear()
-    equal_choices(module(rows), want)
-    assert len(ran) == 1
+    runs.clear()
+    equal_choices(module(ROWS), want)
+    assert len(runs) == 1
     module.train()
-    module(rows)
-    assert len(ran) == (1 if kind == "noise" else 2), "noise that training adds is its own forward's"
+    module(ROWS)
+    assert len(runs) == (1 if kind == "noise" else 2), "noise that training adds is its own forward's"
 
 
 @pytest.mark.parametrize("kind", ["root", "least", "of others", "flat", "bent"])
@@ -1131,95 +1125,90 @@ def test_where_nothing_is_replaced_a_warning_says_why():
 )
 def test_a_replaced_router_follows_later_changes(change, value):
     module, own = Chooser(), Chooser()
-    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
     integration.replace_routers(module)
     for each in (module, own):
         setattr(each, change, value)
-    equal_choices(module(rows), own(rows))
+    equal_choices(module(ROWS), own(ROWS))
     module.shift.add_(1), own.shift.add_(1)
     module.matrix.data.mul_(2), own.matrix.data.mul_(2)
-    equal_choices(module(rows), own(rows))
+    equal_choices(module(ROWS), own(ROWS))
 
 
-def test_a_replaced_router_is_converted_copied_pickled_and_compiled(monkeypatch):
+def test_a_replaced_router_is_converted_copied_pickled_and_compiled(runs):
     module = Chooser("shifted")
     integration.replace_routers(module)
-    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
-    ran = count_runs(monkeypatch)
+    runs.clear()
     for number, each in enumerate((copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module), 1):
-        equal_choices(each(rows), Chooser.forward(each, rows))
-        assert len(ran) == number
+        equal_choices(each(ROWS), Chooser.forward(each, ROWS))
+        assert len(runs) == number
     assert each.state_dict().keys() == Chooser().state_dict().keys()
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         module.to(dtype)
-        ran.clear()
-        got, want = module(rows.to(dtype)), Chooser.forward(module, rows.to(dtype))
-        assert len(ran) >= 1
+        runs.clear()
+        got, want = module(ROWS.to(dtype)), Chooser.forward(module, ROWS.to(dtype))
+        assert len(runs) >= 1
         assert [each.dtype for each in got] == [each.dtype for each in want]
     torch._dynamo.reset()
     graphs = []
     compiled = torch.compile(module, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
     with torch.no_grad():
-        equal_choices(compiled(rows), Chooser.forward(module, rows))
+        equal_choices(compiled(ROWS), Chooser.forward(module, ROWS))
         module.how_many = 2
-        equal_choices(compiled(rows), Chooser.forward(module, rows))
+        equal_choices(compiled(ROWS), Chooser.forward(module, ROWS))
     assert "moealign.route" in graphs[0].code
     with torch.autocast("cpu", torch.bfloat16):
-        equal_choices(module(rows), Chooser.forward(module, rows))
+        equal_choices(module(ROWS), Chooser.forward(module, ROWS))
     module.to("meta")
-    assert [each.shape for each in module(rows.to("meta"))] == [(40, 16), (40, 2), (40, 2)]
+    assert [each.shape for each in module(ROWS.to("meta"))] == [(40, 16), (40, 2), (40, 2)]
 
 
 def test_a_replaced_router_inside_transforms_of_torch_func():
     module, own = Chooser(), Chooser()
     with torch.device("meta"):  # what the context makes is not what recognises
         assert integration.replace_routers(module) == 1
-    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
 
     def total(router):
         return lambda rows: router(rows)[1].square().sum()
 
     for transform in (
-        lambda router: torch.func.grad(total(router))(rows),
-        lambda router: torch.vmap(total(router))(rows[None]),
-        lambda router: torch.func.jvp(total(router), (rows,), (rows,))[1],
+        lambda router: torch.func.grad(total(router))(ROWS),
+        lambda router: torch.vmap(total(router))(ROWS[None]),
+        lambda router: torch.func.jvp(total(router), (ROWS,), (ROWS,))[1],
     ):
         torch.testing.assert_close(transform(module), transform(own), rtol=1e-4, atol=1e-5)
 
 
-def test_a_router_under_accelerate_s_hooks_is_replaced(monkeypatch):
+def test_a_router_under_accelerate_s_hooks_is_replaced(runs):
     hooks = pytest.importorskip("accelerate.hooks")
-    module, rows = Chooser(), torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
-    want = module(rows)
+    module = Chooser()
+    want = module(ROWS)
 
     class Doubled(hooks.ModelHook):
         def pre_forward(self, module, rows):
             return (rows * 2,), {}
 
     hooks.add_hook_to_module(module, Doubled())
-    ran = count_runs(monkeypatch)
     assert integration.replace_routers(module) == 1
-    ran.clear()
-    equal_choices(module(rows / 2), want)
-    assert len(ran) == 1
+    runs.clear()
+    equal_choices(module(ROWS / 2), want)
+    assert len(runs) == 1
     assert integration.restore_routers(module) == 1
-    equal_choices(module(rows / 2), want)
-    assert len(ran) == 1
+    equal_choices(module(ROWS / 2), want)
+    assert len(runs) == 1
     integration.replace_routers(module)
     hooks.remove_hook_from_module(module)
-    equal_choices(module(rows), want)
+    equal_choices(module(ROWS), want)
     assert integration.restore_routers(module) == 1
-    equal_choices(module(rows), want)
+    equal_choices(module(ROWS), want)
 
 
-def test_a_router_under_fsdp_is_replaced(tmp_path, monkeypatch):
+def test_a_router_under_fsdp_is_replaced(tmp_path, runs):
     """Its parameters are shards when it is replaced, and whole when it runs."""
     dist = pytest.importorskip("torch.distributed")
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     fsdp = pytest.importorskip("torch.distributed.fsdp")
-    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
-    want = Chooser()(rows)
+    want = Chooser()(ROWS)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
@@ -1229,10 +1218,10 @@ def test_a_router_under_fsdp_is_replaced(tmp_path, monkeypatch):
                 integration.replace_routers(module)
             fsdp.fully_shard(module, mesh=mesh)
             assert integration.replace_routers(module) == (0 if before else 1)
-            ran = count_runs(monkeypatch)
-            got = module(rows)
+            runs.clear()
+            got = module(ROWS)
             equal_choices(got, want)
-            assert len(ran) >= 1
+            assert len(runs) >= 1
             got[1].sum().backward()
             assert module.matrix.grad is not None
     finally:

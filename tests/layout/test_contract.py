@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import pytest
 import torch
-from helpers import POISONS, SIGNED, UNSIGNED, draw
+from helpers import POISONS, SIGNED, UNSIGNED, draw, in_threads
 
 import moealign
 from moealign import (
@@ -364,24 +363,14 @@ def test_threads_at_once(place):
     name, device = place
     cases = [draw(-1, 64, (tokens, 4), seed=tokens) for tokens in (3, 100, 900, 9000)]
     expected = [oracle_align(ids, block_size=16, num_experts=64) for ids in cases]
-    wrong: list[str] = []
 
     def work(number: int) -> None:
-        try:
-            for _ in range(15):
-                assert_same_layout(
-                    align(cases[number].to(device), block_size=16, num_experts=64, positions=True, backend=name),
-                    expected[number],
-                )
-        except BaseException as error:
-            wrong.append(repr(error))
+        ids, want = cases[number % 4], expected[number % 4]
+        for _ in range(15):
+            got = align(ids.to(device), block_size=16, num_experts=64, positions=True, backend=name)
+            assert_same_layout(got, want)
 
-    threads = [threading.Thread(target=work, args=(i % 4,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    in_threads(work, 8)
 
 
 @pytest.mark.parametrize("name", TABLE)
