@@ -211,15 +211,21 @@ def test_a_compile_error_says_what_nvrtc_says():
 # ---------------------------------------------------------------------------------------------------- specialisations
 
 
-def test_a_batched_kernel_serves_every_number_of_slots(monkeypatch):
-    batched = sys.modules["moealign.backend.cuda.batched"]
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The batched kernels that are asked for, as (source, name, macros, device); none is compiled."""
+    batched, keys = sys.modules["moealign.backend.cuda.batched"], []
 
-    def kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> types.SimpleNamespace:
-        asked.append((source, name, defines, index))
+    def kernel(*key: object) -> types.SimpleNamespace:
+        keys.append(key)
         return types.SimpleNamespace(multiprocessors=132, prepare=lambda *shape: shape)
 
     monkeypatch.setattr(batched, "kernel", kernel)
+    return keys
+
+
+def test_a_batched_kernel_serves_every_number_of_slots(asked):
+    batched = sys.modules["moealign.backend.cuda.batched"]
     for batches, block_size in ((8, 16), (300, 1)):
         asked.clear()
         for slots in (*range(1, 200), 2**20):
@@ -249,19 +255,11 @@ def test_without_routes_a_block_is_of_one():
 
 
 @pytest.mark.parametrize("slots", [0, 1])
-def test_without_rows_a_batched_block_is_of_one(slots, monkeypatch):
+def test_without_rows_a_batched_block_is_of_one(slots, asked):
     batched = sys.modules["moealign.backend.cuda.batched"]
-    asked = []
-    monkeypatch.setattr(
-        batched,
-        "kernel",
-        lambda source, name, defines, index: (
-            asked.append(dict(defines)) or types.SimpleNamespace(multiprocessors=132, prepare=lambda *shape: shape)
-        ),
-    )
     problem = AlignProblem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, 0, 2**32)
     batched.BatchedAlignment(problem)._prepare(0, True)
-    assert [each["B"] for each in asked] == [1]
+    assert [dict(defines)["B"] for _, _, defines, _ in asked] == [1]
 
 
 def test_a_kernel_keeps_no_more_launches_than_it_says(monkeypatch):
