@@ -6,7 +6,6 @@ expert, which decides blocks and padding alone.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from .alignment import align
 from .errors import BackendUnavailable, InvalidInput
 from .experts.gemm import grouped_gemm
 from .layout import BlockLayout
+from .timing import graph_us
 
 __all__ = [
     "H200",
@@ -222,26 +222,8 @@ GroupedGemm = Callable[..., Tensor]
 
 
 def median_graph_us(call: Callable[[], object], replays: int = 15, calls: int = 5) -> float:
-    """Median device time of a call in microseconds, `calls` of them in a CUDA graph; two calls to warm up."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())  # what the call reads was made there
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                call()
-        times = []
-        for _ in range(replays):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-    return float(statistics.median(times))
+    """Median device time of a call in microseconds: a CUDA graph of `calls` calls, after two calls to warm up."""
+    return graph_us([call] * calls, warm_up=2, min_replays=replays, max_replays=replays, untimed_replays=0)
 
 
 def measure(

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from .alignment import align, align_batched
-from .layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched
+from .layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched, cdiv
 
 __all__ = [
     "argsort_align",
     "assert_same_layout",
     "check_backend",
     "difference",
+    "expected_layout",
     "oracle_align",
     "oracle_align_batched",
     "oracle_route",
@@ -215,6 +216,66 @@ def _lay_out(bins: list[list[int]], size: int, length: int, sentinel: int, name_
         "group_ends": ends,
         "positions": positions,
         "block_rows": block_rows + [0] * (blocks - len(block_rows)),
+    }
+
+
+def expected_layout(
+    ids: np.ndarray,
+    *,
+    block_size: int,
+    num_experts: int,
+    length: int,
+    expert_map: np.ndarray | None = None,
+    ignore: bool = False,
+) -> dict[str, np.ndarray]:
+    """The fast oracle: every output of :func:`moealign.align` by its name, computed by a stable argsort in numpy.
+
+    Args:
+        ids: flat expert ids; an id outside ``[0, num_experts)`` is dropped.
+        block_size: rows of a block.
+        num_experts: number of bins.
+        length: of ``sorted_token_ids``.
+        expert_map: local expert of each global one, -1 for none.
+        ignore: ``ignore_invalid_experts``.
+
+    Returns:
+        The outputs, and ``bins``: the expert under which each route is listed, -1 if it is dropped.
+    """
+    n = len(ids)
+    bins = np.where((ids >= 0) & (ids < num_experts), ids.astype(np.int64), -1)
+    local = None
+    if expert_map is not None:
+        local = np.where((expert_map >= 0) & (expert_map < num_experts), expert_map.astype(np.int64), -1)
+        if ignore:
+            bins = np.where(bins >= 0, local[bins], -1)
+    kept = bins >= 0
+    order = np.argsort(np.where(kept, bins, num_experts), kind="stable")[: int(kept.sum())]
+    counts = np.bincount(bins[kept], minlength=num_experts)
+    blocks = -(-counts // block_size)
+    offsets = np.concatenate(([0], np.cumsum(blocks * block_size)))
+    ends = np.cumsum(counts)
+    bin_of = bins[order]
+    rows = offsets[bin_of] + np.arange(len(order)) - (ends - counts)[bin_of]
+
+    sorted_ids = np.full(length, n)
+    sorted_ids[rows] = order
+    positions = np.full(n, -1)
+    positions[order] = rows
+    used, unused = int(blocks.sum()), cdiv(length, block_size) - int(blocks.sum())
+    experts = np.repeat(np.arange(num_experts), blocks)  # of each used block
+    earlier = np.arange(used) - np.repeat(np.cumsum(blocks) - blocks, blocks)  # blocks of the same expert before it
+    block_rows = np.minimum(block_size, np.repeat(counts, blocks) - earlier * block_size)
+    return {
+        "sorted_token_ids": sorted_ids,
+        "expert_ids": np.concatenate((experts if local is None or ignore else local[experts], np.full(unused, -1))),
+        "num_tokens_post_padded": offsets[-1:],
+        "expert_counts": counts,
+        "expert_offsets": offsets,
+        "group_ends": ends,
+        "positions": positions,
+        "block_rows": np.concatenate((block_rows, np.zeros(unused, dtype=np.int64))),
+        "scatter_idx": np.where(kept, np.arange(n), -1),
+        "bins": bins if local is None or ignore else np.where(kept, local[bins], -1),
     }
 
 

@@ -15,6 +15,7 @@ LEVELS = {
     "errors": 0,
     "placement": 1,
     "layout": 0,
+    "timing": 0,
     "checks": 1,
     "modes": 1,
     "backends": 2,

@@ -7,7 +7,6 @@ ones' first product, then of the second.  Each is compared with the other path's
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..alignment import align
 from ..errors import BackendUnavailable
+from ..timing import graph_us
 from . import launch as kernels
 from .launch import Plan, Tile
 from .layer import fused_moe
@@ -136,34 +136,14 @@ def tune(shape: Shape, tokens: Sequence[int], device: torch.device, seed: int = 
                 wrong = float((call(plan, 0).float() - want).norm() / want.norm())
                 if not wrong < MOST_WRONG:
                     return float("inf")
-                return _graph_time([lambda slot=slot: call(plan, slot) for slot in range(slots)])  # type: ignore[misc]
+                calls = [lambda slot=slot: call(plan, slot) for slot in range(slots)]  # type: ignore[misc]
+                return graph_us(calls, warm_up=slots, min_replays=5, max_replays=50, budget_us=5_000.0)
             except Exception:  # whatever a compiler or a launch refuses is no candidate
                 torch.cuda.synchronize(device)
                 return float("inf")
 
         plan, micros, by_rule, tried = search(bases(kernels.target_of(device), shape, count), measure)
         yield Found(count, plan, micros, by_rule, tried)
-
-
-def _graph_time(calls: Sequence[Callable[[], Any]], least_us: float = 5_000.0) -> float:
-    """Median microseconds a call in graph replay."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < least_us and len(times) < 50):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times) / len(calls)
 
 
 def write(path: Path, shape: Shape, found: Sequence[Found], about: dict[str, str]) -> None:
