@@ -1,34 +1,24 @@
 #!/usr/bin/env python3
-"""moealign, its peers, the torch formulation and the floors, side by side in one process; see docs/performance.md.
+"""`moealign bench` with the repository's defaults: the peers in .peers, and the tracked CSV for a complete run.
 
-    python benchmarks/align.py                    # everything, on the GPU; needs under four minutes
+    python benchmarks/align.py                    # everything, on the GPU; under four minutes
     python benchmarks/align.py --quick            # a few sizes
     python benchmarks/align.py --bench eager-host # one part
-    python benchmarks/align.py --device cpu       # a trial without a GPU; the CPU's own is align_cpu.py
+    python benchmarks/align.py --device cpu       # a trial without a GPU; align_cpu.py is the benchmark of the CPU
 
-The benchmark is `moealign.bench`, which the package brings as `moealign bench`; here are the repository's defaults: the
-peers' libraries in .peers (shared/peers/get_peers.py makes them), and the tracked CSV of a whole run.
+shared/peers/get_peers.py makes .peers.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
+from common import PEERS, RESULTS
 
-from moealign import bench  # noqa: E402
-from moealign.bench import *  # noqa: E402, F403  for the benchmarks beside this one
+from moealign.bench.command import main as bench_main
 
-main = functools.partial(
-    bench.main,
-    peers=ROOT / ".peers",
-    device="cuda",
-    tracked=ROOT / "benchmarks" / "results",
-    program="benchmarks/align.py",
-)
+main = functools.partial(bench_main, peers=PEERS, device="cuda", tracked=RESULTS, program="benchmarks/align.py")
 
 if __name__ == "__main__":
     sys.exit(main())

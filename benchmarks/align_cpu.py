@@ -1,43 +1,40 @@
-"""How long an alignment takes on the CPU, beside torch, C++ and a plain copy.
-
-Every row: int32 ids, uniform over the experts unless the case says otherwise, outputs allocated inside the timed call.
-Bytes: an alignment reads 4 n bytes of ids and writes 4 (L + cdiv(L, B) + 1); `floor-memcpy` copies half as many, so
-that what it reads and writes together is the same number.
-The implementations take turns in a random order, so that a busy machine disturbs all alike; the median counts.
+"""Times an alignment on the CPU, beside torch, C++ and a plain copy.
 
     python benchmarks/align_cpu.py [--quick] [--out benchmarks/results/align_cpu.csv]
+
+Every row: int32 ids, uniform over the experts unless the case says otherwise, outputs allocated inside the timed call.
+Bytes: an alignment reads 4 n bytes of ids and writes 4 (L + cdiv(L, B) + 1).  `floor-memcpy` copies half as many, so
+that it reads and writes the same number together.
+The implementations take turns in random order, so that a busy machine disturbs all alike; the median counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
-import datetime
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import RESULTS
 
 import moealign
+from moealign import bench
 from moealign.testing import argsort_align, assert_same_layout, oracle_align
+from moealign.timing import Times, host_in_turns, host_us
 
-HERE = Path(__file__).resolve().parent
-COLUMNS = ["bench", "case", "routes", "num_experts", "top_k", "block_size", "impl", "median_us", "min_us", "max_us",
-           "gpu", "torch", "date"]  # fmt: skip
 TOP_K, BLOCK = 8, 64
 SIZES = (8, 64, 512, 4096, 65_536, 524_288, 4_194_304, 16_777_216)
 EXPERTS = (8, 64, 256, 1024, 4096, 16_384, 65_536)
 SWEEP_ROUTES = 524_288
-REFERENCE_MOST = 4_194_304  # the vectorised reference is left out above
+MAX_REFERENCE_ROUTES = 4_194_304  # the vectorised reference is left out above
 
 Align = Callable[[torch.Tensor, int], object]
 
@@ -51,7 +48,16 @@ class Case(NamedTuple):
 def build_cpp() -> Align | None:
     """counting_sort.cpp through ctypes, or None without a g++."""
     library = Path(tempfile.mkdtemp()) / "counting_sort.so"
-    command = ["g++", "-O3", "-march=native", "-shared", "-fPIC", "-o", str(library), str(HERE / "counting_sort.cpp")]
+    command = [
+        "g++",
+        "-O3",
+        "-march=native",
+        "-shared",
+        "-fPIC",
+        "-o",
+        str(library),
+        str(Path(__file__).with_name("counting_sort.cpp")),
+    ]
     try:
         subprocess.run(command, check=True)
     except (OSError, subprocess.CalledProcessError) as problem:
@@ -77,11 +83,7 @@ def build_cpp() -> Align | None:
     return align
 
 
-def one_thread(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
-    return moealign.moe_align_block_size(ids, BLOCK, num_experts, backend="cpu")
-
-
-def two_threads(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
+def cpu(ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, ...]:
     return moealign.moe_align_block_size(ids, BLOCK, num_experts, backend="cpu")
 
 
@@ -115,61 +117,51 @@ def cases(quick: bool) -> list[Case]:
 
 
 def check(implementations: dict[str, Align]) -> None:
-    """Every implementation against plain loops, in the regimes of the table that loops can follow."""
+    """Compare every implementation with plain loops, at sizes that loops can handle."""
     for routes, num_experts in ((8, 256), (4096, 256), (262_144, 256), (65_536, 4096)):
         ids = torch.randint(num_experts, (routes // TOP_K, TOP_K), dtype=torch.int32)
         expected = oracle_align(ids, block_size=BLOCK, num_experts=num_experts)
         for name, function in implementations.items():
-            if name == "floor-memcpy":
-                continue
-            use(name)
-            rows, experts, total = function(ids, num_experts)  # type: ignore[misc]
-            layout = {"sorted_token_ids": rows, "expert_ids": experts, "num_tokens_post_padded": total}
-            assert_same_layout(layout, expected)
+            if name != "floor-memcpy":
+                set_threads(name)
+                assert_same_layout(bench.by_name(tuple(function(ids, num_experts))), expected)  # type: ignore[arg-type]
 
 
-def use(name: str) -> None:
-    """The threads that `name` stands for; torch itself has one throughout."""
+def set_threads(name: str) -> None:
+    """Of our backend, for the implementation of that name; torch always has one thread."""
     os.environ["MOEALIGN_NUM_THREADS"] = "2" if name.endswith("-2t") else "1"
 
 
-def measure(case: Case, implementations: dict[str, Align], seconds: float) -> dict[str, list[float]]:
-    """Microseconds a call, one number a turn."""
-    inputs = {name: copy_source(case) if name == "floor-memcpy" else case.ids for name in implementations}
-    calls: dict[str, int] = {}
+def measure(case: Case, implementations: dict[str, Align], seconds: float) -> Times:
+    """Microseconds a call; a turn is one call, or up to 200 short ones."""
+    arguments = {}
     for name, function in implementations.items():
-        use(name)
-        function(inputs[name], case.num_experts)
-        start = time.perf_counter_ns()
-        function(inputs[name], case.num_experts)
-        calls[name] = max(1, min(200, 1_000_000 // max(time.perf_counter_ns() - start, 1)))
-    times: dict[str, list[float]] = {name: [] for name in implementations}
-    until = time.monotonic() + seconds
-    turns = 0
-    order = random.Random(0)
-    while turns < 7 or (time.monotonic() < until and turns < 300):
-        for name, function in order.sample(list(implementations.items()), len(implementations)):
-            use(name)
-            given, experts, repeat = inputs[name], case.num_experts, calls[name]
-            start = time.perf_counter_ns()
-            for _ in range(repeat):
-                function(given, experts)
-            times[name].append((time.perf_counter_ns() - start) / 1000 / repeat)
-        turns += 1
-    return times
+        set_threads(name)
+        once = [(copy_source(case) if name == "floor-memcpy" else case.ids, case.num_experts)]
+        function(*once[0])
+        arguments[name] = once * max(1, min(200, int(1e3 / host_us(function, once))))
+    return host_in_turns(
+        implementations,
+        arguments,
+        min_turns=7,
+        max_turns=300,
+        seconds=seconds,
+        order=random.Random(0),
+        before=set_threads,
+    )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "align_cpu.csv")
-    parser.add_argument("--seconds", type=float, default=4.0, help="for each case, at 7 turns at least")
+    parser.add_argument("--out", type=Path, default=RESULTS / "align_cpu.csv")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each case, of at least 7 turns")
     parser.add_argument("--quick", action="store_true", help="leave out the two largest sizes")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
     implementations: dict[str, Align] = {
-        "moealign-cpu": one_thread,
-        "moealign-cpu-2t": two_threads,
+        "moealign-cpu": cpu,
+        "moealign-cpu-2t": cpu,
         "torch-argsort": argsort,
         "moealign-reference": reference,
         "floor-memcpy": memcpy,
@@ -179,37 +171,30 @@ def main() -> None:
         implementations["cpp-counting-sort"] = cpp
     check(implementations)
 
-    rows: list[list[object]] = []
-    date = datetime.date.today().isoformat()
+    rows = []
     medians: list[tuple[Case, dict[str, float]]] = []
     for case in cases(options.quick):
         routes = case.ids.numel()
-        taken = {
-            name: function
-            for name, function in implementations.items()
-            if name != "moealign-reference" or routes <= REFERENCE_MOST
-        }
-        times = measure(case, taken, options.seconds)
+        timed = dict(implementations)
+        if routes > MAX_REFERENCE_ROUTES:
+            del timed["moealign-reference"]
+        times = measure(case, timed, options.seconds)
         medians.append((case, {name: statistics.median(values) for name, values in times.items()}))
-        for name, values in times.items():
-            numbers = [f"{x:.2f}" for x in (statistics.median(values), min(values), max(values))]
-            rows.append(["align", case.name, routes, case.num_experts, TOP_K, BLOCK, name, *numbers, "cpu",
-                         torch.__version__, date])  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-    show(medians)
-    print(f"{len(rows)} rows in {options.out}")
+        size = (routes // TOP_K, TOP_K, case.num_experts, BLOCK)
+        rows += [
+            bench.row_of("align", case.name, routes, size, name, values, "cpu", 2) for name, values in times.items()
+        ]
+    print_table(medians)
+    bench.write_csv(rows, options.out)
+    return 0
 
 
-def show(medians: list[tuple[Case, dict[str, float]]]) -> None:
+def print_table(medians: list[tuple[Case, dict[str, float]]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(
-        title="median us of a call of moe_align_block_size on one thread, and how many times as long the others take"
+        title="median us of a call of moe_align_block_size on one thread, and the others' times as multiples of it"
     )
     others = ["torch-argsort", "moealign-reference", "cpp-counting-sort", "moealign-cpu-2t", "floor-memcpy"]
     for column in ("case", "routes", "E", "moealign-cpu", *others):
@@ -222,4 +207,4 @@ def show(medians: list[tuple[Case, dict[str, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

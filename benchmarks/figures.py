@@ -2,11 +2,10 @@
 """Every table of figures in the README and docs/, and docs/images/performance.png, from the tracked CSV files alone.
 
     python benchmarks/figures.py            # write them
-    python benchmarks/figures.py --check    # write nothing, fail if a table is not that of its CSV file
+    python benchmarks/figures.py --check    # write nothing, fail if a table differs from its CSV file
 
-A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.  ``PAGES`` says which page has which, and from
-which file; a file that is not there leaves its tables as they are.  benchmarks/tables.py makes the tables, and
-benchmarks/goals.py those that compare with a goal.
+A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.  `PAGES` gives the tables of each page and
+their CSV files; a missing file leaves its tables as they are.  benchmarks/tables.py makes the tables.
 """
 
 from __future__ import annotations
@@ -18,13 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+import tables
+from common import ROOT
 
-import goals  # noqa: E402
-import tables  # noqa: E402
-
-from moealign.bench import draw  # noqa: E402
+from moealign.bench import draw
 
 DRAWN = ("torch-argsort", *tables.PEERS, "moealign-triton", "moealign-cuda", "floor-chain", "floor-bytes")
 
@@ -35,28 +31,21 @@ def trials(*parts: str) -> list[tuple[str, str, Maker]]:
     return [(f"trials-{part}", "trials", functools.partial(tables.trials_table, part=part)) for part in parts]
 
 
-#: Of each page: marker, CSV file, and what makes the table of its rows.
+#: For each page: marker, CSV file, and the function that makes a table of its rows.
 PAGES: dict[str, list[tuple[str, str, Maker]]] = {
     "README.md": [
         ("performance", "results/align_{gpu}", tables.performance_table),
         ("performance-cpu", "results/align_cpu", tables.cpu_table),
         ("versions", "results/versions", tables.versions_table),
     ],
-    "docs/performance.md": [
-        ("cpu-goals", "results/align_cpu", goals.cpu_goals),
-        ("cuda-goals", "results/align_{gpu}", goals.cuda_goals),
-        ("triton-goals", "results/align_{gpu}", goals.triton_goals),
-        *trials("cpu", "cuda", "triton", "router", "host", "experts"),
-    ],
+    "docs/performance.md": trials("cpu", "cuda", "triton", "router", "host", "experts"),
     "docs/experts.md": [
         ("experts", "results/experts_{gpu}", tables.experts_table),
-        ("experts-goals", "results/experts_{gpu}", goals.experts_goals),
         ("transformers", "results/transformers_{gpu}", tables.transformers_table),
         ("experts-cpu", "results/experts_cpu", tables.experts_cpu_table),
     ],
     "docs/routing.md": [
         ("routing", "results/routing_{gpu}", tables.routing_table),
-        ("routing-goals", "results/routing_{gpu}", goals.routing_goals),
         ("routing-cpu", "results/routing_cpu", tables.routing_cpu_table),
     ],
     "docs/integrations.md": [("plugins", "results/plugins_{gpu}", tables.plugins_table)],
@@ -76,7 +65,7 @@ def replace_between(text: str, marker: str, body: str) -> str:
     """`text` with `body` between the two comments of `marker`.
 
     Raises:
-        ValueError: `text` does not hold each of them once, in order.
+        ValueError: `text` does not contain each comment once, in order.
     """
     begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
@@ -85,7 +74,7 @@ def replace_between(text: str, marker: str, body: str) -> str:
 
 
 def with_tables(page: str, text: str, benchmarks: Path, gpu: str = "h200") -> str:
-    """`text` of `page` with the tables of the CSV files that are there."""
+    """The `text` of `page` with the tables of the CSV files that exist."""
     for marker, name, table in PAGES[page]:
         path = benchmarks / f"{name.format(gpu=gpu)}.csv"
         if path.exists():
@@ -103,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     benchmarks: Path = args.root / "benchmarks"
     measured = benchmarks / "results" / f"align_{args.gpu}.csv"
     if not measured.exists() and not (benchmarks / "results" / "align_cpu.csv").exists():
-        wanted = f"{measured.name} or align_cpu.csv"
-        print(f"{measured.parent}: expected {wanted}, found neither; benchmarks/align.py writes the first")
+        expected = f"{measured.name} or align_cpu.csv"
+        print(f"{measured.parent}: expected {expected}, found neither; benchmarks/align.py writes the first")
         return 2
     stale = []
     for page in PAGES:
@@ -121,9 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path.write_text(fresh)
     if args.check:
         for page in stale:
-            print(f"{page}: its tables are not those of benchmarks/; run benchmarks/figures.py")
+            print(f"{page}: its tables differ from benchmarks/; run benchmarks/figures.py")
         return int(bool(stale))
-    print(f"written: {', '.join(stale) or 'nothing, all tables were those of today'}")
+    print(f"written: {', '.join(stale) or 'nothing, all tables were up to date'}")
     if measured.exists():
         image = args.root / "docs" / "images" / "performance.png"
         draw(read(measured), image, DRAWN)

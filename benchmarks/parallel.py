@@ -1,12 +1,12 @@
-"""Times both modes of expert parallelism on this machine's GPUs, beside one GPU, and what the exchange costs alone.
+"""Times both modes of expert parallelism on this machine's GPUs, beside one GPU, and their exchanges alone.
 
-    PYTHONPATH=src python3 benchmarks/parallel.py            # every GPU; writes benchmarks/results/parallel_<gpu>.csv
-    PYTHONPATH=src python3 benchmarks/parallel.py --small    # two processes with gloo, to see that it runs
+    python benchmarks/parallel.py            # every GPU; writes benchmarks/results/parallel_<gpu>.csv
+    python benchmarks/parallel.py --small    # two processes with gloo, to see that it runs
 
-The shapes and token counts of the experts' benchmark, bf16.  `tokens` is the whole batch: one GPU has all of it, so has
-each rank of `replicated`, and `dispatched` shares it out.  Wall time of an eager call between two barriers, the slowest
-rank; `-graph` is a CUDA graph replay, for what waits for nothing.  `exchange-...` are that mode's collectives alone, of
-the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
+The shapes and token counts of the experts' benchmark, in bfloat16.  `tokens` is the whole batch: one GPU has all of it,
+as has each rank of `replicated`; `dispatched` splits it.  Times are wall times of eager calls after a barrier, of the
+slowest rank; `-graph` is a CUDA graph replay, for calls that never wait for the device.  `exchange-...` are the
+collectives of a mode alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -24,23 +24,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from common import RESULTS, SHAPES, TOKENS, Shape, layer_name, random_weights
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "src")]
+from moealign import bench, fused_moe
+from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
+from moealign.timing import NO_ARGUMENTS, Times, capture, device_us, host_us
 
-from moealign import bench, fused_moe  # noqa: E402
-from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe  # noqa: E402
-
-SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (256, 8, 7168, 1024)]  # experts, top_k, hidden, inner
-TOKENS = [1, 16, 64, 256, 1024, 4096]
-SMALL_SHAPES, SMALL_TOKENS = [(8, 2, 32, 16)], [1, 6]
-SIZES = [2**10, 2**16, 2**20, 2**24, 2**28]  # bytes that a rank gives to a collective
-
-Times = dict[str, list[float]]
+SMALL_SHAPES: list[Shape] = [(8, 2, 32, 16)]
+SMALL_TOKENS = [1, 6]
+SIZES = [2**10, 2**16, 2**20, 2**24, 2**28]  # bytes that a rank passes to a collective
 
 
 class Ranks:
-    """This process among the others."""
+    """This process, its device, and how it times calls together with the other ranks."""
 
     def __init__(self, rank: int, ranks: int, small: bool) -> None:
         self.rank, self.ranks, self.cuda = rank, ranks, not small
@@ -54,55 +50,39 @@ class Ranks:
             torch.cuda.synchronize()
 
     def slowest(self, times: list[float]) -> list[float]:
-        """Of each turn the time of the slowest rank."""
-        every = torch.tensor(times, dtype=torch.float64, device=self.device)
-        dist.all_reduce(every, op=dist.ReduceOp.MAX)
-        return [float(each) for each in every]
+        """The time of the slowest rank in each turn."""
+        slowest = torch.tensor(times, dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return slowest.tolist()
 
     def wall(self, call: Callable[[], Any], turns: int = 15, calls: int = 4) -> list[float]:
-        """Microseconds a call, eager, the device emptied between turns."""
+        """Microseconds of an eager call; the device is idle when a turn begins."""
         for _ in range(3):
             call()
         times = []
         for _ in range(turns):
             self.wait()
-            start = time.perf_counter()
-            for _ in range(calls):
-                call()
-            if self.cuda:
-                torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / calls * 1e6)
+            times.append(host_us(call, NO_ARGUMENTS * calls, torch.cuda.synchronize if self.cuda else None))
         return self.slowest(times)
-
-    def graphed(self, call: Callable[[], Any], calls: int = 10) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
-        return graph.replay
 
     def replays(self, call: Callable[[], Any], calls: int = 10) -> list[float]:
         """Microseconds a call in a graph of `calls`."""
-        replay = self.graphed(call, calls)
+        graph = capture([call] * calls, warm_up=2)
         times = []
         for _ in range(15):
             self.wait()
-            start, end = bench.event_pair()
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / calls)
+            times.append(device_us(graph.replay) / calls)
         return self.slowest(times)
 
 
-def layer_times(here: Ranks, shape: tuple[int, ...], tokens: int, whole: list[torch.Tensor], own: list[torch.Tensor],
-                placement: ExpertPlacement) -> Times:  # fmt: skip
+def layer_times(
+    here: Ranks,
+    shape: Shape,
+    tokens: int,
+    whole: list[torch.Tensor],
+    own: list[torch.Tensor],
+    placement: ExpertPlacement,
+) -> Times:
     experts, top_k, hidden, _ = shape
     dtype = whole[0].dtype
     generator = torch.Generator().manual_seed(tokens)
@@ -117,26 +97,28 @@ def layer_times(here: Ranks, shape: tuple[int, ...], tokens: int, whole: list[to
         "dispatched": lambda: dispatched_moe(*part),
         "dispatched-2chunks": lambda: dispatched_moe(*part, chunks=2),
     }
-    want = calls["one-gpu"]().double()
+    expected = calls["one-gpu"]().double()
     for name, call in calls.items():
-        part_of = want if name in ("one-gpu", "replicated") else want[first:last]
-        error = float((call().double() - part_of).norm() / want.norm())
+        rows_of_rank = expected if name in ("one-gpu", "replicated") else expected[first:last]
+        error = float((call().double() - rows_of_rank).norm() / expected.norm())
         if not error < 1e-2:
             raise AssertionError(f"{name}, {tokens} tokens: relative error {error:.3g}")
     rows = torch.empty(tokens, hidden, dtype=dtype, device=here.device)
     bins = placement.bins(ids[first:last]).reshape(-1)
-    to = [int(((bins // placement.slots) == rank).sum()) for rank in range(here.ranks)]
-    came = torch.empty(here.ranks, dtype=torch.int64, device=here.device)
-    dist.all_to_all_single(came, torch.tensor(to, device=here.device))
-    back = came.tolist()
-    sent, received = (torch.empty(sum(n), hidden, dtype=dtype, device=here.device) for n in (to, back))
+    send_counts = [int(((bins // placement.slots) == rank).sum()) for rank in range(here.ranks)]
+    arriving = torch.empty(here.ranks, dtype=torch.int64, device=here.device)
+    dist.all_to_all_single(arriving, torch.tensor(send_counts, device=here.device))
+    receive_counts = arriving.tolist()
+    sent, received = (
+        torch.empty(sum(n), hidden, dtype=dtype, device=here.device) for n in (send_counts, receive_counts)
+    )
     counts = torch.zeros(here.ranks * placement.slots, dtype=torch.int32, device=here.device)
     other = torch.empty_like(counts)
 
     def exchange() -> None:
         dist.all_to_all_single(other, counts)
-        dist.all_to_all_single(received, sent, back, to)
-        dist.all_to_all_single(sent, received, to, back)
+        dist.all_to_all_single(received, sent, receive_counts, send_counts)
+        dist.all_to_all_single(sent, received, send_counts, receive_counts)
 
     times = {name: here.wall(call) for name, call in calls.items()}
     times["exchange-replicated"] = here.wall(lambda: dist.all_reduce(rows))
@@ -150,48 +132,42 @@ def layer_times(here: Ranks, shape: tuple[int, ...], tokens: int, whole: list[to
 
 
 def collective_times(here: Ranks, size: int) -> Times:
-    give, take = (torch.zeros(size // 2, dtype=torch.bfloat16, device=here.device) for _ in range(2))
+    source, target = (torch.zeros(size // 2, dtype=torch.bfloat16, device=here.device) for _ in range(2))
     calls: dict[str, Callable[[], Any]] = {
-        "all-reduce": lambda: dist.all_reduce(give),
-        "all-to-all": lambda: dist.all_to_all_single(take, give),
+        "all-reduce": lambda: dist.all_reduce(source),
+        "all-to-all": lambda: dist.all_to_all_single(target, source),
     }
     if here.cuda:
         return {name: here.replays(call, 4) for name, call in calls.items()}
     return {name: here.wall(call, 3) for name, call in calls.items()}
 
 
-def work(here: Ranks, small: bool, out: Path | None) -> None:
+def run(here: Ranks, small: bool, out: Path | None) -> None:
     gpu = bench.gpu_slug(torch.cuda.get_device_name()) if here.cuda else "cpu"
     session = bench.Session(here.device, gpu, [])
-    say: Callable[[str], None] = bench.say if here.rank == 0 else lambda line: None
+    log: Callable[[str], None] = bench.log if here.rank == 0 else lambda line: None
     for size in SIZES[: 2 if small else None]:
-        case = bench.Work("collective", f"{size} bytes {here.ranks} ranks", (size, 1, 0, 0), [torch.zeros(1)])
+        case = bench.Case("collective", f"{size} bytes {here.ranks} ranks", (size, 1, 0, 0), [torch.zeros(1)])
         for impl, times in collective_times(here, size).items():
             session.add(case, impl, times)
-            say(f"{impl} of {size:>11,} bytes: {statistics.median(times):9.1f} us")
+            log(f"{impl} of {size:>11,} bytes: {statistics.median(times):9.1f} us")
     for shape in SMALL_SHAPES if small else SHAPES:
-        experts, top_k, hidden, inner = shape
-        generator = torch.Generator(here.device).manual_seed(0)
-        dtype = torch.float32 if small else torch.bfloat16
-        whole = [
-            torch.randn(size, generator=generator, device=here.device, dtype=dtype) * size[2] ** -0.5
-            for size in ((experts, 2 * inner, hidden), (experts, hidden, inner))
-        ]
+        experts, top_k, _, _ = shape
+        whole = random_weights(shape, here.device, torch.float32 if small else torch.bfloat16)
         placement = ExpertPlacement.linear(experts, here.ranks)
         own = [placement.shard(each, here.rank) for each in whole]
         for tokens in SMALL_TOKENS if small else TOKENS:
             times = layer_times(here, shape, tokens, whole, own, placement)
-            name = f"T{tokens}-k{top_k}-E{experts}-H{hidden}-I{inner} {here.ranks} ranks"
-            case = bench.Work("parallel", name, (tokens, top_k, experts, 0), [torch.zeros(1)])
+            name = f"{layer_name(shape, tokens)} {here.ranks} ranks"
+            case = bench.Case("parallel", name, (tokens, top_k, experts, 0), [torch.zeros(1)])
             for impl, each in times.items():
                 session.add(case, impl, each)
-            mid = {impl: statistics.median(each) for impl, each in times.items()}
-            say(f"{name}: " + ", ".join(f"{impl} {value:.0f}" for impl, value in mid.items()))
+            log(f"{name}: " + ", ".join(f"{impl} {statistics.median(each):.0f}" for impl, each in times.items()))
         del whole, own
         if here.cuda:
             torch.cuda.empty_cache()
     if here.rank == 0:
-        bench.write_csv(session.rows, out or HERE / "results" / f"parallel_{gpu}.csv")
+        bench.write_csv(session.rows, out or RESULTS / f"parallel_{gpu}.csv")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -215,12 +191,12 @@ def main(arguments: list[str] | None = None) -> int:
         backend = "nccl" if here.cuda else "gloo"
         dist.init_process_group(backend, init_method=f"file://{args.store}", rank=args.rank, world_size=args.ranks)
         with torch.no_grad():
-            work(here, args.small, args.out)
+            run(here, args.small, args.out)
         dist.destroy_process_group()
         return 0
     ranks = 2 if args.small else torch.cuda.device_count()
     if ranks < 2:
-        print(f"benchmarks/parallel.py: expected two GPUs at least, found {ranks}; --small runs on the CPU")
+        print(f"benchmarks/parallel.py: expected at least two GPUs, found {ranks}; --small runs on the CPU")
         return 2
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "NCCL_NVLS_ENABLE": "0"}
     with tempfile.TemporaryDirectory() as folder:

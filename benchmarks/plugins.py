@@ -1,16 +1,16 @@
 """Times vLLM's own functions and its fused layer with and without the drop-in, inside the released vLLM.
 
-    python benchmarks/plugins.py      # on a GPU, beside vLLM; writes benchmarks/results/plugins_<gpu>.csv
+    python benchmarks/plugins.py      # on a GPU with vLLM installed; writes benchmarks/results/plugins_<gpu>.csv
 
 Or with vLLM's Python files and its MoE library alone, unpacked; tests/engines/run_engines.py --pack and
 benchmarks/align.py make them:
 
-    MOEALIGN_VLLM_LIBRARY=vllm_moe.so PYTHONPATH=DIR/vllm-0.33.0:DIR/site312:tests/engines python benchmarks/plugins.py
+    MOEALIGN_VLLM_LIBRARY=vllm_moe.so PYTHONPATH=src:DIR/vllm-0.33.0:DIR/site312:tests python benchmarks/plugins.py
 
 SiLU-mul is then torch's, in both layers.  `align` is vLLM's Python function, `layer` its fused_experts with the
-configuration that it picks by itself, `lora` its operator for adapters; each in graph replay, and with `-host` the
-host's time of an eager call.  Alignments are compared with a numpy oracle before they are timed, layers with float64
-on some tokens, and the layer with the drop-in with the one without, bit for bit.
+configuration that it selects itself, `lora` its operator for adapters.  Each is timed in graph replay, and with `-host`
+as the host time of an eager call.  Alignments are compared with a numpy oracle before they are timed, layers with
+float64 on some tokens, and the layer with the drop-in with the one without, bit for bit.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import experts
 import torch
+from common import RESULTS, finish, gpu_missing, layer_name, relative_error
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT / "src"), str(HERE)]
-
-import align as bench  # noqa: E402  benchmarks/align.py: columns, CSV, peers
-import experts  # noqa: E402  benchmarks/experts.py: layers
-
-from moealign.integrations import vllm as drop_in  # noqa: E402
+from moealign import bench
+from moealign.integrations import vllm as drop_in
 
 OURS, VLLM = "moealign", bench.VLLM
 TOKENS = [(1, 16), (32, 16), (512, 64), (4096, 128)]  # and the block size of the alignments
@@ -47,7 +43,7 @@ Functions = dict[str, Callable[..., Any]]  # by implementation
 
 
 def both(module: types.ModuleType, name: str) -> Functions:
-    """vLLM's function and the one that the drop-in puts in its place."""
+    """vLLM's function, and the one that the drop-in replaces it with."""
     theirs = getattr(module, name)
     drop_in.install()
     try:
@@ -59,80 +55,80 @@ def both(module: types.ModuleType, name: str) -> Functions:
 # ---- the functions ---------------------------------------------------------------------------------------------------
 
 
-def align_entry(impl: str, function: Callable[..., Any], work: Any) -> Any:
-    _, _, num_experts, block_size = work.size
+def align_candidate(impl: str, function: Callable[..., Any], case: bench.Case) -> bench.Candidate:
+    _, _, num_experts, block_size = case.size
     results: dict[int, Any] = {}
 
     def call(slot: int) -> None:
         results[0] = function(
-            work.inputs[slot], block_size, num_experts, work.expert_map, ignore_invalid_experts=work.ignore
+            case.inputs[slot], block_size, num_experts, case.expert_map, ignore_invalid_experts=case.ignore
         )
 
-    return bench.Entry(impl, call, lambda slot: bench.bins_difference(*results[0], work.expected(slot), block_size))
+    return bench.Candidate(impl, call, lambda slot: bench.bins_difference(*results[0], case.expected(slot), block_size))
 
 
-def lora_entry(impl: str, function: Callable[..., Any], work: Any, mapping: torch.Tensor) -> Any:
-    """Every token has an adapter, all are active; `mapping` int32 [tokens]."""
-    _, _, num_experts, block_size = work.size
-    sizes = work.capacity
+def lora_candidate(impl: str, function: Callable[..., Any], case: bench.Case, mapping: torch.Tensor) -> bench.Candidate:
+    """`mapping` int32 ``[tokens]`` gives the adapter of each token; all adapters are active."""
+    _, _, num_experts, block_size = case.size
+    sizes = case.capacity
     length, blocks = sizes.sorted_token_ids, sizes.expert_ids
-    new = lambda size: torch.full((size,), bench.POISON, dtype=torch.int32, device=work.device)  # noqa: E731
-    outs = [(new(ADAPTERS * length), new(ADAPTERS * blocks), new(ADAPTERS)) for _ in work.inputs]
-    enabled = torch.ones(ADAPTERS + 1, dtype=torch.int32, device=work.device)
-    listed = torch.arange(-1, ADAPTERS, dtype=torch.int32, device=work.device)
+    new = lambda size: torch.full((size,), bench.POISON, dtype=torch.int32, device=case.device)  # noqa: E731
+    outs = [(new(ADAPTERS * length), new(ADAPTERS * blocks), new(ADAPTERS)) for _ in case.inputs]
+    enabled = torch.ones(ADAPTERS + 1, dtype=torch.int32, device=case.device)
+    listed = torch.arange(-1, ADAPTERS, dtype=torch.int32, device=case.device)
 
     def call(slot: int) -> None:
         function(
-            work.inputs[slot], mapping, num_experts, block_size, ADAPTERS, length, blocks, *outs[slot], enabled, listed
+            case.inputs[slot], mapping, num_experts, block_size, ADAPTERS, length, blocks, *outs[slot], enabled, listed
         )
 
     def check(slot: int) -> str | None:
         rows, names, totals = (tensor.view(ADAPTERS, -1) for tensor in outs[slot])
         for adapter in range(ADAPTERS):
-            ids = torch.where(mapping[:, None] == adapter, work.inputs[slot], -1).cpu().numpy().reshape(-1)
-            want = bench.expected_layout(ids, block_size=block_size, num_experts=num_experts, length=length)
-            wrong = bench.bins_difference(rows[adapter], names[adapter], totals[adapter], want, block_size)
+            ids = torch.where(mapping[:, None] == adapter, case.inputs[slot], -1).cpu().numpy().reshape(-1)
+            expected = bench.expected_layout(ids, block_size=block_size, num_experts=num_experts, length=length)
+            wrong = bench.bins_difference(rows[adapter], names[adapter], totals[adapter], expected, block_size)
             if wrong:
                 return f"adapter {adapter}: {wrong}"
         return None
 
-    return bench.Entry(impl, call, check, outs)
+    return bench.Candidate(impl, call, check, outs)
 
 
-def layer_entries(functions: Functions, fused: types.ModuleType, layer: experts.Layer) -> list[Any]:
-    chosen, want = layer.reference()
+def layer_candidates(functions: Functions, fused: types.ModuleType, layer: experts.Layer) -> list[bench.Candidate]:
+    chosen, expected = layer.reference()
     results: dict[str, dict[int, torch.Tensor]] = {impl: {} for impl in functions}
 
-    def entry(impl: str) -> Any:
+    def candidate(impl: str) -> bench.Candidate:
         def call(slot: int) -> None:
-            fused.moe_align_block_size = functions[impl]  # where the drop-in binds it too
+            fused.moe_align_block_size = functions[impl]  # the drop-in rebinds this name too
             x, weights, ids = layer.inputs[slot]
             results[impl][slot] = fused.fused_experts(x, *layer.weights, weights, ids)
 
         def check(slot: int) -> str | None:
-            found = results[impl][slot]
-            error = float((found[chosen].double() - want).norm() / want.norm()) if slot == 0 else 0.0
+            result = results[impl][slot]
+            error = relative_error(result[chosen], expected) if slot == 0 else 0.0
             if error > 1e-2:
                 return f"relative error {error:.3g}"
-            same = torch.equal(found, results[VLLM][slot])
+            same = torch.equal(result, results[VLLM][slot])
             return None if same else "expected the bits of the layer without the drop-in"
 
-        return bench.Entry(impl, call, check)
+        return bench.Candidate(impl, call, check)
 
-    return [entry(impl) for impl in functions]
+    return [candidate(impl) for impl in functions]
 
 
 # ---- the cases -------------------------------------------------------------------------------------------------------
 
 
-def run(session: Any, work: Any, entries: list[Any], host: bool) -> None:
-    session.run(work, entries, bench.time_graphs)
+def run(session: bench.Session, case: bench.Case, candidates: list[bench.Candidate], host: bool) -> None:
+    session.run(case, candidates, bench.time_graphs)
     if host:
-        work.bench += "-host"
-        session.run(work, entries, bench.time_host)
+        case.bench += "-host"
+        session.run(case, candidates, bench.time_host)
 
 
-def bench_align(session: Any, functions: Functions) -> None:
+def bench_align(session: bench.Session, functions: Functions) -> None:
     for num_experts in EXPERTS:
         expert_map = torch.full((num_experts,), -1, dtype=torch.int32, device=session.device)
         expert_map[::8] = torch.arange(num_experts // 8, dtype=torch.int32, device=session.device)
@@ -140,51 +136,48 @@ def bench_align(session: Any, functions: Functions) -> None:
             size = (tokens, 8, num_experts, block_size)
             inputs = session.inputs("uniform", size)
             for kind, mapped in (("", None), ("mapped", expert_map)):
-                work = bench.Work(
-                    "plugin-align", bench.name_of(size, kind), size, inputs, expert_map=mapped, ignore=True
+                case = bench.Case(
+                    "plugin-align", bench.case_name(size, kind), size, inputs, expert_map=mapped, ignore=True
                 )
-                entries = [align_entry(impl, function, work) for impl, function in functions.items()]
-                run(session, work, entries, host=True)
+                candidates = [align_candidate(impl, function, case) for impl, function in functions.items()]
+                run(session, case, candidates, host=True)
 
 
-def bench_lora(session: Any, functions: Functions) -> None:
+def bench_lora(session: bench.Session, functions: Functions) -> None:
     for tokens, block_size in TOKENS:
         size = (tokens, 8, EXPERTS[0], block_size)
-        work = bench.Work("plugin-lora", bench.name_of(size, f"A{ADAPTERS}"), size, session.inputs("uniform", size))
+        case = bench.Case("plugin-lora", bench.case_name(size, f"A{ADAPTERS}"), size, session.inputs("uniform", size))
         mapping = torch.arange(tokens, dtype=torch.int32, device=session.device) % ADAPTERS
-        entries = [lora_entry(impl, function, work, mapping) for impl, function in functions.items()]
-        run(session, work, entries, host=tokens <= 32)
+        candidates = [lora_candidate(impl, function, case, mapping) for impl, function in functions.items()]
+        run(session, case, candidates, host=tokens <= 32)
 
 
-def bench_layer(session: Any, functions: Functions, fused: types.ModuleType) -> None:
+def bench_layer(session: bench.Session, functions: Functions, fused: types.ModuleType) -> None:
     for layer in experts.layers(LAYERS, [tokens for tokens, _ in TOKENS]):
-        num_experts, top_k, hidden, inner = layer.shape
+        num_experts, top_k, _, _ = layer.shape
         session.slots = len(layer.inputs)
         config = fused.try_get_optimal_moe_config(
             *(weight.size() for weight in layer.weights), top_k, None, layer.tokens
         )
         size = (layer.tokens, top_k, num_experts, config["BLOCK_SIZE_M"])
-        case = f"T{layer.tokens}-k{top_k}-E{num_experts}-H{hidden}-I{inner}"
-        work = bench.Work("plugin-layer", case, size, [ids for _, _, ids in layer.inputs])
-        run(session, work, layer_entries(functions, fused, layer), host=layer.tokens <= 32)
+        name = layer_name(layer.shape, layer.tokens)
+        case = bench.Case("plugin-layer", name, size, [ids for _, _, ids in layer.inputs])
+        run(session, case, layer_candidates(functions, fused, layer), host=layer.tokens <= 32)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    cases: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        cases.setdefault((row["bench"], row["case"]), {})[row["impl"]] = float(row["median_us"])
-    bench.say(f"{'microseconds a call':46} {'without':>9} {'with':>9}")
-    for (name, case), times in cases.items():
-        theirs, ours = times.get(VLLM, float("nan")), times.get(OURS, float("nan"))
-        bench.say(f"{name:18} {case:27} {theirs:9.2f} {ours:9.2f}  x {theirs / ours:.2f}")
+    bench.log(f"{'microseconds a call':46} {'without':>9} {'with':>9}")
+    for name in dict.fromkeys(row["bench"] for row in rows):
+        for row, times in bench.cases_of(rows, name):
+            without, drop = times.get(VLLM, float("nan")), times.get(OURS, float("nan"))
+            bench.log(f"{name:18} {row['case']:27} {without:9.2f} {drop:9.2f}  x {without / drop:.2f}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        bench.say("benchmarks/plugins.py: expected a GPU that torch can use, found none")
+    if gpu_missing("benchmarks/plugins.py"):
         return 2
     home, ops, fused = map(importlib.import_module, (f"{FUSED}.{ALIGN}", "vllm._custom_ops", f"{FUSED}.fused_moe"))
     gpu = bench.gpu_slug(torch.cuda.get_device_name())
@@ -197,16 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
         ):
             try:
                 part()
-            except Exception:  # what the other parts measure is kept
-                session.wrong.append(traceback.format_exc())
+            except Exception:  # keep what the other parts measure
+                session.failures.append(traceback.format_exc())
     left = {name: each["vllm"] for name, each in drop_in.calls().items() if each["vllm"]}
     if left:
-        session.wrong.append(f"WRONG calls that the drop-in left to vLLM: {left}")
+        session.failures.append(f"WRONG calls that the drop-in left to vLLM: {left}")
     print_table(session.rows)
-    bench.write_csv(session.rows, args.out or HERE / "results" / f"plugins_{gpu}.csv")
-    for line in session.wrong:
-        bench.say(line)
-    return 1 if session.wrong else 0
+    return finish(session.rows, session.failures, args.out or RESULTS / f"plugins_{gpu}.csv")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Times routers on a CPU: `route`, and the same steps in torch with our alignment behind them.
+"""Times routers on a CPU: `moealign.route`, and the same steps in torch followed by our alignment.
 
-    PYTHONPATH=src python3 benchmarks/routing_cpu.py [--out benchmarks/results/routing_cpu.csv]
+    python benchmarks/routing_cpu.py [--out benchmarks/results/routing_cpu.csv]
 
-Float32 logits, layout included.  Both are compared before they are timed; they take turns, shuffled; on one thread and
-on two (`-2t`).  What counts is the ratio.
+Float32 logits, layout included.  The two are compared before they are timed.  They take turns in random order, on one
+thread and on two (`-2t`); what counts is the ratio.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ import os
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import RESULTS, finish, integers
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
-
-import align as bench  # noqa: E402  benchmarks/align.py: columns and CSV
-
-import moealign  # noqa: E402
+import moealign
+from moealign import bench
+from moealign.timing import NO_ARGUMENTS, Times, host_in_turns, host_us
 
 BLOCK = 64
-TOKENS = (1, 32, 512, 4096, 16_384)
+TOKENS = [1, 32, 512, 4096, 16_384]
 GROUPED = {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "scale": 2.5}
 #: By model: experts, top_k, arguments of `route`.
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -49,13 +46,13 @@ class Case(NamedTuple):
     bias: Tensor | None
 
 
-def ours(case: Case) -> Routed:
+def by_moealign(case: Case) -> Routed:
     _, top_k, options = ROUTERS[case.router]
-    found: Routed = moealign.route(case.logits, top_k, block_size=BLOCK, correction_bias=case.bias, **options)[:2]
-    return found
+    weights, ids, *_ = moealign.route(case.logits, top_k, block_size=BLOCK, correction_bias=case.bias, **options)
+    return weights, ids
 
 
-def in_torch(case: Case) -> Routed:
+def by_torch(case: Case) -> Routed:
     """The steps of the models' own routers."""
     experts, top_k, options = ROUTERS[case.router]
     if case.bias is None:
@@ -86,61 +83,50 @@ def with_threads(count: int, call: Callable[[Case], Routed], case: Case) -> Rout
     return run
 
 
-def alike(one: Routed, other: Routed) -> bool:
+def close(one: Routed, other: Routed) -> bool:
     return torch.equal(one[1].long(), other[1].long()) and torch.allclose(one[0], other[0], rtol=1e-5, atol=1e-7)
 
 
-def measure(calls: dict[str, Router], seconds: float, order: random.Random) -> dict[str, list[float]]:
-    """Microseconds of a call, by implementation; a turn of short calls is a hundred."""
-    turns = {}
+def measure(calls: dict[str, Router], seconds: float, order: random.Random) -> Times:
+    """Microseconds of a call; a turn is one call, or up to a hundred short ones."""
+    arguments = {}
     for impl, call in calls.items():
         call()
-        start = time.perf_counter()
-        call()
-        turns[impl] = max(1, min(100, int(2e-3 / (time.perf_counter() - start))))
-    times: dict[str, list[float]] = {impl: [] for impl in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[OURS]) < 7:
-        for impl in order.sample(list(calls), len(calls)):
-            calls[impl]()  # the threads are set, the caches warm
-            start = time.perf_counter()
-            for _ in range(turns[impl]):
-                calls[impl]()
-            times[impl].append((time.perf_counter() - start) * 1e6 / turns[impl])
-    return times
+        arguments[impl] = NO_ARGUMENTS * max(1, min(100, int(2e3 / host_us(call))))
+    # The call before each turn sets the threads and warms the caches.
+    return host_in_turns(calls, arguments, min_turns=7, seconds=seconds, order=order, before=lambda impl: calls[impl]())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--tokens", type=integers, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "routing_cpu.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "routing_cpu.csv")
     args = parser.parse_args()
-    rows, wrong = [], []
+    rows, failures = [], []
     order, generator = random.Random(0), torch.Generator().manual_seed(0)
     for router, (experts, top_k, options) in ROUTERS.items():
-        for tokens in map(int, args.tokens.split(",")):
+        for tokens in args.tokens:
             bias = torch.randn(experts, generator=generator) * 0.1 if "num_groups" in options else None
             case = Case(router, torch.randn(tokens, experts, generator=generator), bias)
             calls = {
-                name + end: with_threads(count, call, case)
-                for name, call in ((OURS, ours), (TORCH, in_torch))
-                for end, count in (("", 1), ("-2t", 2))
+                name + suffix: with_threads(count, call, case)
+                for name, call in ((OURS, by_moealign), (TORCH, by_torch))
+                for suffix, count in (("", 1), ("-2t", 2))
             }
-            want = calls[TORCH]()
-            wrong += [f"WRONG {router} {tokens} {impl}" for impl, call in calls.items() if not alike(call(), want)]
+            expected = calls[TORCH]()
+            failures += [
+                f"WRONG {router} {tokens} {impl}" for impl, call in calls.items() if not close(call(), expected)
+            ]
             times = measure(calls, args.seconds, order)
             for impl, each in times.items():
                 size = (tokens, top_k, experts, BLOCK)
                 rows.append(
                     bench.row_of("routing-cpu", f"{router} float32", tokens * top_k, size, impl, each, "cpu", 1)
                 )
-            said = ", ".join(f"{impl} {statistics.median(each):,.0f}" for impl, each in times.items())
-            bench.say(f"{router}, {tokens:,} tokens, us: {said}")
-    bench.write_csv(rows, args.out)
-    for line in wrong:
-        bench.say(line)
-    return 1 if wrong else 0
+            medians = ", ".join(f"{impl} {statistics.median(each):,.0f}" for impl, each in times.items())
+            bench.log(f"{router}, {tokens:,} tokens, us: {medians}")
+    return finish(rows, failures, args.out)
 
 
 if __name__ == "__main__":

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from common import SHAPES, Shape
 
-from moealign.bench import cases_of, microseconds
+from moealign.bench import SGLANG, VLLM, cases_of, microseconds
 
-VLLM = "vllm-0.33.0"
-PEERS = {VLLM: "vLLM 0.33.0", "sglang-kernel-0.4.4": "sglang-kernel 0.4.4"}
+PEERS = {VLLM: "vLLM 0.33.0", SGLANG: "sglang-kernel 0.4.4"}
 TITLES = {
     "moealign-cuda": "**moealign**",
     "moealign-triton": "moealign, Triton",
@@ -46,15 +43,15 @@ def sizes_of(row: Row) -> str:
     return f"{tokens:,} x {row['top_k']}, {row['num_experts']}, {row['block_size']}"
 
 
-def align_table(rows: Sequence[Row], mine: str, others: Sequence[str]) -> str:
+def align_table(rows: Sequence[Row], own: str, others: Sequence[str]) -> str:
     cases = cases_of(rows, "align")
-    shown = [mine, *(impl for impl in others if any(impl in times for _, times in cases))]
+    shown = [own, *(impl for impl in others if any(impl in times for _, times in cases))]
     peers = any(best_peer(times) for _, times in cases)
     against = "best peer" if peers else "argsort"
     lines = []
     for row, times in cases:
         other = best_peer(times) if peers else times.get("torch-argsort")
-        ratio = f"{other / times[mine]:.1f}x" if other and mine in times else "-"
+        ratio = f"{other / times[own]:.1f}x" if other and own in times else "-"
         values = [microseconds(times.get(impl)) for impl in shown]
         lines.append([sizes_of(row), f"{int(row['routes']):,}", *values, ratio])
     return markdown(
@@ -65,10 +62,10 @@ def align_table(rows: Sequence[Row], mine: str, others: Sequence[str]) -> str:
 def batched_table(rows: Sequence[Row]) -> str:
     lines = []
     for row, times in cases_of(rows, "batched"):
-        mine, other = times.get("moealign-cuda"), best_peer(times)
+        own, other = times.get("moealign-cuda"), best_peer(times)
         sizes = f"{row['num_experts']} x {int(row['top_k']):,}, {row['block_size']}"
-        ratio = f"{other / mine:.1f}x" if mine and other else "-"
-        lines.append([sizes, microseconds(mine), microseconds(times.get(VLLM)), ratio])
+        ratio = f"{other / own:.1f}x" if own and other else "-"
+        lines.append([sizes, microseconds(own), microseconds(times.get(VLLM)), ratio])
     return markdown(["batches x rows, block", "**moealign**", "vLLM 0.33.0", "vLLM / ours"], lines)
 
 
@@ -92,7 +89,7 @@ def caption(rows: Sequence[Row], how: str, source: str) -> str:
 
 
 def performance_table(rows: Sequence[Row], source: str) -> str:
-    """What stands between the README's performance markers."""
+    """The README's table of the GPU."""
     parts = [
         caption(rows, "CUDA graph replay", source),
         align_table(rows, "moealign-cuda", (*PEERS, "torch-argsort", "floor-chain")),
@@ -104,7 +101,7 @@ def performance_table(rows: Sequence[Row], source: str) -> str:
 
 
 def cpu_table(rows: Sequence[Row], source: str) -> str:
-    """What stands between the README's markers for the CPU: the sizes, without the sweeps of align_cpu.py."""
+    """The README's table of the CPU: the sizes, without the sweeps of align_cpu.py."""
     shown = [row for row in rows if row["case"] not in ("experts", "one-expert")]
     others = ("moealign-cpu-2t", "cpp-counting-sort", "torch-argsort", "moealign-reference", "floor-memcpy")
     table = align_table(shown, "moealign-cpu", others)
@@ -119,18 +116,18 @@ SHAPE = re.compile(r"T(\d+)-k(\d+)-E(\d+)-H(\d+)-I(\d+)")
 
 def shape_of(row: Row) -> tuple[int, ...]:
     """Tokens, top-k, experts, hidden and inner size of a layer."""
-    found = SHAPE.match(row["case"])
-    assert found is not None, row["case"]
-    return tuple(map(int, found.groups()))
+    match = SHAPE.match(row["case"])
+    assert match is not None, row["case"]
+    return tuple(map(int, match.groups()))
 
 
-def times_of(times: Case, impl: str, mine: str) -> str:
-    """How many times as long as `mine`."""
-    return f"{times[impl] / times[mine]:.2f}x" if {impl, mine} <= set(times) else "-"
+def ratio_to(times: Case, impl: str, own: str) -> str:
+    """The time of `impl` as a multiple of that of `own`."""
+    return f"{times[impl] / times[own]:.2f}x" if {impl, own} <= set(times) else "-"
 
 
 def floor_rates(rows: Sequence[Row]) -> str:
-    """What the floor reckons with: at 256 tokens every expert's weights are read, and operations cost less."""
+    """The rates behind the floor.  At 256 tokens it is the reading of every expert's weights."""
     reading, computing = [0.0], [0.0]
     for row, times in cases_of(rows, "experts"):
         tokens, top_k, experts, hidden, inner = shape_of(row)
@@ -146,7 +143,7 @@ def experts_table(rows: Sequence[Row], source: str) -> str:
         tokens, top_k, experts, hidden, inner = shape_of(row)
         layer = f"{experts}, {top_k}, {hidden}, {inner}"
         spent = [microseconds(times.get(impl)) for impl in ("moealign", VLLM, f"{VLLM}-tuned", HF, "floor")]
-        ratios = [times_of(times, impl, "moealign") for impl in (VLLM, HF)]
+        ratios = [ratio_to(times, impl, "moealign") for impl in (VLLM, HF)]
         floor = f"{times['floor'] / times['moealign']:.0%}"
         lines.append([layer if layer != before else "", f"{tokens:,}", *spent, *ratios, floor])
         before = layer
@@ -160,10 +157,10 @@ def experts_cpu_table(rows: Sequence[Row], source: str) -> str:
     lines = []
     for row, times in cases_of(rows, "experts-cpu"):
         tokens, top_k, experts, hidden, inner = shape_of(row)
-        ratios = [times_of(times, impl, "moealign") for impl in others]
+        ratios = [ratio_to(times, impl, "moealign") for impl in others]
         lines.append([f"{experts}, {top_k}, {hidden}, {inner}", row["case"].split()[-1], f"{tokens:,}", *ratios])
-    said = f"How many times as long as ours the others take, one thread, medians; {made_on(rows, source)}"
-    return f"{said}\n\n{markdown(['E, k, H, I', 'dtype', 'tokens', *others.values()], lines, 2)}"
+    title = f"How many times as long as ours the others take, one thread, medians; {made_on(rows, source)}"
+    return f"{title}\n\n{markdown(['E, k, H, I', 'dtype', 'tokens', *others.values()], lines, 2)}"
 
 
 def transformers_table(rows: Sequence[Row], source: str) -> str:
@@ -178,25 +175,25 @@ def transformers_table(rows: Sequence[Row], source: str) -> str:
             spent = [times.get(impl + end) for impl in impls]
             if any(spent):
                 rates = [f"{tokens / us * 1e6:,.0f}" if us else "-" for us in spent]
-                gain = times_of(times, f"grouped_mm{end}", f"moealign{end}")
+                gain = ratio_to(times, f"grouped_mm{end}", f"moealign{end}")
                 lines.append([f"{kind}, {tokens:,} token{'s' * (tokens > 1)}, {how}", *rates, gain])
     shape = " ".join(rows[0]["case"].split()[2:])
-    said = f"Tokens a second, {shape}, wall time, median; {made_on(rows, source)}"
-    return f"{said}\n\n{markdown(['step', *impls.values(), 'ours / grouped_mm'], lines)}"
+    title = f"Tokens a second, {shape}, wall time, median; {made_on(rows, source)}"
+    return f"{title}\n\n{markdown(['step', *impls.values(), 'ours / grouped_mm'], lines)}"
 
 
 CHAIN = ("moealign-cuda", "moealign-cuda-align", "moealign-cuda-apart", "moealign-triton", VLLM)
 
 
 def routing_table(rows: Sequence[Row], source: str) -> str:
-    """A table for each kind of router and dtype of its logits."""
+    """A table for each kind of router and dtype of the logits."""
     header = ["tokens x top-k, experts, block", "**moealign**", "its alignment alone", "two plain launches",
               "moealign, Triton", "vLLM's chain", "vLLM / ours", "ours / alignment"]  # fmt: skip
     tables: dict[str, list[list[str]]] = {}
     for bench, router in (("routing", "Softmax"), ("routing-grouped", "Sigmoid with a bias and groups")):
         for row, times in cases_of(rows, bench):
             spent = [microseconds(times.get(impl)) for impl in CHAIN]
-            ratios = [times_of(times, VLLM, CHAIN[0]), times_of(times, CHAIN[0], CHAIN[1])]
+            ratios = [ratio_to(times, VLLM, CHAIN[0]), ratio_to(times, CHAIN[0], CHAIN[1])]
             table = tables.setdefault(f"{router}, {row['case'].split()[-1]} logits:", [])
             table.append([sizes_of(row), *spent, *ratios])
     parts = [f"{title}\n\n{markdown(header, lines)}" for title, lines in tables.items()]
@@ -204,11 +201,11 @@ def routing_table(rows: Sequence[Row], source: str) -> str:
 
 
 def routing_cpu_table(rows: Sequence[Row], source: str) -> str:
-    """`route` beside the same steps in torch, on one thread and two."""
+    """`route` and the same steps in torch, on one thread and two."""
     lines = []
     for row, times in cases_of(rows, "routing-cpu"):
         spent = [microseconds(times.get(impl)) for impl in ("moealign-cpu", "torch", "moealign-cpu-2t", "torch-2t")]
-        ratios = [times_of(times, f"torch{end}", f"moealign-cpu{end}") for end in ("", "-2t")]
+        ratios = [ratio_to(times, f"torch{end}", f"moealign-cpu{end}") for end in ("", "-2t")]
         tokens = int(row["routes"]) // int(row["top_k"])
         named = f"{row['case'].split()[0]}, {row['top_k']} of {row['num_experts']}"
         lines.append([named, f"{tokens:,}", *spent[:2], ratios[0], *spent[2:], ratios[1]])
@@ -218,39 +215,39 @@ def routing_cpu_table(rows: Sequence[Row], source: str) -> str:
 
 
 def plugins_table(rows: Sequence[Row], source: str) -> str:
-    """What vLLM's own functions take over what ours do in their place, least and most over all sizes."""
+    """The time of vLLM's functions over that of ours: minimum and maximum over all sizes."""
     lines = []
     for bench, name in (("align", "alignment"), ("lora", "alignment with LoRA"), ("layer", "fused layer")):
         cells = []
         for where in (f"plugin-{bench}", f"plugin-{bench}-host"):
-            found = sorted(t[VLLM] / t["moealign"] for _, t in cases_of(rows, where) if {VLLM, "moealign"} <= set(t))
-            ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in found[:1] + found[-1:])
+            ratios = sorted(t[VLLM] / t["moealign"] for _, t in cases_of(rows, where) if {VLLM, "moealign"} <= set(t))
+            ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in ratios[:1] + ratios[-1:])
             cells.append(" to ".join(ends) or "-")
         lines.append([name, *cells])
-    said = f"vLLM's function over ours, least and most over the sizes; {made_on(rows, source)}"
-    return f"{said}\n\n{markdown(['vLLM / ours', 'on the device, CUDA graph', 'host time of an eager call'], lines)}"
+    title = f"vLLM's function over ours, least and most over the sizes; {made_on(rows, source)}"
+    return f"{title}\n\n{markdown(['vLLM / ours', 'on the device, CUDA graph', 'host time of an eager call'], lines)}"
 
 
 # ---- trials ----------------------------------------------------------------------------------------------------------
 
 
 def trials_table(rows: Sequence[Row], source: str, part: str) -> str:
-    """What was tried of one part of the library."""
+    """What was tried in one part of the library."""
     lines = [[row[name] for name in ("idea", "expected", "seen", "kept")] for row in rows if row["part"] == part]
     return f"From `{source}`:\n\n{markdown(['idea', 'expected', 'seen', 'kept'], lines, left=4)}"
 
 
 # ---- expert parallelism ----------------------------------------------------------------------------------------------
 
-NODE = 8  # ranks that NVLink joins
-NETWORK_GB_S = 50.0  # an assumption: one 400 Gb/s adapter a GPU
-NETWORK_US = 20.0  # an assumption: what a message between nodes takes
-MODEL_RANKS, MODEL_TOKENS = (8, 64, 512), (64, 4096)  # tokens of a rank
-LARGEST = (256, 8, 7168, 1024)  # experts, top-k, hidden, inner of the layer that is modelled
+NODE = 8  # ranks connected by NVLink
+NETWORK_GB_S = 50.0  # an assumption: one 400 Gb/s adapter for each GPU
+NETWORK_US = 20.0  # an assumption: the latency of a message between nodes
+MODEL_RANKS, MODEL_TOKENS = (8, 64, 512), (64, 4096)  # tokens of one rank
+LARGEST = SHAPES[2]  # the layer of the model
 
 
 def parallel_table(rows: Sequence[Row], source: str) -> str:
-    """Both modes on two GPUs, and the part of each that its collectives alone take."""
+    """Both modes on two GPUs, and the share of the collectives alone."""
     lines = []
     for row, times in cases_of(rows, "parallel"):
         tokens, top_k, experts, hidden, inner = shape_of(row)
@@ -268,34 +265,34 @@ def parallel_table(rows: Sequence[Row], source: str) -> str:
 
 
 class Terms(NamedTuple):
-    """What the model takes from the measurement, in microseconds and bytes a microsecond."""
+    """The measured terms of the model, in microseconds, and bytes or operations a microsecond."""
 
     latency: float
-    reduce_rate: float  # of an all-reduce: bytes that leave a rank
+    reduce_rate: float  # of an all-reduce: bytes sent by one rank
     exchange_rate: float  # of an all-to-all
-    memory_rate: float  # at which a layer reads its weights
+    memory_rate: float  # of a layer reading its weights
     flop_rate: float
 
 
-def model_terms(rows: Sequence[Row], shape: tuple[int, int, int, int]) -> Terms:
+def model_terms(rows: Sequence[Row], shape: Shape) -> Terms:
     experts, top_k, hidden, inner = shape
     collective = {int(row["routes"]): times for row, times in cases_of(rows, "collective")}
-    least, most = min(collective), max(collective)
+    smallest, largest = min(collective), max(collective)  # bytes
     layer = {int(row["routes"]) // top_k: times for row, times in cases_of(rows, "parallel")
              if f"-E{experts}-H{hidden}-I{inner} " in row["case"]}  # fmt: skip
     weights = 3 * experts * hidden * inner * 2
     flops = 6 * 4096 * top_k * hidden * inner
     return Terms(
-        latency=max(collective[least].values()),
-        reduce_rate=most / collective[most]["all-reduce"],  # two ranks: half of the data goes each of two ways
-        exchange_rate=most / 2 / collective[most]["all-to-all"],
+        latency=max(collective[smallest].values()),
+        reduce_rate=largest / collective[largest]["all-reduce"],  # with two ranks, half of the data goes each way
+        exchange_rate=largest / 2 / collective[largest]["all-to-all"],
         memory_rate=weights / layer[256]["one-gpu-graph"],
         flop_rate=flops / layer[4096]["one-gpu-graph"],
     )
 
 
-def parallel_model(rows: Sequence[Row], source: str = "", shape: tuple[int, int, int, int] = LARGEST) -> str:
-    """Microseconds of a layer over many ranks by the equations of docs/parallel.md."""
+def parallel_model(rows: Sequence[Row], source: str = "", shape: Shape = LARGEST) -> str:
+    """Microseconds of a layer on many ranks, by the equations of docs/parallel.md."""
     experts, top_k, hidden, inner = shape
     terms = model_terms(rows, shape)
     lines = []
@@ -304,14 +301,14 @@ def parallel_model(rows: Sequence[Row], source: str = "", shape: tuple[int, int,
         latency = terms.latency + (NETWORK_US if nodes > 1 else 0)
         slots = -(-experts // ranks)
         for tokens in MODEL_TOKENS:
-            routes = tokens * top_k  # of a rank, which as many reach
+            routes = tokens * top_k  # that a rank sends, and receives
             computing = max(
                 3 * slots * hidden * inner * 2 / terms.memory_rate, 6 * routes * hidden * inner / terms.flop_rate
             )
             every = tokens * ranks * hidden * 2
             inside = min(ranks, NODE)
             near = (inside - 1) / inside / terms.reduce_rate
-            far = (nodes - 1) / nodes / (NETWORK_GB_S * 1e3 * NODE)  # all adapters of a node together
+            far = (nodes - 1) / nodes / (NETWORK_GB_S * 1e3 * NODE)  # over all adapters of a node
             replicated = 2 * every * max(near, far) + 2 * latency
             sent = routes * hidden * 2
             near = sent * (inside - 1) / ranks / terms.exchange_rate
@@ -321,17 +318,17 @@ def parallel_model(rows: Sequence[Row], source: str = "", shape: tuple[int, int,
                 f"{ranks}", f"{tokens:,}", f"{computing:,.0f}", f"{replicated:,.0f}", f"{dispatched:,.0f}",
                 f"{dispatched / (computing + dispatched):.0%}",
             ])  # fmt: skip
-    said = (
+    title = (
         f"Terms: latency {terms.latency:.0f} us, all-reduce {terms.reduce_rate / 1e3:.0f} GB/s, all-to-all "
         f"{terms.exchange_rate / 1e3:.0f} GB/s, weights read at {terms.memory_rate / 1e6:.1f} TB/s, "
         f"{terms.flop_rate / 1e6:.0f} TFLOP/s, all of the shape {', '.join(map(str, shape))} or of plain collectives."
     )
     header = ["ranks", "tokens a rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
-    return f"{said}\n\n{markdown(header, lines)}"
+    return f"{title}\n\n{markdown(header, lines)}"
 
 
 def versions_table(rows: Sequence[Row], source: str) -> str:
-    """How the tests end under other releases; tests/commands/versions.py writes the rows."""
+    """Test results under other releases; tests/commands/versions.py writes the rows."""
     columns = ("name", "python", "torch", "transformers", "triton", "numba", "numpy", "passed", "failed", "skipped")
     lines = [[row[name] for name in columns] for row in rows]
     dates = sorted({row["date"] for row in rows})

@@ -1,12 +1,12 @@
 """Tokens a second of a Qwen3-MoE-shaped model of random weights: moealign, grouped_mm and batched_mm as its experts.
 
-    PYTHONPATH=src python3 benchmarks/transformers_model.py            # a GPU; layers of the real size
-    PYTHONPATH=src python3 benchmarks/transformers_model.py --small    # anything, to see that it runs
+    python benchmarks/transformers_model.py            # on a GPU; layers of the real size
+    python benchmarks/transformers_model.py --small    # anywhere, to see that it runs
 
-`moealign-routers` has the routers replaced as well.  Decode at batch 1 and 16 behind a prompt of 64 tokens, and a
-prefill of 4,096: eager, wall time, as a user of Transformers has it; `graph` is the same decode step captured in a CUDA
-graph with a static cache, where that succeeds.
-Logits are compared with grouped_mm's first.  Writes benchmarks/results/transformers_<gpu>.csv.
+`moealign-routers` replaces the routers as well.  Decode steps at batch 1 and 16 after a prompt of 64 tokens, and a
+prefill of 4,096 tokens: eager wall time, as users of Transformers see it.  `-graph` is the same decode step captured in
+a CUDA graph with a static cache, where capture succeeds.
+Logits are first compared with those of grouped_mm.  Writes benchmarks/results/transformers_<gpu>.csv.
 """
 
 from __future__ import annotations
@@ -14,23 +14,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS, finish, relative_error
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "src"), str(HERE)]
+from moealign import bench
+from moealign.integrations import transformers as integration
+from moealign.timing import capture, host_us
 
-import align as bench  # noqa: E402  benchmarks/align.py: columns and CSV
-
-from moealign.integrations import transformers as integration  # noqa: E402
-
-ROUTED = "moealign-routers"  # and its routers too
-IMPLS = ["moealign", ROUTED, "grouped_mm", "batched_mm"]
-BATCHED_MOST = 64  # tokens: batched_mm copies the weights of every route
+ROUTED = "moealign-routers"
+IMPLS = ["grouped_mm", "moealign", ROUTED, "batched_mm"]  # the first is what the others are compared to
+BATCHED_MAX_TOKENS = 64  # batched_mm copies the weights of every route
 
 
 def model_of(layers: int, small: bool, device: str) -> Any:
@@ -60,41 +57,32 @@ def wall(call: Callable[[], Any], device: str, turns: int) -> list[float]:
     times = []
     for _ in range(turns):
         synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append((time.perf_counter() - start) * 1e6)
+        times.append(host_us(call, wait=lambda: synchronize(device)))
     return times
 
 
 def decode_step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
-    """One token for each sequence behind its prompt `ids` ``[batch, prompt]``, always into one place of a cache."""
+    """Decodes one token for each sequence after its prompt `ids` ``[batch, prompt]``, always into one cache slot."""
     import transformers
 
     (batch, prompt), device = ids.shape, ids.device
     cache = transformers.StaticCache(config=model.config, max_cache_len=prompt + 8)
     model(ids, past_key_values=cache)
     token = ids[:, -1:]
-    where = torch.full((batch, 1), prompt, device=device)
+    positions = torch.full((batch, 1), prompt, device=device)
 
     def step() -> Any:
         for layer in cache.layers:
-            layer.cumulative_length.fill_(prompt)  # back to behind the prompt
-        return model(token, past_key_values=cache, position_ids=where)
+            layer.cumulative_length.fill_(prompt)  # back to the end of the prompt
+        return model(token, past_key_values=cache, position_ids=positions)
 
     return step
 
 
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def graphed(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    for _ in range(3):
         step()
-    return graph.replay
+    return capture([step])
 
 
 def main() -> int:
@@ -109,7 +97,6 @@ def main() -> int:
     gpu = bench.gpu_slug(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
     integration.install()
     session = bench.Session(torch.device(device), gpu, [])
-    wrong = []
     with torch.inference_mode():
         model = model_of(args.layers, args.small, device)
         config = model.config
@@ -117,10 +104,10 @@ def main() -> int:
         for kind, batch, length in (("decode", 1, 1), ("decode", 16, 1), ("prefill", 1, args.prefill)):
             ids = torch.randint(0, 500, (batch, length if kind == "prefill" else 64), device=device)
             tokens = batch * length
-            found: dict[str, list[float]] = {}
-            want = None
-            for impl in sorted(IMPLS, key=lambda each: each != "grouped_mm"):
-                if impl == "batched_mm" and tokens > BATCHED_MOST:
+            timed: dict[str, list[float]] = {}
+            expected = None
+            for impl in IMPLS:
+                if impl == "batched_mm" and tokens > BATCHED_MAX_TOKENS:
                     continue
                 integration.restore_routers(model)
                 model.set_experts_implementation("moealign" if impl == ROUTED else impl)
@@ -131,29 +118,26 @@ def main() -> int:
                 else:
                     step = decode_step(model, ids)
                 logits = step().logits.double()
-                want = logits if want is None else want
-                error = float((logits - want).norm() / want.norm())
+                expected = logits if expected is None else expected
+                error = relative_error(logits, expected)
                 if not error < 5e-2:
-                    wrong.append(f"WRONG {kind} {tokens} {impl}: logits differ by {error:.3g}")
+                    session.failures.append(f"WRONG {kind} {tokens} {impl}: logits differ by {error:.3g}")
                     continue
                 step()
-                found[impl] = wall(step, device, args.turns)
+                timed[impl] = wall(step, device, args.turns)
                 if device == "cuda" and kind == "decode":
                     try:
-                        found[f"{impl}-graph"] = wall(graphed(step), device, args.turns)
+                        timed[f"{impl}-graph"] = wall(graphed(step).replay, device, args.turns)
                     except Exception as problem:
-                        bench.say(f"{kind} {batch} {impl}: not captured, {bench.first_line(problem)}")
+                        bench.log(f"{kind} {batch} {impl}: not captured, {bench.first_line(problem)}")
                         torch.cuda.synchronize()
             size = (tokens, 8, config.num_experts, 0)
-            work = bench.Work("transformers", f"{kind} T{tokens} {shape}", size, [torch.zeros(1)])
-            for impl, times in found.items():
-                session.add(work, impl, times)
+            case = bench.Case("transformers", f"{kind} T{tokens} {shape}", size, [torch.zeros(1)])
+            for impl, times in timed.items():
+                session.add(case, impl, times)
                 median = statistics.median(times)
-                bench.say(f"{kind} of {tokens:5}: {impl:18} {median:10.0f} us, {tokens / median * 1e6:10.0f} tokens/s")
-    bench.write_csv(session.rows, args.out or HERE / "results" / f"transformers_{gpu}.csv")
-    for line in wrong:
-        bench.say(line)
-    return 1 if wrong else 0
+                bench.log(f"{kind} of {tokens:5}: {impl:18} {median:10.0f} us, {tokens / median * 1e6:10.0f} tokens/s")
+    return finish(session.rows, session.failures, args.out or RESULTS / f"transformers_{gpu}.csv")
 
 
 if __name__ == "__main__":

@@ -19,18 +19,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moealign import BlockLayout, align, align_batched
+from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds
+from moealign.page import ADAPTIVE, map_lines, save_adaptive, study, style
+from moealign.page import draw_map as draw_block_map
+from moealign.page import write as write_report
+from moealign.trace import example_trace, load_trace
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "src"))
-
-import torch  # noqa: E402
-
-from moealign import BlockLayout, align, align_batched  # noqa: E402
-from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds  # noqa: E402
-from moealign.page import ADAPTIVE, map_lines, save_adaptive, study, style  # noqa: E402
-from moealign.page import draw_map as draw_block_map  # noqa: E402
-from moealign.page import write as write_report  # noqa: E402
-from moealign.trace import example_trace, load_trace  # noqa: E402
-
 IMAGES = ROOT / "docs" / "images"
 TOPK_IDS = torch.tensor([[2, 3, 4], [1, 2, 4], [1, 3, 4], [1, 2, 3]])  # the example of docs/contract.md
 ALL: dict[str, bool] = dict.fromkeys(
