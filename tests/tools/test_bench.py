@@ -1,17 +1,21 @@
-"""`moealign bench`: what it measures, writes and draws, and which peers it finds.  No time is asserted."""
+"""`moealign bench`: what it measures, writes and draws, and which peers it finds; the timers.  No time is asserted."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from moealign import bench
+from moealign import bench, timing
+from moealign.bench import benches, candidates, command, names, peers, tables
 from moealign.cli import app
 from moealign.testing import oracle_align
 
@@ -24,8 +28,8 @@ def run(*arguments: str):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(bench, "CPU_SIZES", SMALL)
-    monkeypatch.setattr(bench, "QUICK", {8, 256})
+    monkeypatch.setattr(benches, "CPU_SIZES", SMALL)
+    monkeypatch.setattr(benches, "QUICK", {8, 256})
 
 
 def test_a_table_a_csv_and_a_figure(few, tmp_path, monkeypatch):
@@ -84,23 +88,23 @@ def test_without_a_gpu_it_says_so_and_how_to_go_on():
 
 
 def test_what_was_measured_is_kept_when_a_run_is_cut_short(few, tmp_path, monkeypatch):
-    real = bench.time_cpu
+    time_cpu = benches.time_cpu
 
-    def second_time_interrupted(session, entries):
+    def interrupted_at_the_second_case(session, candidates):
         if session.rows:
             raise KeyboardInterrupt
-        return real(session, entries)
+        return time_cpu(session, candidates)
 
-    monkeypatch.setattr(bench, "time_cpu", second_time_interrupted)
+    monkeypatch.setattr(benches, "time_cpu", interrupted_at_the_second_case)
     arguments = ["--quick", "--device", "cpu", "--out", str(tmp_path / "part.csv")]
     with pytest.raises(KeyboardInterrupt):
-        bench.main(arguments)
+        command.main(arguments)
     with (tmp_path / "part.csv").open(newline="") as source:
         assert {row["case"] for row in csv.DictReader(source)} == {"1x8-E256-B16"}
 
 
 def test_a_wrong_implementation_is_reported_and_ends_with_1(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "exact_difference", lambda got, want: "element 3")
+    monkeypatch.setattr(candidates, "exact_difference", lambda outputs, expected: "element 3")
     result = run("--quick", "--device", "cpu", "-o", str(tmp_path / "a.csv"))
     assert result.exit_code == 1
     assert "WRONG align 1x8-E256-B16 moealign-cpu: element 3" in result.output
@@ -111,7 +115,7 @@ def test_a_wrong_implementation_is_reported_and_ends_with_1(few, tmp_path, monke
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """An environment with a package vllm 0.20.1 whose library is there, and no SGLang."""
+    """An environment with the library of vllm 0.20.1 and without SGLang."""
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").write_text("raise SystemExit('a peer is never imported')")
     (tmp_path / "vllm" / "_moe_C.abi3.so").write_bytes(b"")
@@ -121,7 +125,7 @@ def installed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     monkeypatch.setitem(
-        bench.INSTALLED, "sglang-kernel", (("sglang-kernel",), "no_such_package_here", ("*.so",), "sgl_kernel")
+        peers.INSTALLED, "sglang-kernel", (("sglang-kernel",), "no_such_package_here", ("*.so",), "sgl_kernel")
     )
     return tmp_path / "vllm"
 
@@ -145,36 +149,35 @@ def test_an_installed_peer_of_another_release_takes_part(installed, monkeypatch,
 
     library.impl("moe_align_block_size", align, "CPU")
     loaded = []
-    monkeypatch.setattr(bench, "load_library", loaded.append)
+    monkeypatch.setattr(peers, "load_library", loaded.append)
     try:
-        names, sglang_library = bench.installed_peers()
-        assert names == {"vllm-0.20.1"}
+        impls, sglang_library = bench.installed_peers()
+        assert impls == {"vllm-0.20.1"}
         assert sglang_library is None
         assert loaded == [str(installed / "_moe_C.abi3.so")]
         assert "sglang-kernel: left out, no_such_package_here is not installed here" in capsys.readouterr().out
 
-        session = bench.Session(torch.device("cpu"), "test", ["reference"], peers=names, slots=2)
+        session = bench.Session(torch.device("cpu"), "test", ["reference"], peers=impls, slots=2)
         size = (4, 2, 8, 4)
-        work = bench.Work("align", bench.name_of(size), size, session.inputs("uniform", size))
-        (entry,) = bench.peers_of(session, work)
-        session.run(work, [bench.ours("reference", work), entry], lambda s, e: _called(s, e))
-        assert session.wrong == []
+        case = bench.Case("align", bench.case_name(size), size, session.inputs("uniform", size))
+        (vllm,) = benches.peer_candidates(session, case)
+        session.run(case, [bench.moealign_candidate("reference", case), vllm], call_each_slot)
+        assert session.failures == []
         assert [row["impl"] for row in session.rows] == ["moealign-reference", "vllm-0.20.1"]
-        assert bench.pivot(session.rows, "align")[0] == ["case", "routes", "reference", "vllm", "x peer"]
+        assert tables.pivot(session.rows, "align")[0] == ["case", "routes", "reference", "vllm", "x peer"]
     finally:
         library._destroy()
 
 
-def _called(session, entries):
-    for entry in entries:
+def call_each_slot(session, candidates):
+    for candidate in candidates:
         for slot in range(session.slots):
-            entry.call(slot)
-    return {entry.impl: [1.0, 2.0] for entry in entries}
+            candidate.call(slot)
+    return {candidate.impl: [1.0, 2.0] for candidate in candidates}
 
 
 def test_a_library_that_does_not_load_is_left_out_with_its_reason(installed, capsys):
-    names, _ = bench.installed_peers()
-    assert names == set()
+    assert bench.installed_peers()[0] == set()
     assert "vllm: left out, OSError: " in capsys.readouterr().out
     (installed / "_moe_C.abi3.so").unlink()
     assert bench.installed_peers()[0] == set()
@@ -185,22 +188,122 @@ def test_columns_are_ours_then_the_peers_then_the_floors():
     mixed = ["floor-empty", "torch-argsort", "vllm-0.20.1", "other", "sglang-kernel-0.5.0", "moealign-cuda"]
     ordered = ["moealign-cuda", "vllm-0.20.1", "sglang-kernel-0.5.0", "torch-argsort", "floor-empty", "other"]
     assert bench.in_order(mixed) == ordered
+    assert [names.short_name(impl) for impl in ordered[:4]] == ["cuda", "vllm", "sglang", "argsort"]
     assert bench.line_of("vllm-0.20.1")[0] == "vLLM 0.20.1"
     assert bench.line_of("moealign-cpu-2t") is None
 
 
 def test_the_repository_s_script_is_the_package_s_benchmark():
     script = Path(__file__).parents[2] / "benchmarks" / "align.py"
-    assert len(script.read_text().splitlines()) < 50
     helped = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
     for option in ("--bench", "--quick", "--backends", "--peers", "--out", "--device", "--budget"):
         assert option in helped.stdout, option
 
 
+# ---- timers ------------------------------------------------------------------------------------------------------
+
+
+class FakeDevice:
+    """Stands in for torch.cuda: a clock that calls advance, and graphs that replay the calls captured in them."""
+
+    def __init__(self, monkeypatch):
+        self.now_ms, self.recording, device = 0.0, None, self
+
+        class Graph:
+            def replay(self):
+                device.now_ms += self.ms
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = device.now_ms
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        @contextlib.contextmanager
+        def graph(into, stream):
+            before = device.now_ms
+            yield
+            into.ms, device.now_ms = device.now_ms - before, before
+
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "CUDAGraph": Graph,
+            "Event": Event,
+            "graph": graph,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "default_stream": lambda: stream,
+            "synchronize": lambda: None,
+            "_sleep": lambda cycles: setattr(device, "now_ms", device.now_ms + 5),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value, raising=False)
+
+    def call_of(self, us, seen):
+        def call(slot=0):
+            seen.append(slot)
+            self.now_ms += us / 1e3
+
+        return call
+
+
+def test_graphs_take_turns_over_all_slots_and_slow_ones_are_replayed_less(monkeypatch):
+    device, seen = FakeDevice(monkeypatch), {"fast": [], "slow": []}
+    calls = {"fast": device.call_of(2.0, seen["fast"]), "slow": device.call_of(1000.0, seen["slow"])}
+    calls["broken"] = lambda slot: [][slot]
+    failed = []
+    times = timing.graphs_in_turns(
+        calls,
+        slots=3,
+        calls_per_graph=4,
+        warm_up=2,
+        budget_us=30_000,
+        on_failure=lambda impl, error: failed.append(impl),
+    )
+    assert failed == ["broken"]
+    assert seen["fast"] == seen["slow"] == [0, 1, 0, 1, 2, 0], "two calls to warm up, then the graph's four"
+    assert {impl: len(each) for impl, each in times.items()} == {"fast": 50, "slow": 7}
+    assert times["fast"] == pytest.approx([2.0] * 50)
+    assert times["slow"] == pytest.approx([1000.0] * 7)
+
+
+def test_a_graph_is_replayed_within_its_budget(monkeypatch):
+    device, seen = FakeDevice(monkeypatch), []
+    call, replays = device.call_of(10.0, seen), []
+    device_us = timing.device_us
+    monkeypatch.setattr(timing, "device_us", lambda run: replays.append(1) or device_us(run))
+    options = {"warm_up": 1, "min_replays": 3, "max_replays": 9}
+    for budget_us, count in ((0.0, 3), (95.0, 5), (1e9, 9)):
+        replays.clear()
+        assert timing.graph_us([call] * 2, budget_us=budget_us, **options) == pytest.approx(10.0)
+        assert len(replays) == count
+    assert len(seen) == 3 * (1 + 2)
+
+
+def test_the_host_timer_takes_turns_and_makes_every_call():
+    seen, order = [], random.Random(0)
+    calls = {impl: lambda value, impl=impl: seen.append((impl, value)) for impl in "ab"}
+    arguments = {"a": [(1,), (2,)], "b": [(3,)]}
+    times = timing.host_in_turns(calls, arguments, min_turns=2, before=lambda impl: seen.append(impl))
+    assert seen == ["a", ("a", 1), ("a", 2), "b", ("b", 3)] * 2
+    assert {impl: len(each) for impl, each in times.items()} == {"a": 2, "b": 2}
+    times = timing.host_in_turns(calls, arguments, min_turns=1, max_turns=4, seconds=60, order=order)
+    assert len(times["a"]) == len(times["b"]) == 4
+    assert timing.host_us(lambda: None, wait=lambda: seen.append("waited")) > 0
+    assert seen[-1] == "waited"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_every_part_is_right(tmp_path):
     parts = [option for name in bench.BENCHES for option in ("--bench", name)]
-    assert bench.main(["--quick", "--out", str(tmp_path / "a.csv"), *parts]) == 0
+    assert command.main(["--quick", "--out", str(tmp_path / "a.csv"), *parts]) == 0
     with (tmp_path / "a.csv").open(newline="") as source:
         rows = list(csv.DictReader(source))
     assert {row["bench"] for row in rows} == set(bench.BENCHES)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import figures
 import pytest
+import tables
 import torch
 
+from moealign import bench
+from moealign.bench.candidates import argsort_candidate
 from moealign.testing import oracle_align, oracle_align_batched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,21 +54,6 @@ stale
 """
 
 
-def load(name: str) -> ModuleType:
-    """A script of benchmarks/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-align, figures = load("align"), load("figures")
-goals, tables = figures.goals, figures.tables
-
-
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A repository of nothing but pages with empty tables and two measurements."""
@@ -74,6 +61,7 @@ def root(tmp_path: Path) -> Path:
     results.mkdir(parents=True)
     (results / "align_h200.csv").write_text(DONE)
     (results / "align_cpu.csv").write_text(DONE_CPU)
+    (results.parent / "trials.csv").write_bytes((BENCHMARKS / "trials.csv").read_bytes())
     for page, tables_of in figures.PAGES.items():
         (tmp_path / page).parent.mkdir(exist_ok=True)
         markers = (f"<!-- {marker}:begin -->\n<!-- {marker}:end -->\n" for marker, *_ in tables_of)
@@ -86,12 +74,12 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("mapped", "ignore"), [(False, False), (True, False), (True, True)])
 def test_the_benchmarks_oracle_is_the_librarys(kind: str, mapped: bool, ignore: bool) -> None:
     size = (37, 3, 11, 7)
-    ids = align.make_ids(kind, size, torch.Generator().manual_seed(3))
+    ids = bench.make_ids(kind, size, torch.Generator().manual_seed(3))
     expert_map = torch.tensor([-1, 3, 2, -1, 0, 5, 1, 4, -1, 6, 7], dtype=torch.int32) if mapped else None
     call = {"block_size": 7, "num_experts": 11, "expert_map": expert_map, "ignore_invalid_experts": ignore}
     expected = oracle_align(ids, **call)
     expected.pop("error_word")
-    found = align.expected_layout(
+    fast = bench.expected_layout(
         ids.numpy().reshape(-1),
         block_size=7,
         num_experts=11,
@@ -99,20 +87,20 @@ def test_the_benchmarks_oracle_is_the_librarys(kind: str, mapped: bool, ignore: 
         expert_map=None if expert_map is None else expert_map.numpy(),
         ignore=ignore,
     )
-    assert {name: found[name].tolist() for name in expected} == expected
+    assert {name: fast[name].tolist() for name in expected} == expected
 
 
 def test_the_benchmarks_oracle_of_batches_is_the_librarys() -> None:
     counts = torch.tensor([2, 3, 0, 6, 8], dtype=torch.int32)
-    work = align.Work("batched", "", (5, 8, 5, 4), [counts], batched=True)
+    case = bench.Case("batched", "", (5, 8, 5, 4), [counts], batched=True)
     expected = oracle_align_batched(counts, max_tokens_per_batch=8, block_size=4)
     expected.pop("error_word")
-    assert {name: work.expected(0)[name].tolist() for name in expected} == expected
+    assert {name: case.expected(0)[name].tolist() for name in expected} == expected
 
 
 def test_rows_of_ids_hold_distinct_experts() -> None:
     for kind in ("uniform", "zipf"):
-        ids = align.make_ids(kind, (50, 8, 16, 4), torch.Generator().manual_seed(0))
+        ids = bench.make_ids(kind, (50, 8, 16, 4), torch.Generator().manual_seed(0))
         assert ids.dtype == torch.int32
         assert all(len(set(row)) == 8 for row in ids.tolist())
 
@@ -125,61 +113,65 @@ def peer_output(ids: list[int]) -> tuple[torch.Tensor, ...]:
 
 def test_a_peer_may_order_a_bin_as_it_likes_and_nothing_else() -> None:
     ids = torch.tensor([[2], [0], [2], [-1], [2]], dtype=torch.int32)
-    want = align.Work("align", "", (5, 1, 3, 2), [ids]).expected(0)
+    expected = bench.Case("align", "", (5, 1, 3, 2), [ids]).expected(0)
     routes, experts, total = peer_output(ids.flatten().tolist())
-    assert align.bins_difference(routes, experts, total, want, 2) is None
+    assert bench.bins_difference(routes, experts, total, expected, 2) is None
     twice, missing, moved = routes.clone(), routes.clone(), experts.clone()
     twice[2], missing[4], moved[0] = 0, 5, 1
-    assert "once each" in align.bins_difference(twice, experts, total, want, 2)
-    assert "once each" in align.bins_difference(missing, experts, total, want, 2)
-    assert "expected expert 0, got 1" in align.bins_difference(routes, moved, total, want, 2)
-    assert "multiple of 2" in align.bins_difference(routes, experts, torch.tensor([5]), want, 2)
+    assert "once each" in bench.bins_difference(twice, experts, total, expected, 2)
+    assert "once each" in bench.bins_difference(missing, experts, total, expected, 2)
+    assert "expected expert 0, got 1" in bench.bins_difference(routes, moved, total, expected, 2)
+    assert "multiple of 2" in bench.bins_difference(routes, experts, torch.tensor([5]), expected, 2)
 
 
 def test_exact_difference_names_the_element() -> None:
     ids = torch.tensor([[1], [0]], dtype=torch.int32)
-    want = align.Work("align", "", (2, 1, 2, 1), [ids]).expected(0)
-    assert align.exact_difference({"sorted_token_ids": torch.tensor([1, 0])}, want) is None
-    assert "sorted_token_ids[1]: expected 0, got 9" in align.exact_difference(
-        {"sorted_token_ids": torch.tensor([1, 9])}, want
+    expected = bench.Case("align", "", (2, 1, 2, 1), [ids]).expected(0)
+    assert bench.exact_difference({"sorted_token_ids": torch.tensor([1, 0])}, expected) is None
+    assert "sorted_token_ids[1]: expected 0, got 9" in bench.exact_difference(
+        {"sorted_token_ids": torch.tensor([1, 9])}, expected
     )
-    assert "expected 2 elements, got 3" in align.exact_difference({"sorted_token_ids": torch.zeros(3)}, want)
+    assert "expected 2 elements, got 3" in bench.exact_difference({"sorted_token_ids": torch.zeros(3)}, expected)
 
 
-def made_up_timer(session: Any, entries: list[Any]) -> dict[str, list[float]]:
-    for entry in entries:
+def made_up_timer(session: Any, candidates: list[Any]) -> dict[str, list[float]]:
+    for candidate in candidates:
         for slot in range(session.slots):
-            entry.call(slot)
-    return {entry.impl: [1.0, 3.0, 2.0] for entry in entries}
+            candidate.call(slot)
+    return {candidate.impl: [1.0, 3.0, 2.0] for candidate in candidates}
 
 
-def small_work() -> tuple[Any, Any]:
-    session = align.Session(torch.device("cpu"), "test", ["reference"], slots=2)
+def small_case() -> tuple[Any, Any]:
+    session = bench.Session(torch.device("cpu"), "test", ["reference"], slots=2)
     size = (4, 2, 8, 4)
-    return session, align.Work("align", align.name_of(size), size, session.inputs("uniform", size))
+    return session, bench.Case("align", bench.case_name(size), size, session.inputs("uniform", size))
 
 
 def test_what_is_wrong_is_reported_and_not_timed() -> None:
-    session, work = small_work()
-    wrong = align.Entry("wrong", lambda slot: None, lambda slot: "element 3")
-    session.run(work, [wrong, align.ours("reference", work)], made_up_timer)
+    session, case = small_case()
+    wrong = bench.Candidate("wrong", lambda slot: None, lambda slot: "element 3")
+    session.run(case, [wrong, bench.moealign_candidate("reference", case)], made_up_timer)
     assert [row["impl"] for row in session.rows] == ["moealign-reference"]
-    assert session.wrong == ["WRONG align 4x2-E8-B4 wrong: element 3"]
+    assert session.failures == ["WRONG align 4x2-E8-B4 wrong: element 3"]
 
 
 def test_timed_calls_that_wrote_nothing_are_reported() -> None:
-    session, work = small_work()
-    session.run(work, [align.ours("reference", work)], lambda _, entries: {entry.impl: [1.0] for entry in entries})
+    session, case = small_case()
+    session.run(
+        case,
+        [bench.moealign_candidate("reference", case)],
+        lambda _, candidates: {each.impl: [1.0] for each in candidates},
+    )
     assert session.rows == []
-    assert "after the timed calls: sorted_token_ids[0]: expected " in session.wrong[0]
-    assert "got -7" in session.wrong[0]
+    assert "after the timed calls: sorted_token_ids[0]: expected " in session.failures[0]
+    assert "got -7" in session.failures[0]
 
 
 def test_rows_have_the_columns(tmp_path: Path) -> None:
-    session, work = small_work()
-    session.run(work, [align.ours("reference", work), align.torch_argsort(work)], made_up_timer)
-    assert session.wrong == []
-    align.write_csv(session.rows, tmp_path / "some" / "align_test.csv")
+    session, case = small_case()
+    session.run(case, [bench.moealign_candidate("reference", case), argsort_candidate(case)], made_up_timer)
+    assert session.failures == []
+    bench.write_csv(session.rows, tmp_path / "some" / "align_test.csv")
     lines = (tmp_path / "some" / "align_test.csv").read_text().splitlines()
     assert lines[0] == COLUMNS
     today = session.rows[0]["date"]
@@ -207,8 +199,8 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def test_gpu_slug() -> None:
-    assert align.gpu_slug("NVIDIA H200") == "h200"
-    assert align.gpu_slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
+    assert bench.gpu_slug("NVIDIA H200") == "h200"
+    assert bench.gpu_slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
 
 
 def test_tables_of_results_that_were_made_up(root: Path) -> None:
@@ -242,10 +234,10 @@ def test_the_script_writes_and_checks(root: Path, capsys: pytest.CaptureFixture[
     image = root / "docs" / "images" / "performance.png"
     arguments = ["--root", str(root)]
     assert figures.main([*arguments, "--check"]) == 1
-    said = capsys.readouterr().out
-    assert "README.md: its tables are not those" in said
-    assert "docs/performance.md: its tables are not those" in said
-    assert "docs/experts.md" not in said
+    output = capsys.readouterr().out
+    assert "README.md: its tables differ from" in output
+    assert "docs/performance.md: its tables differ from" in output
+    assert "docs/experts.md" not in output
     assert not image.exists()
     assert figures.main(arguments) == 0
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -276,14 +268,14 @@ oldest,3.10.13,2.10.0,5.16.0,-,0.61.0,1.26.4,950,0,10,2026-11-27
 def test_the_table_of_versions_is_its_rows_and_the_dates_they_span(tmp_path: Path) -> None:
     (tmp_path / "versions.csv").write_text(VERSIONS)
     rows = figures.read(tmp_path / "versions.csv")
-    said, _, table = tables.versions_table(rows, "a.csv").partition("\n\n")
-    assert said == "`make test-versions`, 2026-11-26 to 2026-11-27; `a.csv`."
+    output, _, table = tables.versions_table(rows, "a.csv").partition("\n\n")
+    assert output == "`make test-versions`, 2026-11-26 to 2026-11-27; `a.csv`."
     header, _, *lines = (line.strip("| ").split(" | ") for line in table.splitlines())
     assert [header, *lines] == [line.split(",")[:-1] for line in VERSIONS.splitlines()]
     assert tables.versions_table(rows[:1], "a.csv").startswith("`make test-versions`, 2026-11-26; `a.csv`.")
 
 
-# ---- goals, experts, routers, plug-ins, trials -----------------------------------------------------------------------
+# ---- experts, routers, plug-ins, trials -----------------------------------------------------------------------
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -298,161 +290,79 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return rows
 
 
-def cell_of(table: str, goal: str) -> str:
-    """What stands beside the one goal that begins like that."""
-    (line,) = [line for line in table.splitlines() if line.startswith(f"| {goal}")]
-    return line.split("|")[2].strip()
+FLOOR_RATES = f"{6 * 128 * 64 * 32 / 10 / 1e6:.2f} TB/s and {6 * 32768 * 64 * 32 / 10 / 1e6:.0f} TFLOP/s"
 
 
-def test_a_miss_is_bold_and_a_hit_is_not() -> None:
-    assert goals.each([2.0, 1.5], least=2) == "2.00x, **1.50x**"
-    assert goals.each([2.0, 2.5], most=2) == "2.00x, **2.50x**"
-    assert goals.each([1.9996], least=2) == "**1.9996x**", "a miss does not look like a hit"
-    assert goals.each([12.34], unit=" us") == "12.3 us"
-    assert goals.span([3, 1, 2], least=2) == "**1.00x** to 3.00x"
-    assert goals.span([3, 3]) == "3.00x"
-    assert goals.each([]) == goals.span([]) == "not measured"
+@pytest.mark.parametrize(
+    ("maker", "rows", "lines"),
+    [
+        (
+            tables.experts_table,
+            """
+            experts, T1-k8-E128-H64-I32, 8, 128, 8, moealign=10, vllm-0.33.0=11, transformers-grouped_mm=40, floor=9.9
+            experts, T256-k8-E128-H64-I32, 2048, 128, 8, moealign=20, vllm-0.33.0=30, floor=10
+            experts, T4096-k8-E8-H64-I32, 32768, 8, 8, moealign=20, vllm-0.33.0=30, vllm-0.33.0-tuned=19, floor=10
+            """,
+            [
+                "| 128, 8, 64, 32 | 1 | 10.0 | 11.0 | - | 40.0 | 9.90 | 1.10x | 4.00x | 99% |",
+                "| 8, 8, 64, 32 | 4,096 | 20.0 | 30.0 | 19.0 | - | 10.0 | 1.50x | - | 50% |",
+                FLOOR_RATES,
+            ],
+        ),
+        (
+            tables.experts_cpu_table,
+            "experts-cpu, T16-k8-E64-H512-I256 float32, 128, 64, 8, moealign=10, transformers-eager=20",
+            ["| 64, 8, 512, 256 | float32 | 16 | 2.00x | - | - |"],
+        ),
+        (
+            tables.routing_cpu_table,
+            "routing-cpu, Qwen3-MoE float32, 4096, 128, 8, moealign-cpu=10, torch=25, moealign-cpu-2t=5, torch-2t=20",
+            ["| Qwen3-MoE, 8 of 128 | 512 | 10.0 | 25.0 | 2.50x | 5.00 | 20.0 | 4.00x |"],
+        ),
+        (
+            tables.transformers_table,
+            """
+            transformers, decode T1 H2048-I768 8 layers, 8, 128, 8, moealign=1000, grouped_mm=1500, moealign-graph=500
+            transformers, prefill T4096 H2048-I768 8 layers, 32768, 128, 8, moealign=4096, moealign-routers=2048
+            """,
+            [
+                "| decode, 1 token, eager | 1,000 | - | 667 | - | 1.50x |",
+                "| decode, 1 token, CUDA graph | 2,000 | - | - | - | - |",
+                "| prefill, 4,096 tokens, eager | 1,000,000 | 2,000,000 | - | - | - |",
+            ],
+        ),
+        (
+            tables.routing_table,
+            """
+            routing, 1x8-E256-B16 bfloat16, 8, 256, 8, moealign-cuda=2, moealign-cuda-align=1, vllm-0.33.0=6
+            routing, 1024x8-E256-B16 bfloat16, 8192, 256, 8, moealign-cuda=2, moealign-triton=3, vllm-0.33.0=5
+            routing-grouped, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=4, vllm-0.33.0=8
+            """,
+            [
+                "| 1 x 8, 256, 16 | 2.00 | 1.00 | - | - | 6.00 | 3.00x | 2.00x |",
+                "| 1,024 x 8, 256, 16 | 2.00 | - | - | 3.00 | 5.00 | 2.50x | - |",
+                "| 1 x 8, 256, 16 | 4.00 | - | - | - | 8.00 | 2.00x | - |",
+            ],
+        ),
+        (
+            tables.plugins_table,
+            """
+            plugin-align, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=4, moealign=1
+            plugin-align, 2x8-E128-B16, 16, 128, 8, vllm-0.33.0=4, moealign=2
+            plugin-align-host, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=30, moealign=20
+            """,
+            ["| alignment | 2.00x to 4.00x | 1.50x |", "| fused layer | - | - |"],
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_times_and_ratios_are_those_of_the_rows(maker: Any, rows: str, lines: list[str]) -> None:
+    table = maker(rows_of(rows), "some.csv")
+    for line in lines:
+        assert line in table
 
 
-def test_goals_of_cuda() -> None:
-    rows = rows_of("""
-        align, 1x8-E256-B16, 8, 256, 8, moealign-cuda=1, vllm-0.33.0=4, sglang-kernel-0.4.4=3, floor-chain=0.5
-        align, 64x8-E256-B16, 512, 256, 8, moealign-cuda=1, vllm-0.33.0=2, sglang-kernel-0.4.4=3
-        align, 8192x8-E256-B128, 65536, 256, 8, moealign-cuda=1, vllm-0.33.0=7, sglang-kernel-0.4.4=5
-        align, 32x2-E8-B16, 64, 8, 2, moealign-cuda=1, vllm-0.33.0=1.8
-        batched, nb8-M128-B16, 1024, 8, 128, moealign-cuda=2.2
-        batched, nb9-M128-B16, 1152, 9, 128, moealign-cuda=2.4
-        align-extras, 1x8-E256-B16 three, 8, 256, 8, moealign-cuda=1
-        align-extras, 1x8-E256-B16 all six, 8, 256, 8, moealign-cuda=1.25
-        align-skew, 1x8-E256-B16 uniform, 8, 256, 8, moealign-cuda=1
-        align-skew, 1x8-E256-B16 zipf, 8, 256, 8, moealign-cuda=1.6
-        large-e, 1024x8-E1024-B16, 8192, 1024, 8, moealign-cuda=1
-        large-e, 1024x8-E2048-B16, 8192, 2048, 8, moealign-cuda=3
-        large-e, 1024x8-E4096-B16, 8192, 4096, 8, moealign-cuda=6
-        eager-host, 1x8-E256-B16 drop-in, 8, 256, 8, moealign-cuda=10, vllm-0.33.0=19
-    """)
-    table = goals.cuda_goals(rows, "some.csv")
-    assert table.startswith("H200, torch 2.11.0, 2026-11-23; `some.csv`.")
-    assert cell_of(table, "1 to 32 routes: 2.5x") == "3.00x"
-    assert cell_of(table, "1 to 32 routes: at most 1.8x") == "**2.00x**"
-    assert cell_of(table, "64 to 512 routes") == "**2.00x**"
-    assert cell_of(table, "1,024 routes") == "not measured"
-    assert cell_of(table, "65,536 routes") == "**5.00x**; over vLLM alone 7.00x"
-    assert cell_of(table, "64 routes to 8 experts") == "1.80x"
-    assert cell_of(table, "batched") == "2.20 us to **2.40 us**"
-    assert cell_of(table, "all extras") == "1.25x"
-    assert cell_of(table, "skewed ids") == "**1.60x**"
-    assert cell_of(table, "twice the experts") == "**3.00x**, 2.00x"
-    assert cell_of(table, "host time") == "**1.90x**"
-
-
-def test_goals_of_triton() -> None:
-    table = goals.triton_goals(rows_of("""
-        align, 8x8-E256-B16, 64, 256, 8, moealign-triton=3, moealign-cuda=1, torch-argsort=2
-        align, 2048x8-E256-B128, 16384, 256, 8, moealign-triton=4, vllm-0.33.0=3
-        align, 8192x8-E256-B128, 65536, 256, 8, moealign-triton=4, vllm-0.33.0=12, torch-argsort=40
-    """), "")  # fmt: skip
-    assert cell_of(table, "from 16,384 routes on") == "**0.75x**, 3.00x"
-    assert cell_of(table, "65,536 routes") == "3.00x"
-    assert cell_of(table, "up to 512 routes") == "**3.00x**"
-    assert cell_of(table, "never slower") == "**0.67x** to 10.0x"
-
-
-def test_goals_of_the_cpu() -> None:
-    table = goals.cpu_goals(rows_of("""
-        align, routes, 8, 256, 8, moealign-cpu=10, torch-argsort=20, cpp-counting-sort=9
-        align, routes, 524288, 256, 8, moealign-cpu=2621.44, moealign-cpu-2t=1310.72, floor-memcpy=655.36
-        align, experts, 524288, 64, 8, moealign-cpu=1000, moealign-cpu-2t=800, cpp-counting-sort=1000
-        align, experts, 524288, 256, 8, moealign-cpu=1500
-    """), "")  # fmt: skip
-    assert cell_of(table, "8 routes") == "**2.00x**"
-    assert cell_of(table, "C++, over the routes") == "**0.90x**"
-    assert cell_of(table, "C++, over the experts") == "1.00x"
-    assert cell_of(table, "two threads, from") == "2.00x"
-    assert cell_of(table, "two threads, over") == "**1.25x**"
-    assert cell_of(table, "linear growth") == "5.00 ns"
-    assert cell_of(table, "no cliff") == "1.50x"
-    assert cell_of(table, "a copy") == "4.00x"
-
-
-def test_experts_and_their_goals() -> None:
-    rows = rows_of("""
-        experts, T1-k8-E128-H64-I32, 8, 128, 8, moealign=10, vllm-0.33.0=11, transformers-grouped_mm=40, floor=9.9
-        experts, T256-k8-E128-H64-I32, 2048, 128, 8, moealign=20, vllm-0.33.0=30, transformers-grouped_mm=20, floor=10
-        experts, T4096-k8-E8-H64-I32, 32768, 8, 8, moealign=20, vllm-0.33.0=30, vllm-0.33.0-tuned=19, floor=10
-    """)
-    table = tables.experts_table(rows, "some.csv")
-    assert "| 128, 8, 64, 32 | 1 | 10.0 | 11.0 | - | 40.0 | 9.90 | 1.10x | 4.00x | 99% |" in table
-    assert "|  | 256 | 20.0 |" in table
-    assert "| 8, 8, 64, 32 | 4,096 | 20.0 | 30.0 | 19.0 | - | 10.0 | 1.50x | - | 50% |" in table
-    assert f"{6 * 128 * 64 * 32 / 10 / 1e6:.2f} TB/s and {6 * 32768 * 64 * 32 / 10 / 1e6:.0f} TFLOP/s" in table
-    table = goals.experts_goals(rows, "")
-    assert cell_of(table, "vLLM: at least") == "1.10x to 1.50x"
-    assert cell_of(table, "the same against") == "**0.95x**"
-    assert cell_of(table, "vLLM: 1.2x at one token") == "**1.10x**; 1.2x would be 108% of the floor"
-    assert cell_of(table, "vLLM: 1.2x at 4,096") == "1.50x"
-    assert cell_of(table, "HF") == "2.00x"
-
-
-def test_experts_on_a_cpu() -> None:
-    table = tables.experts_cpu_table(rows_of("""
-        experts-cpu, T16-k8-E64-H512-I256 float32, 128, 64, 8, moealign=10, transformers-eager=20
-    """), "some.csv")  # fmt: skip
-    assert "| 64, 8, 512, 256 | float32 | 16 | 2.00x | - | - |" in table
-
-
-def test_routers_on_a_cpu() -> None:
-    table = tables.routing_cpu_table(rows_of("""
-        routing-cpu, Qwen3-MoE float32, 4096, 128, 8, moealign-cpu=10, torch=25, moealign-cpu-2t=5, torch-2t=20
-    """), "some.csv")  # fmt: skip
-    assert "| Qwen3-MoE, 8 of 128 | 512 | 10.0 | 25.0 | 2.50x | 5.00 | 20.0 | 4.00x |" in table
-
-
-def test_tokens_a_second_of_a_model() -> None:
-    table = tables.transformers_table(rows_of("""
-        transformers, decode T1 H2048-I768 8 layers, 8, 128, 8, moealign=1000, grouped_mm=1500, moealign-graph=500
-        transformers, prefill T4096 H2048-I768 8 layers, 32768, 128, 8, moealign=4096, moealign-routers=2048
-    """), "some.csv")  # fmt: skip
-    assert table.startswith("Tokens a second, H2048-I768 8 layers, wall time, median; H200")
-    assert "| decode, 1 token, eager | 1,000 | - | 667 | - | 1.50x |" in table
-    assert "| decode, 1 token, CUDA graph | 2,000 | - | - | - | - |" in table
-    assert "| prefill, 4,096 tokens, eager | 1,000,000 | 2,000,000 | - | - | - |" in table
-    assert "4,096 tokens, CUDA graph" not in table
-
-
-def test_routers_and_their_goals() -> None:
-    rows = rows_of("""
-        routing, 1x8-E256-B16 bfloat16, 8, 256, 8, moealign-cuda=2, moealign-cuda-align=1, vllm-0.33.0=6
-        routing, 1024x8-E256-B16 bfloat16, 8192, 256, 8, moealign-cuda=2, moealign-triton=3, vllm-0.33.0=5
-        routing, 2048x8-E256-B16 bfloat16, 16384, 256, 8, moealign-triton=4, vllm-0.33.0=9
-        routing, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=3, moealign-cuda-align=2, vllm-0.33.0=6
-        routing, 32x2-E8-B16 bfloat16, 64, 8, 2, moealign-cuda=2, vllm-0.33.0=5
-        routing-grouped, 1x8-E256-B16 float32, 8, 256, 8, moealign-cuda=4, vllm-0.33.0=8
-    """)
-    table = tables.routing_table(rows, "some.csv")
-    assert "| 1 x 8, 256, 16 | 2.00 | 1.00 | - | - | 6.00 | 3.00x | 2.00x |" in table
-    assert "| 1,024 x 8, 256, 16 | 2.00 | - | - | 3.00 | 5.00 | 2.50x | - |" in table
-    assert table.index("Softmax, bfloat16") < table.index("Softmax, float32") < table.index("Sigmoid with a bias")
-    table = goals.routing_goals(rows, "")
-    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 2.5x") == "3.00x"
-    assert cell_of(table, "softmax, top 8 of 256, bfloat16: 3x") == "**2.50x**; **not measured at 2,048 tokens**"
-    assert cell_of(table, "softmax, top 8 of 256, bfloat16: at most 1.5x") == "**2.00x**"
-    assert cell_of(table, "softmax, top 8 of 256, float32: at most 1.5x") == "1.50x"
-    assert cell_of(table, "other sizes: 2.5x") == "2.50x"
-    assert cell_of(table, "sigmoid with groups: 2.5x") == "**2.00x**"
-
-
-def test_plugins() -> None:
-    table = tables.plugins_table(rows_of("""
-        plugin-align, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=4, moealign=1
-        plugin-align, 2x8-E128-B16, 16, 128, 8, vllm-0.33.0=4, moealign=2
-        plugin-align-host, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=30, moealign=20
-    """), "some.csv")  # fmt: skip
-    assert "| alignment | 2.00x to 4.00x | 1.50x |" in table
-    assert "| fused layer | - | - |" in table
-
-
-def test_trials_are_told_part_by_part() -> None:
+def test_trials_are_grouped_by_part() -> None:
     path = BENCHMARKS / "trials.csv"
     rows = figures.read(path)
     assert list(rows[0]) == ["part", "idea", "expected", "seen", "kept", "device", "date"]

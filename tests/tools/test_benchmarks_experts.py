@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import common
+import experts
+import experts_cpu
 import pytest
 import torch
+import vllm_layer
 from cases.experts import expert_loop, relative_error
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -36,17 +39,6 @@ def get_default_config(M, E, N, K, topk, dtype, block_shape=None):
 """
 
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-experts, cpu = load("experts"), load("experts_cpu")
-
-
 def test_only_the_kernel_and_its_configurations_are_taken_from_the_wheel(tmp_path):
     pytest.importorskip("triton")
     base = "vllm/model_executor/layers/fused_moe/"
@@ -55,19 +47,19 @@ def test_only_the_kernel_and_its_configurations_are_taken_from_the_wheel(tmp_pat
         name = base + "configs/E=8,N=14336,device_name=NVIDIA_H200"
         archive.writestr(name + ".json", json.dumps({"1": {"x": 1}, "64": {"x": 64}, "triton_version": "3"}))
         archive.writestr(name + ",dtype=fp8_w8a8.json", json.dumps({"1": {"x": 2}}))
-    experts.extract(tmp_path / "vllm.whl", tmp_path)
-    text = (tmp_path / experts.KERNEL).read_text()
+    vllm_layer.extract(tmp_path / "vllm.whl", tmp_path)
+    text = (tmp_path / vllm_layer.KERNEL).read_text()
     assert "not_wanted" not in text
     assert text.count("@triton.jit") == 2
-    module = experts.load_kernel(tmp_path)
+    module = vllm_layer.load_kernel(tmp_path)
     shape = (8, 2, 4096, 14336)
-    assert experts.vllm_config(module, shape, 64, "NVIDIA H200", False) == {"BLOCK_SIZE_M": 128, "rocm": False}
-    assert experts.vllm_config(module, shape, 40, "NVIDIA H200", True) == {"x": 64}
-    assert experts.vllm_config(module, shape, 40, "NVIDIA H100", True) is None
-    assert experts.load_kernel(tmp_path / "elsewhere") is None
+    assert vllm_layer.config_of(module, shape, 64, "NVIDIA H200", False) == {"BLOCK_SIZE_M": 128, "rocm": False}
+    assert vllm_layer.config_of(module, shape, 40, "NVIDIA H200", True) == {"x": 64}
+    assert vllm_layer.config_of(module, shape, 40, "NVIDIA H100", True) is None
+    assert vllm_layer.load_kernel(tmp_path / "elsewhere") is None
 
 
-def test_what_is_not_there_is_said(capsys):
+def test_without_a_gpu_it_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine can run it")
     assert experts.main([]) == 2
@@ -92,10 +84,10 @@ def test_the_cpu_benchmarks_reference_and_loop_are_right(monkeypatch):
         act_fn=torch.nn.SiLU(), _is_expert_parallel=False, has_post_expert_norm=False,
     )  # fmt: skip
     x, ids, weights = torch.randn(5, 8), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
-    want = expert_loop(*(each.double() for each in (x, gate_up, down, weights)), ids)
-    assert relative_error(cpu.reference(module, x, ids, weights, 5), want) < 1e-12
-    for impl, call in cpu.implementations(module, x, ids, weights).items():
-        assert relative_error(call(), want) < 1e-5, impl
+    expected = expert_loop(*(each.double() for each in (x, gate_up, down, weights)), ids)
+    assert relative_error(common.float64_rows(range(5), x, gate_up, down, weights, ids), expected) < 1e-12
+    for impl, call in experts_cpu.implementations(module, x, ids, weights).items():
+        assert relative_error(call(), expected) < 1e-5, impl
 
 
 @pytest.mark.parametrize(
