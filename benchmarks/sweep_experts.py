@@ -122,7 +122,7 @@ def compile_tile(job: tuple[Shape, int, Any, int, Target]) -> str | None:
             plan = tile
         else:
             block_size = 0 if tokens * top_k * rules.ALONE <= experts else tile.m
-            plan = Plan(block_size, safe(tile), tile, 0) if product_index else Plan(block_size, tile, tile)
+            plan = Plan(block_size, safe(tile), tile) if product_index else Plan(block_size, tile, tile)
         x, gate_up, down = (
             torch.empty(size, dtype=torch.bfloat16)
             for size in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
@@ -140,7 +140,7 @@ def timed(calls: list[Any]) -> float:
     return graph_us(calls, warm_up=2, min_replays=3, max_replays=20, budget_us=2_000.0)
 
 
-def inputs_of(shape: Shape, tokens: int) -> list[tuple[torch.Tensor, ...]]:
+def inputs_of(shape: Shape, tokens: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return random_inputs(shape, tokens, 6 if tokens <= 256 else 2)
 
 
