@@ -111,7 +111,7 @@ def empty_layout(tokens: int, top_k: int, experts: int, block_size: int) -> Bloc
 
 def compile_launches(launches: Iterable[Any]) -> None:
     """Compile the kernels of some launches of the experts' backend into Triton's cache."""
-    from moealign.backends.triton import gemm
+    from moealign.experts import kernels as gemm
 
     for launch in launches:
         options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}

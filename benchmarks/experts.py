@@ -49,7 +49,7 @@ from common import (
 )
 
 from moealign import bench, fused_moe
-from moealign.backends.triton import experts as kernels
+from moealign.experts import launch as kernels
 from moealign.timing import device_us, graphs_in_turns
 
 OURS, VLLM, TUNED, HF = "moealign", "vllm-0.33.0", "vllm-0.33.0-tuned", "transformers-grouped_mm"

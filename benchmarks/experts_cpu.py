@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moealign import bench, fused_moe
-from moealign.backends import packed
+from moealign.experts import packed
 from moealign.timing import NO_ARGUMENTS, host_in_turns
 
 SHAPES: list[Shape] = [(64, 8, 512, 256), (128, 8, 2048, 768)]

@@ -22,9 +22,9 @@ import torch
 from common import PEERS, RESULTS, finish, gpu_missing
 
 from moealign import bench, route
-from moealign.align import align
-from moealign.backends import load
-from moealign.checks import check_route
+from moealign.alignment import align
+from moealign.backend import load
+from moealign.calls.checks import check_route
 
 SOFTMAX = [
     (tokens, 8, 256, 16 if tokens <= 128 else 64 if tokens <= 512 else 128)

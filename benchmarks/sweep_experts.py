@@ -31,9 +31,9 @@ from common import (
 )
 
 from moealign import align
-from moealign.backends.triton import experts as rules
-from moealign.backends.triton.experts import Plan, Target, Tile
-from moealign.fused_moe import fused_moe
+from moealign.experts import launch as rules
+from moealign.experts.launch import Plan, Target, Tile
+from moealign.experts.layer import fused_moe
 from moealign.timing import graph_us
 
 SHARED_MEMORY = 227 * 1024  # bytes

@@ -25,7 +25,7 @@ from moealign.backend.cpu.threads import Helpers
 from moealign.backend.reference.route import exp32, sigmoid32
 from moealign.layout import EXTRAS, OUTPUTS
 from moealign.problem import AlignProblem
-from moealign.testing import assert_same_layout, difference, oracle_align, oracle_align_batched, poisoned
+from moealign.testing import assert_same_layout, oracle_align, oracle_align_batched, poisoned
 
 numba = pytest.mark.skipif(cpu.unavailable() is not None, reason="needs numba")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from ..dispatch import backends
+from ..calls.dispatch import backends
 from ..errors import InvalidInput
 from ..testing import expected_layout
 from .benches import BENCHES, ON_GPU, bench_cpu

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..align import align, align_batched, moe_align_block_size
+from ..alignment import align, align_batched, moe_align_block_size
 from ..testing import argsort_align, poisoned
 from .cases import Case
 from .names import ARGSORT
