@@ -53,7 +53,7 @@ def vllm():
 
 @pytest.fixture
 def installed(vllm):
-    drop_in.counted.clear()
+    drop_in.call_counts.clear()
     places = drop_in.install()
     yield places
     drop_in.uninstall()
@@ -209,7 +209,7 @@ def test_a_refused_call_reaches_vllm_s_own(installed):
 
 def test_the_session_of_the_page_runs(vllm):
     page = pytest.importorskip("test_docs").ROOT / "docs" / "integrations.md"
-    drop_in.counted.clear()
+    drop_in.call_counts.clear()
     outcome = sys.modules["test_docs"].run_page(page)
     assert outcome.failed == 0
     assert outcome.attempted > 8
@@ -248,7 +248,7 @@ def test_fused_experts_gives_the_same_with_and_without(vllm, tokens, expert_para
 
     without = run()
     assert without.abs().max() > 0.01, "an output worth comparing"
-    drop_in.counted.clear()
+    drop_in.call_counts.clear()
     drop_in.install()
     try:
         with_ours = run()
@@ -407,7 +407,7 @@ def sglang():
     importer = types.ModuleType("sglang.importer")
     importer.align = module.moe_align_block_size
     sys.modules["sglang.importer"] = importer
-    hooks.counted.clear()
+    hooks.call_counts.clear()
     yield types.SimpleNamespace(
         module=module, importer=importer, hooks=hooks, plugins=sys.modules["sglang.srt.plugins"]
     )

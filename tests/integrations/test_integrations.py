@@ -26,7 +26,7 @@ LAYERS, OPS = vllm._LAYERS, vllm._OPS
 @pytest.fixture
 def engine(monkeypatch):
     """A vLLM of six functions that only say they were called, and a module that imported two of them by name."""
-    engines.counted.clear()
+    engines.call_counts.clear()
     said: list[str] = []
 
     def own(name, parameters):
@@ -89,7 +89,7 @@ def test_every_binding_is_replaced_once_and_put_back(engine, caplog):
     assert vllm.uninstall() == []
 
 
-def test_a_name_bound_while_it_was_importing_is_mended_by_the_next_call(engine):
+def test_a_name_bound_while_it_was_importing_is_rebound_by_the_next_call(engine):
     own = engine.layers.moe_align_block_size
     vllm.install()
     engine.importer.stale = own
@@ -175,7 +175,7 @@ def point(name):
         ("0.33.0", ["moealign"], {"MOEALIGN_VLLM": "1"}, "on: vllm 0.33.0, MOEALIGN_VLLM=1"),
     ],
 )
-def test_told(monkeypatch, version, points, environment, said):
+def test_status(monkeypatch, version, points, environment, said):
     def found(package):
         if version is None:
             raise engines.importlib.metadata.PackageNotFoundError(package)
@@ -187,13 +187,13 @@ def test_told(monkeypatch, version, points, environment, said):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert said in engines.told("vllm")
+    assert said in engines.status("vllm")
 
 
 def test_info_says_it():
     done = subprocess.run([sys.executable, "-m", "moealign", "info"], capture_output=True, text=True)
     assert "MOEALIGN_VLLM" in done.stdout
-    assert all(engines.told(name) in done.stdout for name in engines.ENGINES), done.stdout
+    assert all(engines.status(name) in done.stdout for name in engines.ENGINES), done.stdout
 
 
 def test_the_entry_points_name_what_is_there():
@@ -352,13 +352,13 @@ class HookRegistry:
                 for _, hook, _ in hooks:
                     inner = functools.partial(hook, wrapped)
                     wrapped = functools.wraps(wrapped)(lambda *a, inner=inner, **k: inner(*a, **k))
-                engines.swap_everywhere(own, wrapped)
+                engines.rebind(own, wrapped)
                 self._patched.add(target)
 
 
 @pytest.fixture(params=[0, 1], ids=["new home", "old home"])
 def sgl(request, monkeypatch):
-    engines.counted.clear()
+    engines.call_counts.clear()
     home = types.ModuleType(sglang._HOMES[request.param])
     home.moe_align_block_size = lambda topk_ids, block_size, num_experts, **named: "own"
     importer, hooks = types.ModuleType("sglang.importer"), types.ModuleType("sglang.srt.plugins.hook_registry")

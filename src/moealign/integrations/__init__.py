@@ -1,1 +1,1 @@
-"""Hooks into other libraries; each is installed by name and never on import."""
+"""Drop-ins for other libraries.  Importing one changes nothing; ``install()`` does."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..alignment import align
 from ..errors import InvalidInput, MoealignError
-from .engines import counted, swap_everywhere, switched_on
+from .engines import call_counts, enabled, rebind
 from .vllm_ops import apart, require_kernels
 
 __all__ = ["calls", "install", "installed", "plugin", "uninstall"]
@@ -98,11 +98,11 @@ def _around(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except (MoealignError, TypeError) as refusal:
         if not isinstance(refusal, MoealignError) and _binds(args, kwargs):
             raise
-        if not counted["sglang", _NAME, "sglang"]:
+        if not call_counts["sglang", _NAME, "sglang"]:
             logger.warning("moealign leaves a call of %s to SGLang (said once): %s", _NAME, refusal)
-        counted["sglang", _NAME, "sglang"] += 1
+        call_counts["sglang", _NAME, "sglang"] += 1
         return theirs(*args, **kwargs)
-    counted["sglang", _NAME, "moealign"] += 1
+    call_counts["sglang", _NAME, "moealign"] += 1
     return result
 
 
@@ -154,7 +154,7 @@ def uninstall() -> list[str]:
         theirs = hooked
         while hasattr(theirs, "__wrapped__"):
             theirs = theirs.__wrapped__
-        swap_everywhere(hooked, theirs)
+        rebind(hooked, theirs)
     if registry._hooks[target]:
         registry.apply_hooks()
     else:
@@ -170,10 +170,10 @@ def installed() -> bool:
 
 def calls() -> dict[str, dict[str, int]]:
     """Calls in this process: how many moealign took, and how many it left to SGLang."""
-    return {_NAME: {who: counted["sglang", _NAME, who] for who in ("moealign", "sglang")}}
+    return {_NAME: {who: call_counts["sglang", _NAME, who] for who in ("moealign", "sglang")}}
 
 
 def plugin() -> None:
     """The entry point: SGLang calls it in every process.  Does nothing unless MOEALIGN_SGLANG is 1."""
-    if switched_on("sglang"):
+    if enabled("sglang"):
         install(apply=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..alignment import align, batched_moe_align_block_size
 from ..errors import MoealignError
 from . import vllm_ops
-from .engines import counted, swap_everywhere, switched_on
+from .engines import call_counts, enabled, rebind
 from .vllm_ops import require_kernels
 
 __all__ = ["calls", "install", "installed", "plugin", "uninstall"]
@@ -97,12 +97,12 @@ def _stand_in(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -
         try:
             result = ours(*args, **kwargs)
         except MoealignError as refusal:
-            if not counted[left]:
+            if not call_counts[left]:
                 logger.warning("moealign leaves a call of %s to vLLM (said once): %s", name, refusal)
-            counted[left] += 1
+            call_counts[left] += 1
             return theirs(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            counted[taken] += 1
+            call_counts[taken] += 1
         return result
 
     return stand_in
@@ -122,7 +122,7 @@ def install() -> list[str]:
         theirs = getattr(importlib.import_module(module_name), name, None)
         if (module_name, name) in _installed:
             # A binding made since by a module that was half imported the first time.
-            places += swap_everywhere(*_installed[module_name, name])
+            places += rebind(*_installed[module_name, name])
         elif theirs is None:
             logger.info("moealign: this vLLM has no %s", label)
         elif difference := _another_call(theirs, ours):
@@ -130,7 +130,7 @@ def install() -> list[str]:
         else:
             in_place = _stand_in(label, theirs, ours)
             _installed[module_name, name] = theirs, in_place
-            places += swap_everywhere(theirs, in_place)
+            places += rebind(theirs, in_place)
     if places:
         logger.info("moealign takes the place of %s", ", ".join(places))
     return places
@@ -140,7 +140,7 @@ def uninstall() -> list[str]:
     """Put vLLM's functions back wherever ours are bound; ``module.name`` of every binding, none if none was."""
     places: list[str] = []
     for theirs, in_place in _installed.values():
-        places += swap_everywhere(in_place, theirs)
+        places += rebind(in_place, theirs)
     _installed.clear()
     if places:
         logger.info("moealign gave back %s", ", ".join(places))
@@ -155,7 +155,7 @@ def installed() -> bool:
 def calls() -> dict[str, dict[str, int]]:
     """Calls in this process by function: how many moealign took, and how many it left to vLLM."""
     found: dict[str, dict[str, int]] = {}
-    for (engine, name, who), count in sorted(counted.items()):
+    for (engine, name, who), count in sorted(call_counts.items()):
         if engine == "vllm":
             found.setdefault(name, {"moealign": 0, "vllm": 0})[who] = count
     return found
@@ -163,5 +163,5 @@ def calls() -> dict[str, dict[str, int]]:
 
 def plugin() -> None:
     """The entry point: vLLM calls it in every process.  Does nothing unless MOEALIGN_VLLM is 1."""
-    if switched_on("vllm"):
+    if enabled("vllm"):
         install()
