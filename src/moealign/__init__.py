@@ -10,11 +10,11 @@ from .alignment import (
     raise_for_errors,
 )
 from .calls.dispatch import Explanation, backends
-from .capture import capture
 from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, RankFailed, TraceError
 from .experts.gemm import grouped_gemm
 from .experts.layer import fused_moe
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
+from .recorder import capture
 from .routing import route
 
 __version__ = "0.1.0"

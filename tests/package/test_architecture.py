@@ -32,7 +32,7 @@ LEVELS = {
     "costs": 7,
     "report": 7,
     "bench": 8,
-    "capture": 8,
+    "recorder": 8,
     "page": 8,
     "cli": 9,
     "__main__": 10,

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases.experts import expert_loop
 
-from benchmarks import plugins
 from moealign.integrations import vllm as drop_in
 from moealign.integrations import vllm_ops
 
