@@ -23,9 +23,9 @@ import torch
 
 from moealign import BlockLayout, align, align_batched
 from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds
-from moealign.page import ADAPTIVE, map_lines, save_adaptive, study, style
-from moealign.page import draw_map as draw_block_map
-from moealign.page import write as write_report
+from moealign.report import ADAPTIVE, save_adaptive, study, style
+from moealign.report import write as write_report
+from moealign.report.figures import draw_block_map, map_cells, map_inches, map_lines
 from moealign.trace import example_trace, load_trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,8 +181,9 @@ def draw_trace() -> Any:
     from matplotlib import pyplot
 
     shown = study(load_trace(example_trace()), (64,), on_gpu=False, map_size=64)
-    figure, axis = pyplot.subplots(figsize=(11, 1.3 + 0.34 * map_lines(shown)), layout="constrained")
-    draw_block_map(axis, shown, ADAPTIVE, 1)
+    width, height = map_inches(map_lines(shown))
+    figure, axis = pyplot.subplots(figsize=(width, height + 0.3), layout="constrained")
+    draw_block_map(axis, map_cells(shown, 1), shown.map_size, ADAPTIVE)
     axis.set_title(
         f"Layer 1 of the trace that ships: {shown.map_tokens:,} tokens x 8 of 64 experts, 64 rows a block", loc="left"
     )

@@ -12,22 +12,27 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, track
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, bench, costs, page, report
+from . import __version__, bench, costs, report
 from .alignment import align, explain
 from .calls.dispatch import backends
 from .errors import MoealignError
 from .experts import tune as tuning
 from .experts.launch import target_of, tuning_path
-from .integrations.engines import ENGINES, told
+from .integrations.engines import ENGINES, status
 from .layout import EXTRAS
+from .report import DARK, LIGHT, terminal
+from .report.demo import expert_layer, median_time
+from .report.figures import save_block_map
 from .testing import argsort_align, check_backend, difference, oracle_align
 from .trace import Trace, example_trace, load_trace
 
 __all__ = ["app"]
+
+BLOCK_SIZES = "16,32,64,128,256"
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +43,7 @@ app = typer.Typer(
 
 
 def _console() -> Console:
-    # Where the output goes to a file or a pipe, tables are as wide as they need to be.
+    # A file or a pipe has no width of its own.
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
@@ -54,24 +59,24 @@ def _load(path: Path) -> Trace:
         _fail(error)
 
 
-def _devices(name: str) -> torch.device:
+def _device_of(name: str) -> torch.device:
     return torch.device("cuda" if name in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Where the picture of one layer's blocks goes.")] = Path("blocks.png"),
+    output: Annotated[Path, typer.Option(help="Picture of one layer's blocks to write.")] = Path("blocks.png"),
     block_size: Annotated[int, typer.Option(min=1, help="Rows of a block.")] = 64,
-    layer: Annotated[int, typer.Option(min=0, help="The layer that is computed and drawn.")] = 1,
+    layer: Annotated[int, typer.Option(min=0, help="Layer to compute and draw.")] = 1,
 ) -> None:
-    """Align a real routing trace on every backend: checked, timed, used and drawn."""
+    """Align a real routing trace on every backend: check, time, use and draw the layout."""
     console = _console()
     trace = _load(example_trace())
     if layer >= trace.layers:
         _fail(f"--layer: expected a layer below {trace.layers}, got {layer}")
     if not output.parent.is_dir():
         _fail(f"--output: expected a path in a folder that exists, got {output}")
-    console.print(f"[bold]The trace[/]: {trace.model}")
+    console.print(f"[bold]Trace[/]: {trace.model}")
     console.print(f"reading {trace.source}")
     routes = trace.tokens * trace.top_k
     console.print(
@@ -79,71 +84,75 @@ def demo(
         f"{routes:,} routes, in blocks of {block_size} rows\n"
     )
 
-    able = [name for name, reason in backends().items() if reason is None]
+    available = [name for name, reason in backends().items() if reason is None]
     table = Table(title="Every layer on every backend", title_justify="left")
     for name in ("layer", "backend"):
         table.add_column(name)
     for name in ("blocks", "padding", "time", "torch argsort", "speed-up"):
         table.add_column(name, justify="right")
     table.add_column("equals the oracle")
-    wrong = 0
+    failures = 0
     sizes: dict[str, Any] = {"block_size": block_size, "num_experts": trace.num_experts}
-    wanted: dict[str, Any] = dict.fromkeys(EXTRAS, True)
+    extras: dict[str, Any] = dict.fromkeys(EXTRAS, True)
+    paddings = [costs.padding(loads, block_size) for loads in costs.loads_of(trace.topk_ids, trace.num_experts)]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("aligning", total=trace.layers * len(able))
-        for number in range(trace.layers):
+        bar = progress.add_task("aligning", total=trace.layers * len(available))
+        for number, padding in enumerate(paddings):
             expected = oracle_align(trace.topk_ids[number], **sizes)
-            for name in able:
-                device = _devices(name)
+            for name in available:
+                device = _device_of(name)
                 ids = trace.topk_ids[number].to(device)
-                found = difference(align(ids, **sizes, **wanted, backend=name), expected)  # type: ignore[arg-type]
-                wrong += found is not None
-                ours = report.median_time(lambda ids=ids, name=name: align(ids, **sizes, backend=name), device)  # type: ignore[misc]
-                plain = report.median_time(lambda ids=ids: argsort_align(ids, block_size, trace.num_experts), device)  # type: ignore[misc]
-                cost = report.padding(ids, trace.num_experts, block_size)
+                wrong = difference(align(ids, **sizes, **extras, backend=name), expected)  # type: ignore[arg-type]
+                failures += wrong is not None
+                ours = median_time(lambda ids=ids, name=name: align(ids, **sizes, backend=name), device)  # type: ignore[misc]
+                argsort = median_time(lambda ids=ids: argsort_align(ids, block_size, trace.num_experts), device)  # type: ignore[misc]
                 table.add_row(
                     str(number),
                     name,
-                    str(cost.blocks),
-                    f"{cost.wasted:.1%}",
+                    str(padding.blocks),
+                    f"{padding.wasted:.1%}",
                     f"{ours:,.0f} us",
-                    f"{plain:,.0f} us",
-                    f"{plain / ours:.1f}x",
-                    "[green]yes, all outputs[/]" if found is None else f"[red]no: {found}[/]",
+                    f"{argsort:,.0f} us",
+                    f"{argsort / ours:.1f}x",
+                    "[green]yes, all outputs[/]" if wrong is None else f"[red]no: {wrong}[/]",
                 )
                 progress.advance(bar)
     console.print(table)
-    console.print(
-        "padding: the part of all rows that holds no route. torch argsort: the same three tensors by a stable"
-    )
-    console.print(
-        "argsort in torch on the same device. Times are medians on this machine, and tell little elsewhere.\n"
-    )
+    console.print("padding: the fraction of all rows that holds no route.")
+    console.print("torch argsort: the same three tensors by a stable argsort in torch, on the same device.")
+    console.print("Times are medians on this machine.\n")
 
     ids = trace.topk_ids[layer]
-    worst, blocks = report.expert_layer(ids, trace.num_experts, block_size)
-    verdict = "[green]equal[/]" if worst < 1e-9 else "[red]DIFFERENT[/]"
-    wrong += worst >= 1e-9
+    largest, blocks = expert_layer(ids, trace.num_experts, block_size)
+    verdict = "[green]equal[/]" if largest < 1e-9 else "[red]DIFFERENT[/]"
+    failures += largest >= 1e-9
     console.print(
         f"[bold]Used[/]: layer {layer} with random experts, {blocks} blocks one by one through the layout, against the "
-        f"dense computation: {verdict} (largest difference {worst:.1e} in float64)"
+        f"dense computation: {verdict} (largest difference {largest:.1e} in float64)"
     )
     part = ids[: min(trace.tokens, 1024)]
     layout = align(part, **sizes, block_rows=True)
     assert layout.block_rows is not None
-    title = f"Layer {layer}, {part.shape[0]:,} tokens x {trace.top_k} experts, blocks of {block_size} rows"
-    report.draw_blocks(layout, layout.block_rows, title, output)
+    blocks = int(layout.num_tokens_post_padded) // block_size
+    cells = list(zip(layout.expert_ids[:blocks].tolist(), layout.block_rows[:blocks].tolist(), strict=True))
+    title = (
+        f"Layer {layer}, {part.shape[0]:,} tokens x {trace.top_k} experts, blocks of {block_size} rows "
+        "(one colour per expert, padding hatched)"
+    )
+    save_block_map(cells, block_size, title, output, LIGHT)
     console.print(f"[bold]Drawn[/]: {output}, the blocks of the first {part.shape[0]:,} tokens of layer {layer}")
-    if wrong:
+    if failures:
         raise typer.Exit(1)
 
 
 @app.command()
 def inspect(
     trace_path: Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")],
-    block_size: Annotated[str, typer.Option(help="Block sizes to compare, joined by commas.")] = "16,32,64,128",
+    block_size: Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")] = BLOCK_SIZES,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")] = 2048,
+    intermediate: Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")] = 768,
 ) -> None:
-    """Load per expert, imbalance, blocks and padding of a trace, per layer and in all; and which block size to try."""
+    """Print load per expert, imbalance, blocks and padding of a trace, and the block size to try first."""
     console = _console()
     sizes = _sizes(block_size)
     trace = _load(trace_path)
@@ -151,94 +160,49 @@ def inspect(
     console.print(
         f"{trace.layers} layers, {trace.tokens:,} tokens, {trace.top_k} of {trace.num_experts} experts each\n"
     )
-
-    loads = Table(title="Load per expert (routes)", title_justify="left")
-    loads.add_column("layer")
-    for name in ("least", "median", "most", "imbalance", "idle"):
-        loads.add_column(name, justify="right")
-    loads.add_column("experts, in order")
-    costs = Table(title="Blocks, and the part of their rows that is padding", title_justify="left")
-    costs.add_column("layer")
-    for size in sizes:
-        costs.add_column(f"B = {size}", justify="right")
-    total: dict[int, report.Padding] = {}
-    summed = [0] * trace.num_experts
-    # The text column of loads is bars, which must not wrap.
-    loads.columns[-1].no_wrap = True
-
-    def add_load(name: str, load: report.LayerLoad) -> None:
-        middle = sorted(load.counts)[len(load.counts) // 2]
-        figures = (min(load.counts), middle, max(load.counts))
-        loads.add_row(name, *map(str, figures), f"{load.imbalance:.2f}", str(load.idle), Text(load.bars()))
-
-    steps = track(
-        range(trace.layers),
-        "inspecting",
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for number in steps:
-        ids = trace.topk_ids[number]
-        load = report.layer_load(ids, trace.num_experts)
-        summed = [a + b for a, b in zip(summed, load.counts, strict=True)]
-        add_load(str(number), load)
-        row = []
-        for size in sizes:
-            cost = report.padding(ids, trace.num_experts, size)
-            total[size] = total[size] + cost if size in total else cost
-            row.append(f"{cost.blocks:,}, {cost.wasted:.1%}")
-        costs.add_row(str(number), *row)
-    add_load("all", report.LayerLoad(summed))
-    costs.add_row("all", *(f"{total[size].blocks:,}, {total[size].wasted:.1%}" for size in sizes), style="bold")
-    console.print(loads)
+    loads = costs.loads_of(trace.topk_ids, trace.num_experts)
+    console.print(terminal.load_table(loads))
     console.print("imbalance: the busiest expert's load over the mean. idle: experts without a route.\n")
-    console.print(costs)
-    choices = [total[size] for size in sizes]
-    least = min(choices, key=lambda choice: (choice.wasted, -choice.block_size))
-    chosen = report.recommend(choices)
+    console.print(terminal.padding_table(loads, sizes))
+    experts = costs.Experts(hidden, intermediate)
+    best = costs.recommend(loads, trace.tokens, sizes, experts, costs.H200).block_size
+    padding = costs.padding(loads, best)
     console.print(
-        f"Least padding: blocks of {least.block_size} ({least.wasted:.1%}); a smaller block always pads less, but "
-        "every block reads its expert's weights once."
+        f"[bold]Try first: blocks of {best}[/] ({padding.wasted:.1%} padding, {padding.blocks:,} blocks): the cheapest "
+        f"for all {trace.tokens:,} tokens at once by the cost model ({costs.H200.name}; experts of {hidden:,} x "
+        f"{intermediate:,})."
     )
-    console.print(
-        f"[bold]Try first: blocks of {chosen.block_size}[/] ({chosen.wasted:.1%} padding, {chosen.blocks:,} blocks): "
-        + (
-            "the largest that wastes at most 20%."
-            if chosen.wasted <= 0.2
-            else "the one that wastes least; none stays below 20%."
-        )
-    )
+    console.print("Smaller blocks pad less, but every block reads its expert's weights once.")
 
 
 @app.command()
 def check(
-    cases: Annotated[int, typer.Option(min=1, help="Random cases a backend.")] = 200,
-    seed: Annotated[int, typer.Option(help="Where the random numbers start.")] = 0,
+    cases: Annotated[int, typer.Option(min=1, help="Random cases per backend.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the random cases.")] = 0,
 ) -> None:
-    """Is this installation right?  Every backend of this machine against the plain-loop oracle, in seconds."""
+    """Check every backend of this machine against the plain-loop oracle; takes seconds."""
     console = _console()
     table = Table(title=f"moealign {__version__} against the oracle", title_justify="left")
     for name in ("backend", "device", "cases", "wrong", "verdict"):
         table.add_column(name)
-    bad = 0
+    failures = 0
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for name, reason in backends().items():
             if reason is not None:
-                table.add_row(name, "", "", "", Text(f"not here: {reason}"))
+                table.add_row(name, "", "", "", Text(f"unavailable: {reason}"))
                 continue
-            device = _devices(name)
+            device = _device_of(name)
             wrong: list[str] = []
             bar = progress.add_task(name, total=cases)
-            for said, found in check_backend(name, device, cases, seed):
+            for case, problem in check_backend(name, device, cases, seed):
                 progress.advance(bar)
-                if found is not None:
-                    wrong.append(f"{said}: {found}")
-            bad += len(wrong)
+                if problem is not None:
+                    wrong.append(f"{case}: {problem}")
+            failures += len(wrong)
             verdict = Text("right", "green") if not wrong else Text(wrong[0], "red")
             table.add_row(name, str(device), str(cases), str(len(wrong)), verdict)
     console.print(table)
-    if bad:
+    if failures:
         raise typer.Exit(1)
 
 
@@ -246,22 +210,22 @@ def check(
 def write_report(
     trace_path: Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to: .html, .svg (both for light and dark) or .png.")
+        Path, typer.Option("--output", "-o", help="File to write: .html, .svg (both for light and dark) or .png.")
     ] = Path("report.html"),
-    block_size: Annotated[str, typer.Option(help="Block sizes to compare, joined by commas.")] = "16,32,64,128,256",
-    layer: Annotated[int, typer.Option(min=0, help="The layer whose blocks are drawn, or shown first.")] = 0,
+    block_size: Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")] = BLOCK_SIZES,
+    layer: Annotated[int, typer.Option(min=0, help="Layer whose blocks are drawn, or shown first.")] = 0,
     map_block_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a block where blocks are drawn (default: the recommended)")
+        int | None, typer.Option(min=1, help="Rows of a block in the drawing of blocks (default: the recommended size)")
     ] = None,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")] = 2048,
     intermediate: Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")] = 768,
-    gpu: Annotated[bool | None, typer.Option(help="Measure on a GPU too (default: if there is one)")] = None,
-    dark: Annotated[bool, typer.Option("--dark", help="A .png on dark ground.")] = False,
+    gpu: Annotated[bool | None, typer.Option(help="Also measure on a GPU (default: if there is one)")] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Draw a .png on a dark background.")] = False,
 ) -> None:
-    """One page about a trace: loads, imbalance, padding, blocks, costs, and what a better placement would gain."""
+    """Write one page about a trace: loads, imbalance, padding, blocks, costs, and the gain of a better placement."""
     sizes = _sizes(block_size)
-    if output.suffix not in page.FORMATS:
-        _fail(f"--output: expected a path that ends in {', '.join(page.FORMATS)}, got {output}")
+    if output.suffix not in report.FORMATS:
+        _fail(f"--output: expected a path that ends in {', '.join(report.FORMATS)}, got {output}")
     if not output.parent.is_dir():
         _fail(f"--output: expected a path in a folder that exists, got {output}")
     if gpu and not torch.cuda.is_available():
@@ -271,15 +235,9 @@ def write_report(
         _fail(f"--layer: expected a layer below {trace.layers}, got {layer}")
     console = _console()
     with console.status("computing and drawing", spinner="dots"):
-        study = page.study(trace, sizes, costs.Experts(hidden, intermediate), on_gpu=gpu, map_size=map_block_size)
-        page.write(study, output, layer=layer, theme=page.DARK if dark else page.LIGHT)
-    table = Table(title="Block size to choose, by the cost model", title_justify="left")
-    for name in ("tokens", "block size", "padding", "us a layer"):
-        table.add_column(name, justify="right")
-    for row in study.by_tokens:
-        at = sizes.index(row.block_size)
-        table.add_row(f"{row.tokens:,}", str(row.block_size), f"{row.wasted[at]:.1%}", f"{row.costs[at]:,.1f}")
-    console.print(table)
+        study = report.study(trace, sizes, costs.Experts(hidden, intermediate), on_gpu=gpu, map_size=map_block_size)
+        report.write(study, output, layer=layer, theme=DARK if dark else LIGHT)
+    console.print(terminal.recommendation_table(study))
     if study.measured is None:
         console.print(f"Not measured: {study.not_measured}.", markup=False)
     console.print(f"[bold]Written[/]: {output}, {output.stat().st_size / 1024:,.0f} KiB")
@@ -291,28 +249,30 @@ def _sizes(block_size: str) -> list[int]:
         if sizes[0] < 1:
             raise ValueError
     except ValueError:
-        _fail(f"--block-size: expected ints of at least 1 joined by commas, got {block_size!r}")
+        _fail(f"--block-size: expected ints of at least 1, separated by commas, got {block_size!r}")
     return sizes
 
 
 @app.command("bench")
 def run_bench(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The CSV to write (default: moealign_bench_DEVICE.csv)")
+        Path | None, typer.Option("--output", "-o", help="CSV to write (default: moealign_bench_DEVICE.csv)")
     ] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="The picture to draw, .png or .svg (default: moealign_bench_DEVICE.png)")
+        Path | None, typer.Option(help="Picture to write, .png or .svg (default: moealign_bench_DEVICE.png)")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few sizes, fewer replays.")] = False,
-    part: Annotated[list[str] | None, typer.Option("--bench", help="Only this part; may be repeated.")] = None,
-    backend: Annotated[str, typer.Option(help="Of ours, joined by commas (default: all that run here)")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, few replays.")] = False,
+    part: Annotated[list[str] | None, typer.Option("--bench", help="Run only this part; may be repeated.")] = None,
+    backend: Annotated[
+        str, typer.Option(help="Backends of moealign, separated by commas (default: all that are available)")
+    ] = "",
     peers: Annotated[
-        Path | None, typer.Option(help="Folder of the peers' libraries (default: what is installed)")
+        Path | None, typer.Option(help="Folder of the peers' libraries (default: the installed ones)")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu (default: cuda if there is one)")] = None,
-    budget: Annotated[float, typer.Option(help="Seconds after which only the fast ones are timed.")] = 200.0,
+    budget: Annotated[float, typer.Option(help="Seconds after which only fast candidates are timed.")] = 200.0,
 ) -> None:
-    """Time moealign on this machine against what is installed beside it: a table, a CSV and a picture to keep."""
+    """Time moealign on this machine against the peers installed beside it; writes a table, a CSV and a picture."""
     if device not in (None, "cuda", "cpu"):
         _fail(f"--device: expected cuda or cpu, got {device!r}")
     if unknown := set(part or ()) - set(bench.BENCHES):
@@ -348,21 +308,21 @@ def run_bench(
 @app.command()
 def tune(
     experts: Annotated[int, typer.Option(min=1, help="Experts of the layer.")],
-    top_k: Annotated[int, typer.Option(min=1, help="Experts a token.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Experts per token.")],
     hidden: Annotated[int, typer.Option(min=1, help="Columns of the hidden states.")],
-    inner: Annotated[int, typer.Option(min=1, help="Columns of down_proj: a half of gate_up_proj's rows.")],
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens, joined by commas.")] = "1,4,16,64,256,1024,4096",
+    inner: Annotated[int, typer.Option(min=1, help="Columns of down_proj: half of the rows of gate_up_proj.")],
+    tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,4,16,64,256,1024,4096",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    output: Annotated[Path | None, typer.Option(help="The file to add to; by default the one that is read.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to add to (default: the one that fused_moe reads).")] = None,
 ) -> None:
-    """Find good tiles of fused_moe for a layer on this GPU, and keep them in a file that can be shipped."""
+    """Find fast tiles of fused_moe for a layer on this GPU, and write them to a file that can be shipped."""
     console = _console()
     try:
         counts = [int(part) for part in tokens.split(",")]
         if min(counts) < 1:
             raise ValueError
     except ValueError:
-        _fail(f"--tokens: expected ints of at least 1 joined by commas, got {tokens!r}")
+        _fail(f"--tokens: expected ints of at least 1, separated by commas, got {tokens!r}")
     if dtype not in ("bfloat16", "float16", "float32"):
         _fail(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
     if top_k > experts:
@@ -372,26 +332,26 @@ def tune(
     table = Table(title=shape.key, title_justify="left")
     for name in ("tokens", "plans tried", "rule", "best", "gain", "block", "first product", "second product"):
         table.add_column(name, justify="right" if name in ("tokens", "plans tried", "rule", "best", "gain") else "left")
-    found = []
+    results = []
     try:
         for one in tuning.tune(shape, counts, device):
-            found.append(one)
+            results.append(one)
             times = (f"{one.by_rule:,.1f} us", f"{one.microseconds:,.1f} us", f"{one.by_rule / one.microseconds:.2f}x")
             tiles = (str(one.plan.block_size or "none"), str(list(one.plan.first)), str(list(one.plan.second)))
             table.add_row(str(one.tokens), str(one.tried), *times, *tiles)
-            console.print(f"{one.tokens} tokens: {times[0]} by rule, {times[1]} at best")
+            console.print(f"{one.tokens} tokens: {times[0]} by the rule, {times[1]} at best")
     except MoealignError as error:
         _fail(error)
     target = target_of(device)
     path = output or tuning_path(target)
-    tuning.write(path, shape, found, {"device": target.name, "torch": torch.__version__, "moealign": __version__})
+    tuning.write(path, shape, results, {"device": target.name, "torch": torch.__version__, "moealign": __version__})
     console.print(table)
-    console.print(f"[bold]Kept[/] in {path}, which MOEALIGN_TUNING can name")
+    console.print(f"[bold]Written[/]: {path}; set MOEALIGN_TUNING to this path to use it on other machines")
 
 
 @app.command()
 def info() -> None:
-    """Versions, devices, backends and why one is not available, and the environment variables."""
+    """Print versions, devices, backends (and why one is unavailable), engines and environment variables."""
     console = _console()
     versions = Table("package", "version", title="Versions", title_justify="left")
     versions.add_row("moealign", __version__)
@@ -411,15 +371,15 @@ def info() -> None:
     table = Table("backend", "state", title="Backends, in the order in which a call tries them", title_justify="left")
     for name, reason in backends().items():
         if reason is not None:
-            table.add_row(name, Text(f"not here: {reason}"))
+            table.add_row(name, Text(f"unavailable: {reason}"))
             continue
-        ids = torch.zeros(1, 8, dtype=torch.int32, device=_devices(name))
+        ids = torch.zeros(1, 8, dtype=torch.int32, device=_device_of(name))
         note = explain(ids, block_size=16, num_experts=64, backend=name).note
         table.add_row(name, Text(f"ready; {note}" if note else "ready"))
     console.print(table)
     engines = Table("engine", "drop-in", title="Engines, in processes started from here", title_justify="left")
     for name in ENGINES:
-        engines.add_row(name, Text(told(name)))
+        engines.add_row(name, Text(status(name)))
     console.print(engines)
     variables = Table("variable", "value", title="Environment", title_justify="left")
     for name in (

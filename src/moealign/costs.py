@@ -1,7 +1,7 @@
-"""What block sizes and placements cost on given routes: a stated model, and a measurement where there is a GPU.
+"""What block sizes and placements cost for the routes of a trace: a stated model, and a measurement on a GPU.
 
-Ids come in as one tensor ``[layers, tokens, top_k]``; everything is counted in numpy from the number of routes of each
-expert, which decides blocks and padding alone.
+Input is one tensor of ids ``[layers, tokens, top_k]``.  Everything follows from the loads, the number of routes of each
+expert: they alone decide blocks and padding.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ __all__ = [
     "H200",
     "Cost",
     "Experts",
+    "LoadSummary",
     "Machine",
+    "Padding",
     "PlacementGain",
     "Recommendation",
     "blocks_of",
@@ -34,8 +36,11 @@ __all__ = [
     "loads_of",
     "measure",
     "measured_machine",
+    "padding",
     "placement_gain",
+    "recommend",
     "recommend_by_tokens",
+    "summarize",
     "windows",
 ]
 
@@ -45,7 +50,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Machine:
-    """The three rates that the model divides by."""
+    """The three rates of the cost model."""
 
     name: str
     memory: float  #: bytes a second from the device's memory
@@ -53,8 +58,8 @@ class Machine:
     matrix: float  #: floating-point operations a second of a large bf16 product
 
 
-#: Used where there is no GPU to measure.  Memory: a large copy in benchmarks/results/align_h200.csv (floor-bytes).  The
-#: cache's rate and the products' are assumptions, near what is published for the chip.
+#: The default without a GPU to measure.  Memory: a large copy in benchmarks/results/align_h200.csv (floor-bytes).
+#: The rates of the cache and the products are assumptions, close to the published ones.
 H200 = Machine("H200, memory as measured, cache and products assumed", memory=4.18e12, cache=5.5e12, matrix=790e12)
 
 
@@ -79,7 +84,7 @@ class Experts:
 
     @property
     def row_bytes(self) -> int:
-        """Read and written for one route: hidden state in, gate and up out, their product in, result out."""
+        """Bytes read and written for one route: hidden state in, gate and up out, their product in, result out."""
         return (2 * self.hidden + 3 * self.intermediate) * self.bytes
 
     @property
@@ -89,7 +94,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds of one layer by the model, part by part; they are taken not to overlap."""
+    """Microseconds of one layer by the model.  The three parts are added, as if nothing overlapped."""
 
     memory: float  #: weights of the experts that were hit, once, and the routes' activations
     cache: float  #: weights again for every further block of an expert
@@ -111,6 +116,54 @@ def blocks_of(loads: Ints, block_size: int) -> Ints:
     return -(-loads // block_size)
 
 
+@dataclass(frozen=True)
+class LoadSummary:
+    """How the routes of one layer spread over its experts."""
+
+    min: int  #: routes of the idlest expert
+    median: int
+    max: int  #: routes of the busiest expert
+    imbalance: float  #: max over mean: 1 is even; 1 without routes
+    idle: int  #: experts without a route
+
+
+def summarize(loads: Ints) -> LoadSummary:
+    """The spread of one layer's `loads` ``[num_experts]``."""
+    return LoadSummary(
+        int(loads.min()), int(np.median(loads)), int(loads.max()), float(_imbalance(loads)), int((loads == 0).sum())
+    )
+
+
+def _imbalance(loads: Ints) -> Floats:
+    """Busiest expert over the mean, over the last axis; 1 without routes."""
+    routes = loads.sum(axis=-1)
+    return np.where(routes == 0, 1.0, loads.max(axis=-1) * loads.shape[-1] / np.maximum(routes, 1))
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What one block size costs in rows."""
+
+    block_size: int
+    blocks: int
+    routes: int
+
+    @property
+    def rows(self) -> int:
+        """Rows that a grouped GEMM computes."""
+        return self.blocks * self.block_size
+
+    @property
+    def wasted(self) -> float:
+        """Fraction of these rows that is padding; 0 without rows."""
+        return 1 - self.routes / self.rows if self.rows else 0.0
+
+
+def padding(loads: Ints, block_size: int) -> Padding:
+    """Blocks and padding of `loads`, of one layer ``[num_experts]`` or several ``[layers, num_experts]``."""
+    return Padding(block_size, int(blocks_of(loads, block_size).sum()), int(loads.sum()))
+
+
 def cost(loads: Ints, block_size: int, experts: Experts, machine: Machine) -> Cost:
     """The model, for one layer's `loads` ``[num_experts]`` (or the mean over layers, for ``[layers, num_experts]``).
 
@@ -120,9 +173,9 @@ def cost(loads: Ints, block_size: int, experts: Experts, machine: Machine) -> Co
         cache  = (b - hit) * W / machine.cache
         matrix = b * B * 6 * hidden * intermediate / machine.matrix
 
-    The first block of an expert reads its weights from memory, each further one from the cache; a padding row is
-    multiplied like any other.  Launches, waves and what overlaps are left out: it ranks block sizes, it does not
-    predict a time.
+    The first block of an expert reads its weights from memory, each further block reads them from the cache; padding
+    rows are multiplied like any others.  The model ignores launches, waves and overlap: it ranks block sizes and
+    predicts no time.
     """
     per_layer = np.atleast_2d(loads)
     layers = len(per_layer)
@@ -138,82 +191,81 @@ def cost(loads: Ints, block_size: int, experts: Experts, machine: Machine) -> Co
 
 def windows(topk_ids: Tensor, num_experts: int, size: int) -> Floats:
     """Imbalance of each run of `size` tokens, ``[layers, cdiv(tokens, size)]``: busiest expert over the mean."""
-    tokens = topk_ids.shape[1]
-    columns = []
-    for first in range(0, tokens, size):
-        loads = loads_of(topk_ids[:, first : first + size], num_experts)
-        columns.append(loads.max(axis=1) / np.maximum(loads.mean(axis=1), 1e-300))
-    return np.where(np.stack(columns, axis=1) == 0, 1.0, np.stack(columns, axis=1))
+    starts = range(0, topk_ids.shape[1], size)
+    runs = [_imbalance(loads_of(topk_ids[:, start : start + size], num_experts)) for start in starts]
+    return np.stack(runs, axis=1)
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """For a number of tokens, what each block size costs and wastes, and which one is cheapest."""
+    """The cost and the padding of each block size for a number of tokens, and the cheapest size."""
 
     tokens: int
     costs: list[float]  #: microseconds a layer by the model, one for each block size
-    wasted: list[float]  #: part of the rows that is padding
+    wasted: list[float]  #: fraction of the rows that is padding
     block_size: int  #: the cheapest; the larger one where two cost the same
+
+
+def recommend(loads: Ints, tokens: int, sizes: Sequence[int], experts: Experts, machine: Machine) -> Recommendation:
+    """The cheapest of `sizes` by the model for `loads` ``[layers, num_experts]`` of `tokens` tokens each."""
+    costs = [cost(loads, size, experts, machine).total for size in sizes]
+    best = min(range(len(sizes)), key=lambda i: (costs[i], -sizes[i]))
+    return Recommendation(tokens, costs, [padding(loads, size).wasted for size in sizes], sizes[best])
 
 
 def recommend_by_tokens(
     topk_ids: Tensor, num_experts: int, sizes: Sequence[int], experts: Experts, machine: Machine, most: int = 8
 ) -> list[Recommendation]:
-    """A row for 1, 2, 4, ... tokens and all of them: the mean over at most `most` pieces of that length."""
+    """One row each for 1, 2, 4, ... and all tokens: the mean over at most `most` pieces of that length."""
     tokens = topk_ids.shape[1]
-    counts = sorted({min(2**i, tokens) for i in range(tokens.bit_length() + 1)})
-    found = []
-    for count in counts:
+    rows = []
+    for count in sorted({min(2**i, tokens) for i in range(tokens.bit_length() + 1)}):
         starts = np.linspace(0, tokens - count, num=min(most, tokens // count), dtype=int)
         loads = np.concatenate([loads_of(topk_ids[:, s : s + count], num_experts) for s in starts])
-        costs = [cost(loads, size, experts, machine).total for size in sizes]
-        rows = [int(blocks_of(loads, size).sum()) * size for size in sizes]
-        wasted = [1 - int(loads.sum()) / r if r else 0.0 for r in rows]
-        best = min(range(len(sizes)), key=lambda i: (costs[i], -sizes[i]))
-        found.append(Recommendation(count, costs, wasted, sizes[best]))
-    return found
+        rows.append(recommend(loads, count, sizes, experts, machine))
+    return rows
 
 
 @dataclass(frozen=True)
 class PlacementGain:
-    """How uneven the ranks are under each placement: busiest rank over the mean, all layers together."""
+    """Imbalance of the ranks under each placement: busiest rank over the mean, over all layers."""
 
     ranks: int
     linear: float
     round_robin: float
     balanced: float
-    replicated: float  #: balanced with one more slot a rank
-    informed: float  #: balanced by the very tokens it is judged on: what is to be had at the most, without copies
+    replicated: float  #: balanced, with one more slot on each rank
+    informed: float  #: balanced by the tokens it is judged on: the best possible without copies
 
 
 def placement_gain(topk_ids: Tensor, num_experts: int, ranks: Sequence[int]) -> list[PlacementGain]:
-    """Placements made from the first half of the tokens, judged on the second half, which they have not seen.
+    """Placements computed from the first half of the tokens and judged on the second half.
 
-    Every layer has a placement of its own.  A layer lasts as long as its busiest rank, so the figure for a model is
-    the sum over layers of the busiest rank's load, over the sum of the mean loads.
+    Every layer has its own placement.  A layer takes as long as its busiest rank, so the result for a model is the sum
+    over layers of the busiest rank's load, divided by the sum of the mean loads.
     """
     tokens = topk_ids.shape[1]
     half = max(1, tokens // 2)
-    seen, judged = loads_of(topk_ids[:, :half], num_experts), loads_of(topk_ids[:, tokens - half :], num_experts)
+    known, judged = loads_of(topk_ids[:, :half], num_experts), loads_of(topk_ids[:, tokens - half :], num_experts)
 
-    def waiting(place: Callable[[Ints], Ints], known: Ints = seen) -> float:
+    def imbalance(place: Callable[[Ints], Ints], known: Ints = known) -> float:
         busiest = sum(float(placement.rank_loads(place(a), b).max()) for a, b in zip(known, judged, strict=True))
         return busiest * n / float(judged.sum()) if judged.any() else 1.0
 
-    found = []
+    gains = []
     for n in ranks:
         copies = min(n, num_experts * (n - 1))
-        found.append(
+        gains.append(
             PlacementGain(
                 n,
-                linear=waiting(lambda loads, n=n: placement.linear(num_experts, n)),  # type: ignore[misc]
-                round_robin=waiting(lambda loads, n=n: placement.round_robin(num_experts, n)),  # type: ignore[misc]
-                balanced=waiting(lambda loads, n=n: placement.balanced(loads, n)),  # type: ignore[misc]
-                replicated=waiting(lambda loads, n=n, c=copies: placement.balanced(loads, n, c)),  # type: ignore[misc]
-                informed=waiting(lambda loads, n=n: placement.balanced(loads, n), judged),  # type: ignore[misc]
+                linear=imbalance(lambda loads, n=n: placement.linear(num_experts, n)),  # type: ignore[misc]
+                round_robin=imbalance(lambda loads, n=n: placement.round_robin(num_experts, n)),  # type: ignore[misc]
+                balanced=imbalance(lambda loads, n=n: placement.balanced(loads, n)),  # type: ignore[misc]
+                replicated=imbalance(lambda loads, n=n, c=copies: placement.balanced(loads, n, c)),  # type: ignore[misc]
+                informed=imbalance(lambda loads, n=n: placement.balanced(loads, n), judged),  # type: ignore[misc]
             )
         )
-    return found
+    return gains
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
@@ -235,16 +287,16 @@ def measure(
     timer: Callable[[Callable[[], object]], float] = median_graph_us,
     device: torch.device | str = "cuda",
 ) -> list[float]:
-    """Microseconds a layer takes at each block size: align, both products with the activation between, in bf16.
+    """Microseconds of a layer at each block size: alignment, both products and the activation between, in bf16.
 
     Args:
         topk_ids: ``[layers, tokens, top_k]``; the middle layer is measured.
-        num_experts: experts, whose weights are random and all held on the device.
+        num_experts: number of experts; their random weights must all fit on the device.
         sizes: block sizes.
-        experts: the sizes of one.
-        gemm: ``gemm(rows, weights, layout, top_k=..., activation=...)``, by default the library's grouped_gemm.
-        timer: what times a call; by default a CUDA graph's replay.
-        device: where.
+        experts: the sizes of one expert.
+        gemm: ``gemm(rows, weights, layout, top_k=..., activation=...)``, by default :func:`moealign.grouped_gemm`.
+        timer: returns the microseconds of a call; by default from replays of a CUDA graph.
+        device: the device to measure.
 
     Raises:
         BackendUnavailable: too little free memory for the weights.
@@ -278,7 +330,7 @@ def measure(
 
 
 def measured_machine(device: torch.device | str = "cuda") -> Machine:
-    """The three rates, measured on `device` in a second: copies of 1 GiB and of 8 MiB, a product of 8,192 ** 3."""
+    """The three rates, measured on `device` within a second: copies of 1 GiB and 8 MiB, a product of 8,192 ** 3."""
     device = torch.device(device)
 
     def copied(elements: int, calls: int) -> float:

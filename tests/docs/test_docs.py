@@ -184,7 +184,7 @@ def test_the_api_has_every_public_name_with_its_docstring(site):
         "errors.InvalidInput",
         "placement.balanced",
         "costs.cost",
-        "page.write",
+        "report.write",
         "bench.measure",
         "trace.load_trace",
     ):

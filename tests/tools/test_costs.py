@@ -66,6 +66,14 @@ def test_sizes_below_one_are_refused():
         Experts(hidden=0, intermediate=5)
 
 
+def test_summaries_by_example():
+    assert costs.summarize(np.array([3, 1, 1, 0])) == costs.LoadSummary(0, 1, 3, 3 * 4 / 5, 1)
+    assert costs.summarize(np.zeros(2, dtype=int)).imbalance == 1
+    loads = costs.loads_of(IDS, 4)
+    assert (costs.padding(loads, 2).rows, costs.padding(loads, 2).wasted) == (16, pytest.approx(5 / 16))
+    assert costs.padding(np.zeros(2, dtype=int), 2).wasted == 0
+
+
 def test_windows_by_example():
     found = costs.windows(IDS, 4, 2)  # tokens 0 and 1, then token 2
     assert found.tolist() == [[2.0, 4.0], [4.0, 2.0]]

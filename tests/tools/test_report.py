@@ -11,9 +11,11 @@ import torch
 from browser import browser, look
 from typer.testing import CliRunner
 
-from moealign import align, costs, page
+from moealign import align, costs
+from moealign import report as page
 from moealign.cli import app
 from moealign.errors import InvalidInput
+from moealign.report import analysis, figures
 from moealign.trace import Trace, example_trace, load_trace, save_trace
 
 TRACE = load_trace(example_trace())
@@ -244,21 +246,59 @@ def test_the_picture_for_both_schemes_is_painted_in_each(report, chromium, tmp_p
 # ---- without one -------------------------------------------------------------------------------------------------
 
 
-def test_the_figures_are_those_of_the_layout(report):
+def test_block_maps_are_those_of_the_layout(report):
     study = report[0]
-    for i, size in enumerate(SIZES):
-        for layer in range(TRACE.layers):
-            layout = align(TRACE.topk_ids[layer], block_size=size, num_experts=64)
-            rows = layout.num_tokens_post_padded.item()
-            assert study.blocks[layer, i] * size == rows
-            assert study.wasted[layer, i] == pytest.approx(1 - TRACE.topk_ids[layer].numel() / rows)
     for layer in range(TRACE.layers):
         part = TRACE.topk_ids[layer, : study.map_tokens]
         layout = align(part, block_size=64, num_experts=64, block_rows=True)
         used = layout.num_tokens_post_padded.item() // 64
         cells = zip(layout.expert_ids[:used].tolist(), layout.block_rows[:used].tolist(), strict=True)
-        assert page.map_cells(study, layer) == list(cells)
-        assert used <= page.MOST_CELLS
+        assert figures.map_cells(study, layer) == list(cells)
+        assert used <= analysis.MAX_MAP_BLOCKS
+
+
+def cells_of(text: str, title: str) -> list[list[str]]:
+    """The table of the page under `title`."""
+    body = re.search(rf"<summary>{title}</summary>.*?<tbody>(.*?)</tbody>", text, re.S)[1]
+    return [re.findall(r"<td>(.*?)</td>", row) for row in body.split("</tr>")[:-1]]
+
+
+def draw_trace(seed: int) -> Trace:
+    draw = torch.Generator().manual_seed(seed)
+    layers, tokens, experts, top_k = (int(torch.randint(1, most, (), generator=draw)) for most in (4, 900, 40, 5))
+    ids = (torch.rand(layers, tokens, top_k, generator=draw) ** 2 * (experts + 1)).long() - 1  # some are -1
+    return Trace(ids, experts, "m", "s", "r")
+
+
+OPTIONS = ("--block-size", "8,48,96", "--hidden", "512", "--intermediate", "4096")
+
+
+@pytest.mark.parametrize(
+    ("trace", "options"),
+    [
+        pytest.param(TRACE, (), id="shipped"),
+        pytest.param(draw_trace(0), (), id="random 0"),
+        pytest.param(draw_trace(1), OPTIONS, id="random 1"),
+        pytest.param(draw_trace(2), OPTIONS, id="random 2"),
+        pytest.param(Trace(torch.full((1, 5, 2), -1), 4, "m", "s", "r"), (), id="no route"),
+    ],
+)
+def test_inspect_and_report_agree(trace, options, tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_trace(path, trace)
+    inspected = CliRunner().invoke(app, ["inspect", str(path), *options]).output
+    assert run(str(path), "-o", str(tmp_path / "a.html"), "--no-gpu", *options).exit_code == 0
+    text = (tmp_path / "a.html").read_text()
+    best, wasted, blocks = re.search(r"Try first: blocks of (\d+) \((.*?)% padding, (.*?) blocks\)", inspected).groups()
+    assert f"<b>{best}</b><span>rows a block are cheapest" in text
+    assert f"<b>{wasted} %</b><span>of the rows are then padding, in {blocks} blocks" in text
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in inspected.splitlines() if line[:1] == "│"]
+    loads, paddings = rows[: trace.layers], rows[-1][1:]
+    assert [row[:6] for row in loads] == [
+        [cell.replace(",", "") for cell in row] for row in cells_of(text, "Routes per layer, as numbers")
+    ]
+    sizes = cells_of(text, "Block sizes, as numbers")
+    assert paddings == [f"{row[1]}, {row[2].replace(' ', '')}" for row in sizes]
 
 
 def test_tables_carry_the_numbers(report):
@@ -356,7 +396,7 @@ def test_a_dark_and_a_light_png(tmp_path):
         (("-o", "a.pdf"), "--output: expected a path that ends in .html, .png, .svg, got a.pdf"),
         (("-o", "/no/such/a.html"), "--output: expected a path in a folder that exists, got /no/such/a.html"),
         (("--layer", "9"), "--layer: expected a layer below 4, got 9"),
-        (("--block-size", "16,x"), "--block-size: expected ints of at least 1 joined by commas, got '16,x'"),
+        (("--block-size", "16,x"), "--block-size: expected ints of at least 1, separated by commas, got '16,x'"),
         *([] if torch.cuda.is_available() else [(("--gpu",), "--gpu: expected a GPU that torch can use, found none")]),
     ],
 )

@@ -1,0 +1,284 @@
+"""The page: the figures as SVGs, with their numbers as tables; it needs no network."""
+
+from __future__ import annotations
+
+import datetime
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import costs
+from ..errors import InvalidInput
+from .analysis import Study
+from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, panels, save_picture
+from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, pyplot, style
+
+__all__ = ["FORMATS", "write"]
+
+FORMATS = (".html", ".png", ".svg")
+
+_CSS = """
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 60px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5em; margin: 0 0 .2em } h2 { font-size: 1.12em; margin: 2.2em 0 .3em }
+p { margin: .3em 0 .7em; max-width: 78ch } .muted { color: var(--muted) }
+svg { width: 100%; height: auto; display: block } svg image { image-rendering: pixelated }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 0 28px }
+.answers { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0 8px }
+.answers div { border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px }
+.answers b { display: block; font-size: 1.5em; line-height: 1.25 }
+.answers span { color: var(--muted); font-size: .88em }
+.wide { overflow-x: auto } .wide svg { min-width: 640px }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em }
+th, td { text-align: right; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); white-space: nowrap }
+th { font-weight: 600 } td:first-child, th:first-child { text-align: left }
+details { margin: .4em 0 } summary { cursor: pointer; color: var(--muted) }
+select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--muted); border-radius: 6px;
+  padding: 3px 8px }
+output { margin-left: 14px; color: var(--muted) } code { font-size: .93em } [hidden] { display: none !important }
+.key { display: inline-block; width: 1.1em; height: .8em; border: 1px solid var(--muted); vertical-align: -1px;
+  background: repeating-linear-gradient(-45deg, transparent 0 2px, var(--muted) 2px 3px) }
+"""
+
+_SCRIPT = """
+const data = JSON.parse(document.getElementById("data").textContent);
+const chosen = document.getElementById("layer"), readout = document.getElementById("readout");
+const maps = [...document.querySelectorAll("[data-layer]")];
+function show() {
+  for (const map of maps) map.hidden = map.dataset.layer !== chosen.value;
+  readout.textContent = `${data.maps[chosen.value].length} blocks`;
+}
+chosen.addEventListener("change", show);
+for (const map of maps) {
+  map.addEventListener("pointermove", event => {
+    const box = map.querySelector("svg").getBoundingClientRect(), [left, top, right, bottom] = data.axes;
+    const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+    const column = Math.floor((x - left) / (right - left) * data.across);
+    const line = Math.floor((y - top) / (bottom - top) * data.lines);
+    const inside = column >= 0 && column < data.across && line >= 0, block = line * data.across + column;
+    const blocks = data.maps[map.dataset.layer], cell = inside && blocks[block];
+    readout.textContent = cell
+      ? `block ${block}: expert ${cell[0]}, ${cell[1]} of ${data.size} rows`
+      : `${blocks.length} blocks`;
+  });
+}
+show();
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<details><summary>{html.escape(name)}</summary><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details>"
+    )
+
+
+def _svg(study: Study, panel: Panel) -> tuple[str, list[float]]:
+    """An ``<svg>`` in the page's CSS variables, and its axes: left, top, right, bottom as fractions of the picture."""
+    plt = pyplot()
+    with plt.rc_context(style(ADAPTIVE, panel.name)):
+        figure, axis = plt.subplots(figsize=panel.size, layout="constrained")
+        panel.draw(axis, study, ADAPTIVE)
+        svg = adaptive_svg(figure)
+        position = axis.get_position()
+        plt.close(figure)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{panel.name}" ', 1)
+    return svg, [position.x0, 1 - position.y1, position.x1, 1 - position.y0]
+
+
+def _section(study: Study, panel: Panel, text: str, table: str = "") -> str:
+    svg, _ = _svg(study, panel)
+    wide = ' class="wide"' if panel.size[0] > 8 else ""
+    return (
+        f'<section id="{panel.name}"><h2 id="title-{panel.name}">{html.escape(panel.title)}</h2><p>{text}</p>'
+        f"<div{wide}>{svg}</div>{table}</section>"
+    )
+
+
+def _maps(study: Study, layer: int) -> str:
+    layers, axes = [], None
+    for number in range(len(study.loads)):
+        panel = block_map(study, number)
+        svg, axes = _svg(study, panel)
+        hidden = "" if number == layer else " hidden"
+        heading = f'<h3 class="muted" id="title-{panel.name}" hidden>{panel.title}</h3>'
+        layers.append(f'<div class="wide" data-layer="{number}"{hidden}>{heading}{svg}</div>')
+    options = "".join(
+        f'<option value="{n}"{" selected" if n == layer else ""}>layer {n}</option>' for n in range(len(study.loads))
+    )
+    data = {
+        "maps": [map_cells(study, n) for n in range(len(study.loads))],
+        "axes": axes,
+        "across": MAP_COLUMNS,
+        "lines": map_lines(study),
+        "size": study.map_size,
+    }
+    return (
+        f'<section id="map"><h2>Blocks of a layer: the first {study.map_tokens:,} tokens, {study.map_size} rows a block'
+        "</h2><p>A cell is a block, filled up to the routes it holds; each colour is an expert, "
+        '<span class="key"></span> is padding. Point at a cell to read its numbers.</p>'
+        f'<p><label>Show <select id="layer">{options}</select></label><output id="readout" for="layer"></output></p>'
+        f"{''.join(layers)}</section>"
+        f'<script type="application/json" id="data">{json.dumps(data, separators=(",", ":"))}</script>'
+    )
+
+
+def _answers(study: Study, total: list[costs.Padding]) -> str:
+    """The main results, as cards at the top of the page."""
+    best = total[study.sizes.index(study.best_size)]
+    gain = max(study.gains, key=lambda gain: gain.linear / gain.balanced)
+    answers = [
+        (
+            f"{best.block_size}",
+            f"rows a block are cheapest for all {study.trace.tokens:,} tokens at once, by the model",
+        ),
+        (f"{100 * best.wasted:.1f} %", f"of the rows are then padding, in {best.blocks:,} blocks"),
+        (
+            f"{study.imbalance.mean():.2f}",
+            f"times the mean load is on the busiest expert, over {study.window} tokens",
+        ),
+        (f"{gain.linear / gain.balanced:.2f}x", f"less waiting with a balanced placement over {gain.ranks} ranks"),
+        (f"{int((study.loads == 0).sum()):,}", f"of {study.loads.size:,} experts have no route"),
+    ]
+    cards = "".join(f"<div><b>{value}</b><span>{html.escape(text)}</span></div>" for value, text in answers)
+    return f'<div class="answers">{cards}</div>'
+
+
+def _load_table(study: Study) -> str:
+    summaries = [costs.summarize(loads) for loads in study.loads]
+    rows = [
+        [str(layer), f"{s.min:,}", f"{s.median:,}", f"{s.max:,}", f"{s.imbalance:.2f}", str(s.idle)]
+        for layer, s in enumerate(summaries)
+    ]
+    header = ["layer", "min", "median", "max", "max / mean", "idle"]
+    return _table(header, rows, "Routes per layer, as numbers")
+
+
+def _size_table(study: Study, total: list[costs.Padding]) -> str:
+    rows = []
+    for i, (padding, cost) in enumerate(zip(total, study.by_size, strict=True)):
+        times = [f"{value:,.1f}" for value in (cost.memory, cost.cache, cost.matrix, cost.total)]
+        measured = f"{study.measured[i]:,.1f}" if study.measured else "-"
+        rows.append([str(padding.block_size), f"{padding.blocks:,}", f"{100 * padding.wasted:.1f} %", *times, measured])
+    header = ["block size", "blocks", "padding", "memory us", "cache us", "products us", "sum us", "measured us"]
+    return _table(header, rows, "Block sizes, as numbers")
+
+
+def _token_table(study: Study) -> str:
+    rows = []
+    for row in study.by_tokens:
+        wasted = row.wasted[study.sizes.index(row.block_size)]
+        each = [f"{value:,.1f}" for value in row.costs]
+        rows.append([f"{row.tokens:,}", str(row.block_size), f"{min(row.costs):,.1f}", f"{100 * wasted:.1f} %", *each])
+    header = ["tokens", "choose", "us a layer", "padding", *(f"B = {size}" for size in study.sizes)]
+    return _table(header, rows, "Recommended block sizes, as numbers")
+
+
+def _placement_table(study: Study) -> str:
+    placements = ("linear", "round_robin", "balanced", "replicated", "informed")
+    rows = [
+        [str(g.ranks), *(f"{getattr(g, name):.3f}" for name in placements), f"{g.linear / g.balanced:.2f}x"]
+        for g in study.gains
+    ]
+    header = ["ranks", "linear", "round robin", "balanced", "one more slot", "with hindsight", "linear / balanced"]
+    return _table(header, rows, "Placements, as numbers")
+
+
+def _model_text(study: Study) -> str:
+    experts, machine = study.experts, study.machine
+    return (
+        "For one layer, the model adds three times: reading from memory the activations and the weights of every "
+        "expert that has a route; reading the weights again from the cache for each further block of an expert; and "
+        "the products of all rows, padding included. It ignores overlap: it ranks block sizes and predicts no time. "
+        f"Experts of {experts.hidden:,} x {experts.intermediate:,} with a gate, {experts.bytes} bytes a weight; "
+        f"{html.escape(machine.name)}: {machine.memory / 1e12:.2f} TB/s memory, {machine.cache / 1e12:.2f} TB/s cache, "
+        f"{machine.matrix / 1e12:,.0f} TFLOP/s."
+    )
+
+
+def _html(study: Study, layer: int) -> str:
+    from .. import __version__
+
+    trace, last = study.trace, study.gains[-1]
+    by_name = {panel.name: panel for panel in panels(study)}
+    total = [costs.padding(study.loads, size) for size in study.sizes]
+    measured = (
+        "Diamonds are the time of one layer in bf16 through <code>moealign.grouped_gemm</code>, measured on this GPU."
+        if study.measured
+        else f"Not measured: {html.escape(study.not_measured)}."
+    )
+
+    def section(name: str, text: str, table: str = "") -> str:
+        return _section(study, by_name[name], text, table)
+
+    parts = [
+        f"<h1>Where the routes of {html.escape(trace.model)} go</h1>",
+        f'<p class="muted">{html.escape(trace.source)}; revision {html.escape(trace.revision)}. {trace.layers} layers, '
+        f"{trace.tokens:,} tokens, top {trace.top_k} of {trace.num_experts} experts, "
+        f"{int(study.loads.sum()):,} routes kept.</p>",
+        _answers(study, total),
+        section(
+            "loads",
+            "Yellow experts are busy, dark ones idle; 1 is the mean of the layer.",
+            _load_table(study),
+        ),
+        section(
+            "imbalance",
+            "1 is even. If a batch is one run of tokens, the busiest expert works this much longer than the mean.",
+        ),
+        _maps(study, layer),
+        '<div class="pair">',
+        section("padding", "Rows that are computed and discarded."),
+        section("blocks", "Each block is a tile of the grouped GEMM and reads its expert's weights."),
+        section("costs", f"All {trace.tokens:,} tokens at once, mean of the layers. {measured}"),
+        section(
+            "placement",
+            "Placements are computed from the first half of the tokens and judged on the second half. With a linear "
+            f"placement over {last.ranks} ranks, every rank waits for one that has {last.linear:.2f} times its share.",
+            _placement_table(study),
+        ),
+        "</div>",
+        f'<p class="muted">{_model_text(study)}</p>',
+        _size_table(study, total),
+        section(
+            "tokens",
+            "Framed: the cheapest block size by the model for a batch of that many tokens, which has 1.00.",
+            _token_table(study),
+        ),
+    ]
+    today = datetime.date.today().isoformat()
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>moealign report: {html.escape(trace.model)}</title>"
+        f"<style>{css_variables(':root')}{_CSS}</style></head><body>"
+        + "\n".join(parts)
+        + f'<p class="muted">moealign {__version__}, {today}.</p><script>{_SCRIPT}</script></body></html>\n'
+    )
+
+
+def write(study: Study, path: str | Path, *, layer: int = 0, theme: Theme = LIGHT) -> None:
+    """Write the report; the ending of `path` decides: .html, .svg (both for light and dark), or .png (in `theme`).
+
+    Args:
+        study: from :func:`study`.
+        path: the output file.
+        layer: the layer whose blocks a page shows first, or a picture shows.
+        theme: :data:`LIGHT` or :data:`DARK`, for a .png.
+
+    Raises:
+        InvalidInput: another ending, or no such layer.
+    """
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise InvalidInput(f"{path}: expected a path that ends in {', '.join(FORMATS)}, got {path.suffix or 'none'}")
+    if not 0 <= layer < len(study.loads):
+        raise InvalidInput(f"layer: expected one below {len(study.loads)}, got {layer}")
+    if path.suffix == ".html":
+        path.write_text(_html(study, layer), encoding="utf-8")
+    else:
+        save_picture(study, path, layer, theme)

@@ -1,0 +1,60 @@
+"""Tables of `moealign inspect` and `moealign report` for a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from .. import costs
+from .analysis import Study
+
+__all__ = ["load_table", "padding_table", "recommendation_table"]
+
+
+def load_table(loads: costs.Ints) -> Table:
+    """Routes per expert, one row for each layer of `loads` ``[layers, num_experts]`` and one for their sum."""
+    table = Table(title="Load per expert (routes)", title_justify="left")
+    table.add_column("layer")
+    for name in ("min", "median", "max", "imbalance", "idle"):
+        table.add_column(name, justify="right")
+    table.add_column("experts, in order", no_wrap=True)
+    for name, row in [*enumerate(loads), ("all", loads.sum(axis=0))]:
+        s = costs.summarize(row)
+        figures = (s.min, s.median, s.max, f"{s.imbalance:.2f}", s.idle)
+        table.add_row(str(name), *map(str, figures), Text(_bars(row.tolist())))
+    return table
+
+
+def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> Table:
+    """Blocks and padding at each block size, one row for each layer of `loads` and one for all layers."""
+    table = Table(title="Blocks, and the fraction of their rows that is padding", title_justify="left")
+    table.add_column("layer")
+    for size in sizes:
+        table.add_column(f"B = {size}", justify="right")
+    for name, part in [*enumerate(loads), ("all", loads)]:
+        paddings = [costs.padding(part, size) for size in sizes]
+        cells = (f"{each.blocks:,}, {each.wasted:.1%}" for each in paddings)
+        table.add_row(str(name), *cells, style="bold" if name == "all" else None)
+    return table
+
+
+def recommendation_table(study: Study) -> Table:
+    """The cheapest block size for each number of tokens."""
+    table = Table(title="Block size to choose, by the cost model", title_justify="left")
+    for name in ("tokens", "block size", "padding", "us a layer"):
+        table.add_column(name, justify="right")
+    for row in study.by_tokens:
+        i = study.sizes.index(row.block_size)
+        table.add_row(f"{row.tokens:,}", str(row.block_size), f"{row.wasted[i]:.1%}", f"{row.costs[i]:,.1f}")
+    return table
+
+
+def _bars(loads: Sequence[int], width: int = 32) -> str:
+    """The loads as a line of bars; with more experts than `width`, each bar is the mean of several neighbours."""
+    size = -(-len(loads) // width)
+    means = [statistics.fmean(loads[i : i + size]) for i in range(0, len(loads), size)]
+    top = max(means) or 1
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)
