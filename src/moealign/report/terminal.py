@@ -21,10 +21,11 @@ def load_table(loads: costs.Ints) -> Table:
     for name in ("min", "median", "max", "imbalance", "idle"):
         table.add_column(name, justify="right")
     table.add_column("experts, in order", no_wrap=True)
-    for name, row in [*enumerate(loads), ("all", loads.sum(axis=0))]:
+    names = [*map(str, range(len(loads))), "all"]
+    for name, row in zip(names, [*loads, loads.sum(axis=0)], strict=True):
         s = costs.summarize(row)
-        figures = (s.min, s.median, s.max, f"{s.imbalance:.2f}", s.idle)
-        table.add_row(str(name), *map(str, figures), Text(_bars(row.tolist())))
+        numbers = (s.min, s.median, s.max, f"{s.imbalance:.2f}", s.idle)
+        table.add_row(name, *map(str, numbers), Text(_bars(row.tolist())))
     return table
 
 
@@ -34,10 +35,11 @@ def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> Table:
     table.add_column("layer")
     for size in sizes:
         table.add_column(f"B = {size}", justify="right")
-    for name, part in [*enumerate(loads), ("all", loads)]:
+    names = [*map(str, range(len(loads))), "all"]
+    for name, part in zip(names, [*loads, loads], strict=True):
         paddings = [costs.padding(part, size) for size in sizes]
         cells = (f"{each.blocks:,}, {each.wasted:.1%}" for each in paddings)
-        table.add_row(str(name), *cells, style="bold" if name == "all" else None)
+        table.add_row(name, *cells, style="bold" if name == "all" else None)
     return table
 
 
