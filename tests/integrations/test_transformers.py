@@ -290,7 +290,7 @@ def test_every_named_activation_is_what_it_is_called():
     known = 0
     for name in ACT2CLS:
         function = ACT2FN[name]
-        said = integration._NAMED.get(type(function).__name__)
+        said = integration._ACTIVATIONS.get(type(function).__name__)
         if said is None:
             continue
         known += 1
@@ -886,8 +886,8 @@ ROWS = torch.randn(40, 32, generator=torch.Generator().manual_seed(6))
 @pytest.fixture
 def runs(monkeypatch):
     """The plans that were run, one after the other."""
-    ran, run = [], router_forms.Plan.run
-    monkeypatch.setattr(router_forms.Plan, "run", lambda self, *args: ran.append(self) or run(self, *args))
+    ran, run = [], router_forms.RouterForm.run
+    monkeypatch.setattr(router_forms.RouterForm, "run", lambda self, *args: ran.append(self) or run(self, *args))
     return ran
 
 
