@@ -89,12 +89,12 @@ def test_outputs_for_engines_are_allocated_apart():
         ids = torch.empty(tokens, 8, dtype=torch.int64, device="meta")
         for padded in (False, True):
             sizes = capacity(tokens * 8, block_size=16, num_experts=128, pad_sorted_ids=padded)
-            layout = vllm_ops.apart(ids, 16, 128, padded, True)
+            layout = vllm_ops.separate_outputs(ids, 16, 128, padded, True)
             assert [each.numel() for each in (*layout, layout.scatter_idx)] == [*sizes[:3], sizes.scatter_idx]
             assert len({each.untyped_storage()._cdata for each in (*layout, layout.scatter_idx)}) == 4
-            assert vllm_ops.apart(ids, 16, 128, padded, False).scatter_idx is None
+            assert vllm_ops.separate_outputs(ids, 16, 128, padded, False).scatter_idx is None
     for wrong in ((0, 128), (16, 0), ("16", 128), (16, True), (2**31, 128)):
-        assert vllm_ops.apart(ids, *wrong, False, False) is None
+        assert vllm_ops.separate_outputs(ids, *wrong, False, False) is None
 
 
 def test_the_table_stays_small():

@@ -73,7 +73,7 @@ def test_every_binding_is_replaced_once_and_put_back(engine, caplog):
     assert engine.importer.renamed is engine.layers.moe_align_block_size is not own[0]["moe_align_block_size"]
     assert engine.ops.batched_moe_align_block_size is own[1]["batched_moe_align_block_size"], "another call: not ours"
     said = [record.message for record in caplog.records]
-    assert sum("takes the place of" in message for message in said) == 1
+    assert sum("moealign replaces" in message for message in said) == 1
     assert any("keeps its own _custom_ops.batched" in message and "somebody" in message for message in said)
 
     late = types.ModuleType("vllm.late")

@@ -1,8 +1,8 @@
-"""The drop-in for SGLang: its hook registry puts our function around its ``moe_align_block_size``.
+"""The drop-in for SGLang, whose hook registry wraps its ``moe_align_block_size`` in our function.
 
-SGLang's convention: a route of expert ``e`` goes to bin ``e + 1`` of ``E + 1``, an id of -1 to bin 0, which comes
-first and whose blocks are marked -1; ``sorted_token_ids`` is rounded up to four.  What moealign refuses, SGLang's own
-function takes.
+SGLang's convention: a route to expert ``e`` goes to bin ``e + 1`` of ``E + 1``, an id of -1 to bin 0, which comes
+first and whose blocks are marked -1; ``sorted_token_ids`` has a multiple of four elements.  Calls that moealign refuses
+go to SGLang's own function and are counted.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from ..alignment import align
 from ..errors import InvalidInput, MoealignError
+from ..layout import capacity
 from .engines import call_counts, enabled, rebind
-from .vllm_ops import apart, require_kernels
+from .vllm_ops import require_kernels, separate_outputs
 
 __all__ = ["calls", "install", "installed", "plugin", "uninstall"]
 
-#: The homes of the function, newest first.
+#: Modules that define the function, newest release first.
 _HOMES = (
     "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size",
     "sglang.srt.layers.moe.fused_moe_triton.moe_align_block_size",
@@ -34,20 +35,20 @@ _NAME = "moe_align_block_size"
 
 logger = logging.getLogger(__name__)
 _installed: list[str] = []  # the target, if any
-_names: dict[tuple[int, torch.device, bool], Tensor] = {}
+_expert_maps: dict[tuple[int, torch.device, bool], Tensor] = {}
 
 
-def _bin_names(num_experts: int, device: torch.device, ignore: bool) -> Tensor:
-    """int32 ``[num_experts + 1]``: what a bin is called, bin 0 being -1; with `ignore` ids are not shifted."""
+def _expert_map(num_experts: int, device: torch.device, ignore: bool) -> Tensor:
+    """int32 ``[num_experts + 1]``: the expert of each bin, -1 for bin 0; if `ignore`, ids are bins without a shift."""
     key = (num_experts, device, ignore)
-    names = _names.get(key)
-    if names is None:
-        names = torch.arange(-1, num_experts, dtype=torch.int32, device=device)
-        names = names.roll(-1) if ignore else names
-        # A tensor made while a graph is captured belongs to the graph, and holds nothing before its first replay.
+    experts = _expert_maps.get(key)
+    if experts is None:
+        experts = torch.arange(-1, num_experts, dtype=torch.int32, device=device)
+        experts = experts.roll(-1) if ignore else experts
+        # A tensor made during capture belongs to the CUDA graph and has no values before the first replay.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            _names[key] = names
-    return names
+            _expert_maps[key] = experts
+    return experts
 
 
 def _align(
@@ -59,32 +60,31 @@ def _align(
     return_inactive_prefix_count: bool = False,
     pad_expert_ids: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """SGLang 0.5.23's function, argument for argument; with `ignore_invalid_expert` -1 is dropped, not bin 0."""
+    """SGLang 0.5.23's function, argument for argument; `ignore_invalid_expert` drops ids of -1."""
     if return_inactive_prefix_count or pad_expert_ids:
-        asked = "return_inactive_prefix_count" if return_inactive_prefix_count else "pad_expert_ids"
-        raise InvalidInput(f"{asked}: expected False, got True; SGLang's own kernel does that")
+        option = "return_inactive_prefix_count" if return_inactive_prefix_count else "pad_expert_ids"
+        raise InvalidInput(f"{option}: expected False, got True; SGLang's own kernel does that")
     if type(block_size) is not int or block_size < 1 or block_size % 4:
         raise InvalidInput(f"block_size: expected a multiple of 4, got {block_size}")
     if type(num_experts) is not int or num_experts < 1:
         raise InvalidInput(f"num_experts: expected an int of at least 1, got {num_experts}")
     require_kernels(topk_ids)
-    routes, bins = topk_ids.numel(), num_experts + 1
-    rows = min(routes * block_size, routes + bins * (block_size - 1))
-    names = _bin_names(num_experts, topk_ids.device, bool(ignore_invalid_expert))
+    bins = num_experts + 1
+    rows = capacity(topk_ids.numel(), block_size=block_size, num_experts=bins).sorted_token_ids
     sorted_ids, expert_ids, total = align(
         topk_ids if ignore_invalid_expert else topk_ids + 1,
         block_size=block_size,
         num_experts=bins,
-        expert_map=names,
-        pad_sorted_ids=True,  # rounded up to a block, from which SGLang's length is cut
+        expert_map=_expert_map(num_experts, topk_ids.device, bool(ignore_invalid_expert)),
+        pad_sorted_ids=True,  # a multiple of the block size is at least SGLang's length
         ignore_invalid_experts=bool(ignore_invalid_expert),
-        out=apart(topk_ids, block_size, bins, True, False),
+        out=separate_outputs(topk_ids, block_size, bins, True, False),
     )
     return sorted_ids[: -(-rows // 4) * 4], expert_ids, total
 
 
 def _binds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the call has our parameters; another release may know more."""
+    """Whether the call fits our parameters; another release may have more."""
     try:
         inspect.signature(_align).bind(*args, **kwargs)
     except TypeError:
@@ -93,13 +93,14 @@ def _binds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _around(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The hook: our function, falling back to `theirs` for calls that ours refuses; counts both."""
     try:
         result = _align(*args, **kwargs)
     except (MoealignError, TypeError) as refusal:
         if not isinstance(refusal, MoealignError) and _binds(args, kwargs):
             raise
         if not call_counts["sglang", _NAME, "sglang"]:
-            logger.warning("moealign leaves a call of %s to SGLang (said once): %s", _NAME, refusal)
+            logger.warning("moealign leaves a call of %s to SGLang (logged once): %s", _NAME, refusal)
         call_counts["sglang", _NAME, "sglang"] += 1
         return theirs(*args, **kwargs)
     call_counts["sglang", _NAME, "moealign"] += 1
@@ -121,13 +122,13 @@ def _home() -> str:
 
 
 def install(*, apply: bool = True) -> list[str]:
-    """Register our function with SGLang's hook registry, and by default apply its hooks; returns the target.
+    """Register our function with SGLang's hook registry and, by default, apply the hooks; returns the target.
 
-    SGLang applies hooks itself after it has called its plug-ins, and mends every name that was imported before.
-    Returns ``[]`` if moealign is installed already.
+    SGLang itself applies hooks after it has called its plug-ins, and rebinds every name that was imported before.
+    Returns ``[]`` if moealign is already installed.
 
     Raises:
-        ImportError: SGLang is not there, or has its function in another place.
+        ImportError: SGLang is not installed, or defines its function elsewhere.
     """
     if _installed:
         return []
@@ -137,12 +138,12 @@ def install(*, apply: bool = True) -> list[str]:
     _installed.append(target)
     if apply:
         registry.HookRegistry.apply_hooks()
-    logger.info("moealign takes the place of %s", target)
+    logger.info("moealign replaces %s", target)
     return [target]
 
 
 def uninstall() -> list[str]:
-    """Take our hook out and put SGLang's function back wherever it was bound; hooks of others stay.  The target."""
+    """Remove our hook, but no others, and restore SGLang's function wherever it was bound; returns the target."""
     if not _installed:
         return []
     registry = _registry().HookRegistry
@@ -159,7 +160,7 @@ def uninstall() -> list[str]:
         registry.apply_hooks()
     else:
         del registry._hooks[target]
-    logger.info("moealign gave back %s", target)
+    logger.info("moealign restored %s", target)
     return [target]
 
 
@@ -169,11 +170,11 @@ def installed() -> bool:
 
 
 def calls() -> dict[str, dict[str, int]]:
-    """Calls in this process: how many moealign took, and how many it left to SGLang."""
+    """Calls in this process: how many moealign computed, and how many it left to SGLang."""
     return {_NAME: {who: call_counts["sglang", _NAME, who] for who in ("moealign", "sglang")}}
 
 
 def plugin() -> None:
-    """The entry point: SGLang calls it in every process.  Does nothing unless MOEALIGN_SGLANG is 1."""
+    """The entry point, which SGLang calls in every process.  Does nothing unless MOEALIGN_SGLANG is 1."""
     if enabled("sglang"):
         install(apply=False)

@@ -1,8 +1,7 @@
 """The drop-in for vLLM 0.33 and the releases around it that keep the same calls.
 
-The two functions of ``vllm.model_executor.layers.fused_moe.moe_align_block_size`` are replaced wherever they are
-bound, and so are the in-place forms in ``vllm._custom_ops``.  What moealign refuses goes to vLLM's own function, and is
-counted.
+It replaces the two functions of ``vllm.model_executor.layers.fused_moe.moe_align_block_size`` and the in-place forms in
+``vllm._custom_ops`` wherever they are bound.  Calls that moealign refuses go to vLLM's own functions and are counted.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def _align(
         pad_sorted_ids=pad_sorted_ids,
         ignore_invalid_experts=ignore_invalid_experts,
         scatter_idx=return_scatter_idx,
-        out=vllm_ops.apart(topk_ids, block_size, num_experts, pad_sorted_ids, return_scatter_idx),
+        out=vllm_ops.separate_outputs(topk_ids, block_size, num_experts, pad_sorted_ids, return_scatter_idx),
     )
     if return_scatter_idx:
         assert layout.scatter_idx is not None
@@ -67,7 +66,7 @@ def _align_batched(
     return batched_moe_align_block_size(max_tokens_per_batch, block_size, expert_num_tokens)
 
 
-#: (module, name, ours): every function that is replaced.
+#: (module, name, ours) of every function that is replaced.
 _TARGETS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_LAYERS, "moe_align_block_size", _align),
     (_LAYERS, "batched_moe_align_block_size", _align_batched),
@@ -77,91 +76,94 @@ _TARGETS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (_OPS, "fused_globalize_align_block_size", vllm_ops.globalize_align),
 )
 
-_installed: dict[tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # target: (vLLM's, in its place)
+_installed: dict[
+    tuple[str, str], tuple[Callable[..., Any], Callable[..., Any]]
+] = {}  # (module, name): (vLLM's, replacement)
 
 
-def _another_call(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
-    """How the call of this vLLM differs from the one we stand in for, None if it does not.
+def _signature_change(theirs: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
+    """How the parameters of this vLLM's function differ from ours, None if they do not.
 
-    An older vLLM may know fewer parameters at the end; ours have vLLM's defaults.
+    An older vLLM may lack the last parameters; ours have vLLM's defaults.
     """
-    found, known = (list(inspect.signature(each).parameters) for each in (theirs, ours))
-    return None if found == known[: len(found)] else f"it takes ({', '.join(found)}), not ({', '.join(known)})"
+    names, known = (list(inspect.signature(each).parameters) for each in (theirs, ours))
+    return None if names == known[: len(names)] else f"it takes ({', '.join(names)}), not ({', '.join(known)})"
 
 
-def _stand_in(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    taken, left = ("vllm", name, "moealign"), ("vllm", name, "vllm")
+def _with_fallback(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours`, falling back to `theirs` for calls that ours refuses; counts both."""
+    by_us, by_vllm = ("vllm", name, "moealign"), ("vllm", name, "vllm")
 
     @functools.wraps(theirs)
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
+    def replacement(*args: Any, **kwargs: Any) -> Any:
         try:
             result = ours(*args, **kwargs)
         except MoealignError as refusal:
-            if not call_counts[left]:
-                logger.warning("moealign leaves a call of %s to vLLM (said once): %s", name, refusal)
-            call_counts[left] += 1
+            if not call_counts[by_vllm]:
+                logger.warning("moealign leaves a call of %s to vLLM (logged once): %s", name, refusal)
+            call_counts[by_vllm] += 1
             return theirs(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            call_counts[taken] += 1
+            call_counts[by_us] += 1
         return result
 
-    return stand_in
+    return replacement
 
 
 def install() -> list[str]:
-    """Put moealign's functions in the place of vLLM's, wherever they are bound by now or will be imported later.
+    """Replace vLLM's functions by moealign's, wherever they are bound now or will be imported later.
 
-    Returns ``module.name`` of every binding that was replaced, none if moealign is installed already.
+    Returns ``module.name`` of every binding that was replaced, ``[]`` if moealign is already installed.
 
     Raises:
-        ImportError: vLLM is not there.
+        ImportError: vLLM is not installed.
     """
-    places: list[str] = []
+    names: list[str] = []
     for module_name, name, ours in _TARGETS:
         label = name if module_name == _LAYERS else f"_custom_ops.{name}"
         theirs = getattr(importlib.import_module(module_name), name, None)
         if (module_name, name) in _installed:
-            # A binding made since by a module that was half imported the first time.
-            places += rebind(*_installed[module_name, name])
+            # For bindings made since, by a module that was still being imported the first time.
+            names += rebind(*_installed[module_name, name])
         elif theirs is None:
             logger.info("moealign: this vLLM has no %s", label)
-        elif difference := _another_call(theirs, ours):
+        elif difference := _signature_change(theirs, ours):
             logger.warning("moealign: vLLM keeps its own %s: %s", label, difference)
         else:
-            in_place = _stand_in(label, theirs, ours)
-            _installed[module_name, name] = theirs, in_place
-            places += rebind(theirs, in_place)
-    if places:
-        logger.info("moealign takes the place of %s", ", ".join(places))
-    return places
+            replacement = _with_fallback(label, theirs, ours)
+            _installed[module_name, name] = theirs, replacement
+            names += rebind(theirs, replacement)
+    if names:
+        logger.info("moealign replaces %s", ", ".join(names))
+    return names
 
 
 def uninstall() -> list[str]:
-    """Put vLLM's functions back wherever ours are bound; ``module.name`` of every binding, none if none was."""
-    places: list[str] = []
-    for theirs, in_place in _installed.values():
-        places += rebind(in_place, theirs)
+    """Restore vLLM's functions wherever ours are bound; returns ``module.name`` of every binding."""
+    names: list[str] = []
+    for theirs, replacement in _installed.values():
+        names += rebind(replacement, theirs)
     _installed.clear()
-    if places:
-        logger.info("moealign gave back %s", ", ".join(places))
-    return places
+    if names:
+        logger.info("moealign restored %s", ", ".join(names))
+    return names
 
 
 def installed() -> bool:
-    """Whether moealign stands in for vLLM's functions in this process."""
+    """Whether moealign replaces vLLM's functions in this process."""
     return bool(_installed)
 
 
 def calls() -> dict[str, dict[str, int]]:
-    """Calls in this process by function: how many moealign took, and how many it left to vLLM."""
-    found: dict[str, dict[str, int]] = {}
+    """Calls in this process by function: how many moealign computed, and how many it left to vLLM."""
+    by_function: dict[str, dict[str, int]] = {}
     for (engine, name, who), count in sorted(call_counts.items()):
         if engine == "vllm":
-            found.setdefault(name, {"moealign": 0, "vllm": 0})[who] = count
-    return found
+            by_function.setdefault(name, {"moealign": 0, "vllm": 0})[who] = count
+    return by_function
 
 
 def plugin() -> None:
-    """The entry point: vLLM calls it in every process.  Does nothing unless MOEALIGN_VLLM is 1."""
+    """The entry point, which vLLM calls in every process.  Does nothing unless MOEALIGN_VLLM is 1."""
     if enabled("vllm"):
         install()

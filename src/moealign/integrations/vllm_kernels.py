@@ -1,10 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The steps around an alignment that vLLM's operators need besides, a Triton launch each.  Imported at a first call.
-
-`_virtual_ids`  a program 256 routes: the bin of a route among all adapters' experts
-`_segments`     programs of one active slot: its segment of the packed layout to its own row, tails written
-`_globalize`    a program 1024 routes: local expert ids to global ones, in place
-"""
+"""The steps around the alignment in vLLM's operators, one Triton launch each.  Imported by the first call."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ __all__ = ["globalize", "segments", "virtual_ids"]
 
 _ROUTES = 256
 _ROWS = 1024
-_SLOTS = 32  # of lora_ids that are compared at once
+_SLOTS = 32  # of lora_ids compared at once
 
 
 @triton.jit
@@ -28,6 +23,7 @@ def _virtual_ids(
     ids, mapping, enabled, active, expert_map, out, routes, top_k, num_experts, max_loras, num_active,
     MAP: tl.constexpr, ROUTES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    # One program per 256 routes: the bin of each route among the experts of all adapters.
     at = tl.program_id(0) * ROUTES + tl.arange(0, ROUTES)
     inside = at < routes
     expert = tl.load(ids + at, mask=inside, other=-1)
@@ -53,6 +49,7 @@ def _segments(
     num_blocks, routes, num_active,
     ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
+    # Several programs per active slot: copy its segment of the packed layout to its own row, and fill the tail.
     slot, part = tl.program_id(0), tl.program_id(1)
     listed = tl.zeros((SLOTS,), tl.int32)
     for one in range(0, num_active, SLOTS):
@@ -74,6 +71,7 @@ def _segments(
 
 @triton.jit
 def _globalize(ids, scatter_idx, offset, routes, ROWS: tl.constexpr):
+    # One program per 1024 routes: turn local expert ids into global ones, in place.
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = at < routes
     local = tl.load(ids + at, mask=inside, other=0)
@@ -81,8 +79,8 @@ def _globalize(ids, scatter_idx, offset, routes, ROWS: tl.constexpr):
     tl.store(ids + at, tl.where(kept, local + offset, -1), mask=inside)
 
 
-def _on(tensor: Tensor) -> Any:
-    """Triton launches on the current device; that of `tensor` for as long as it takes."""
+def _current_device(tensor: Tensor) -> Any:
+    """Make the device of `tensor` current, since Triton launches on the current device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
@@ -101,7 +99,7 @@ def virtual_ids(
     out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
     routes = topk_ids.numel()
     if routes:
-        with _on(topk_ids):
+        with _current_device(topk_ids):
             _virtual_ids[(triton.cdiv(routes, _ROUTES),)](
                 topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, out, routes, topk_ids.shape[1],
                 num_experts, max_loras, lora_ids.numel(),
@@ -119,10 +117,10 @@ def segments(
     adapter_enabled: Tensor,
     lora_ids: Tensor,
 ) -> None:
-    """Copy each active slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
+    """Copy the part of each active slot from `packed` to its row of `rows` and `blocks`; tails are n and -1."""
     slots, length = rows.shape
     parts = max(1, triton.cdiv(max(length, blocks.shape[1]), _ROWS))
-    with _on(rows):
+    with _current_device(rows):
         _segments[(slots, parts)](
             packed.sorted_token_ids, packed.expert_ids, packed.expert_offsets, adapter_enabled, lora_ids, rows, blocks,
             totals, num_experts, packed.block_size, length, blocks.shape[1], packed.num_routes, lora_ids.numel(),
@@ -131,8 +129,8 @@ def segments(
 
 
 def globalize(topk_idx: Tensor, scatter_idx: Tensor, offset: int) -> None:
-    """`offset` onto every id whose route was kept, -1 into the others, in place."""
+    """Add `offset` to the ids of kept routes and set the others to -1, in place."""
     routes = topk_idx.numel()
     if routes:
-        with _on(topk_idx):
+        with _current_device(topk_idx):
             _globalize[(triton.cdiv(routes, _ROWS),)](topk_idx, scatter_idx, offset, routes, ROWS=_ROWS)

@@ -1,6 +1,6 @@
-"""The in-place operators of ``vllm._custom_ops`` on our kernels: into the caller's buffers, no wait for the device.
+"""The in-place operators of ``vllm._custom_ops`` on our kernels: they fill the caller's buffers and never wait.
 
-Parameters are vLLM's, name for name.  Each raises before it writes anything where it cannot take a call.
+Parameters are vLLM's, name for name.  An operator that refuses a call raises before it writes anything.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from ..alignment import align_batched as _fill_batched
 from ..calls.dispatch import backends
 from ..errors import BackendUnavailable, InvalidInput, InvalidType
 from ..layout import INT32_MAX, BlockLayout, capacity, cdiv
+from . import vllm_reference
 
-__all__ = ["align", "align_batched", "align_lora", "apart", "globalize_align", "require_kernels"]
+__all__ = ["align", "align_batched", "align_lora", "globalize_align", "require_kernels", "separate_outputs"]
 
 
 @functools.cache
@@ -30,22 +31,26 @@ def _without_kernels(device_type: str) -> str | None:
 
 
 def require_kernels(tensor: Tensor) -> None:
-    """Refuse a device where our only backend would be plain torch: the engine's own kernels are faster there."""
+    """Refuse a device on which only the plain-torch backend is available: the engine's own kernels are faster.
+
+    Raises:
+        BackendUnavailable: with the reasons of the GPU backends.
+    """
     reason = _without_kernels(tensor.device.type)
     if reason is not None:
         raise BackendUnavailable(reason)
 
 
-def apart(
+def separate_outputs(
     topk_ids: Tensor, block_size: int, num_experts: int, pad_sorted_ids: bool, scatter_idx: bool
 ) -> BlockLayout | None:
-    """New outputs of ``moealign.align`` with an allocation each, so that all are aligned as the engine's own are.
+    """Outputs for ``moealign.align`` in separate allocations, as aligned in memory as the engine's own.
 
-    Its Triton kernels are compiled for the alignments they see; outputs cut from one allocation would change them from
-    one number of tokens to the next.  None where outputs are apart anyway, or where the call is going to be refused.
+    The engine's Triton kernels are specialised on the alignment of their arguments, which would vary with the number of
+    tokens if outputs shared one allocation.  None if outputs are separate anyway, or if `align` will refuse the call.
     """
-    plain = type(block_size) is type(num_experts) is int and block_size > 0 and num_experts > 0
-    if not plain or topk_ids.device.type == "cpu" or torch.compiler.is_compiling():
+    valid = type(block_size) is type(num_experts) is int and block_size > 0 and num_experts > 0
+    if not valid or topk_ids.device.type == "cpu" or torch.compiler.is_compiling():
         return None
     routes = topk_ids.numel()
     sizes = capacity(routes, block_size=block_size, num_experts=num_experts, pad_sorted_ids=pad_sorted_ids)
@@ -58,11 +63,11 @@ def apart(
     return layout
 
 
-def _buffer(name: str, tensor: Tensor, least: int) -> None:
+def _check_buffer(name: str, tensor: Tensor, size: int) -> None:
     if tensor.dtype is not torch.int32 or not tensor.is_contiguous():
         raise InvalidType(f"{name}: expected a contiguous int32 buffer, got {tensor.dtype}, strides {tensor.stride()}")
-    if tensor.numel() < least:
-        raise InvalidInput(f"{name}: expected room for {least} elements, the worst case, got {tensor.numel()}")
+    if tensor.numel() < size:
+        raise InvalidInput(f"{name}: expected room for {size} elements, the worst case, got {tensor.numel()}")
 
 
 def align(
@@ -75,13 +80,13 @@ def align(
     expert_map: Tensor | None = None,
     scatter_idx: Tensor | None = None,
 ) -> None:
-    """``_custom_ops.moe_align_block_size``: a map chooses the bins; buffers of any length from the worst case on."""
+    """``_custom_ops.moe_align_block_size``: bins by `expert_map`; buffers may be longer than the worst case."""
     require_kernels(topk_ids)
     sizes = capacity(topk_ids.numel(), block_size=block_size, num_experts=num_experts)
     rows, blocks = sizes.sorted_token_ids, sizes.expert_ids
-    _buffer("sorted_token_ids", sorted_token_ids, rows)
-    reach = cdiv(sorted_token_ids.numel(), block_size)
-    _buffer("experts_ids", experts_ids, reach)
+    _check_buffer("sorted_token_ids", sorted_token_ids, rows)
+    all_blocks = cdiv(sorted_token_ids.numel(), block_size)
+    _check_buffer("experts_ids", experts_ids, all_blocks)
     out = {
         "sorted_token_ids": sorted_token_ids[:rows],
         "expert_ids": experts_ids[:blocks],
@@ -100,8 +105,8 @@ def align(
     )
     if sorted_token_ids.numel() > rows:
         sorted_token_ids[rows:].fill_(topk_ids.numel())
-    if reach > blocks:
-        experts_ids[blocks:reach].fill_(-1)
+    if all_blocks > blocks:
+        experts_ids[blocks:all_blocks].fill_(-1)
 
 
 def align_batched(
@@ -112,7 +117,7 @@ def align_batched(
     expert_ids: Tensor,
     num_tokens_post_pad: Tensor,
 ) -> None:
-    """``_custom_ops.batched_moe_align_block_size``: buffers of exactly the sizes, as vLLM's own demands."""
+    """``_custom_ops.batched_moe_align_block_size``: buffers of exactly the right sizes, as in vLLM."""
     require_kernels(expert_num_tokens)
     _fill_batched(
         expert_num_tokens,
@@ -138,9 +143,9 @@ def globalize_align(
     num_tokens_post_pad: Tensor,
     scatter_idx: Tensor | None = None,
 ) -> None:
-    """``_custom_ops.fused_globalize_align_block_size``: local ids of the first ``psum[-1]`` rows are aligned.
+    """``_custom_ops.fused_globalize_align_block_size``: align the local ids of the first ``psum[-1]`` rows.
 
-    Then `topk_idx` is made global in place: ``id + rank_expert_offset`` of kept routes, ``-1`` of all others.
+    Then make `topk_idx` global in place: ``id + rank_expert_offset`` for kept routes, ``-1`` for all others.
     """
     require_kernels(topk_idx)
     if rank_expert_offset + local_num_experts > global_num_experts:
@@ -185,11 +190,11 @@ def align_lora(
     lora_ids: Tensor,
     expert_map: Tensor | None = None,
 ) -> None:
-    """``_custom_ops.moe_lora_align_block_size``: a segment per adapter slot, each the layout of that adapter's tokens.
+    """``_custom_ops.moe_lora_align_block_size``: one segment for each adapter slot, the layout of its tokens.
 
-    One alignment over ``max_loras * num_experts`` bins gives every segment its routes, stable, and its offsets; the
-    segments are then copied to their slots.  A slot is active if it stands in the first ``max_loras + 1`` of `lora_ids`
-    and `adapter_enabled` is not zero there; nothing is written to the others.
+    One stable alignment over ``max_loras * num_experts`` bins computes all segments, which are then copied to their
+    slots.  A slot is active if it is among the first ``max_loras + 1`` of `lora_ids` and its `adapter_enabled` is not
+    zero; inactive slots are not written.
     """
     require_kernels(topk_ids)
     routes, bins = topk_ids.numel(), max_loras * num_experts
@@ -207,21 +212,21 @@ def align_lora(
             f"max_num_tokens_padded, max_num_m_blocks: expected at least {rows} and a block for each {block_size} of "
             f"them, got {max_num_tokens_padded} and {max_num_m_blocks}"
         )
-    _buffer("sorted_token_ids", sorted_token_ids, max_loras * max_num_tokens_padded)
-    _buffer("experts_ids", experts_ids, max_loras * max_num_m_blocks)
-    _buffer("num_tokens_post_pad", num_tokens_post_pad, max_loras)
-    for name, tensor, least in (
+    _check_buffer("sorted_token_ids", sorted_token_ids, max_loras * max_num_tokens_padded)
+    _check_buffer("experts_ids", experts_ids, max_loras * max_num_m_blocks)
+    _check_buffer("num_tokens_post_pad", num_tokens_post_pad, max_loras)
+    for name, tensor, size in (
         ("token_lora_mapping", token_lora_mapping, topk_ids.shape[0]),
         ("adapter_enabled", adapter_enabled, max_loras),
         ("lora_ids", lora_ids, 0),
     ):
-        _buffer(name, tensor, least)
+        _check_buffer(name, tensor, size)
 
     lora_ids = lora_ids[: max_loras + 1]
-    step: Any = _kernels() if _triton(topk_ids) else _Plain
-    ids = step.virtual_ids(topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, num_experts, max_loras)
+    steps: Any = _kernels() if _triton(topk_ids) else vllm_reference
+    ids = steps.virtual_ids(topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, num_experts, max_loras)
     packed = _fill(ids, block_size=block_size, num_experts=bins, expert_offsets=True)
-    step.segments(
+    steps.segments(
         packed,
         sorted_token_ids[: max_loras * max_num_tokens_padded].view(max_loras, max_num_tokens_padded),
         experts_ids[: max_loras * max_num_m_blocks].view(max_loras, max_num_m_blocks),
@@ -240,62 +245,3 @@ def _kernels() -> Any:
     from . import vllm_kernels
 
     return vllm_kernels
-
-
-class _Plain:
-    """The two steps around the alignment of adapters in torch, to be read; vllm_kernels has each in one launch."""
-
-    @staticmethod
-    def active(adapter_enabled: Tensor, lora_ids: Tensor, max_loras: int) -> Tensor:
-        """bool ``[max_loras]``"""
-        slots = torch.arange(max_loras, device=lora_ids.device)
-        return (slots[:, None] == lora_ids[None, :]).any(1) & (adapter_enabled[:max_loras] != 0)
-
-    @staticmethod
-    def virtual_ids(
-        topk_ids: Tensor,
-        token_lora_mapping: Tensor,
-        adapter_enabled: Tensor,
-        lora_ids: Tensor,
-        expert_map: Tensor | None,
-        num_experts: int,
-        max_loras: int,
-    ) -> Tensor:
-        """int32 ``[tokens, top_k]``: ``slot * num_experts + expert``, -1 for a route that no active slot takes."""
-        active = _Plain.active(adapter_enabled, lora_ids, max_loras)
-        slot = token_lora_mapping[: topk_ids.shape[0], None].long()
-        kept = (slot >= 0) & (slot < max_loras) & active[slot.clamp(0, max_loras - 1)]
-        kept = kept & (topk_ids >= 0) & (topk_ids < num_experts)
-        expert = topk_ids.clamp(0, num_experts - 1).long()
-        if expert_map is not None:
-            expert = expert_map.long()[expert]
-            kept &= (expert >= 0) & (expert < num_experts)
-        return torch.where(kept, slot * num_experts + expert, -1).int()
-
-    @staticmethod
-    def segments(
-        packed: Any,
-        rows: Tensor,
-        blocks: Tensor,
-        totals: Tensor,
-        num_experts: int,
-        adapter_enabled: Tensor,
-        lora_ids: Tensor,
-    ) -> None:
-        """Copy each active slot's part of `packed` to its row of `rows` and `blocks`, the tails with n and -1."""
-        slots = rows.shape[0]
-        active = _Plain.active(adapter_enabled, lora_ids, slots)
-        edges = packed.expert_offsets[::num_experts].long()  # [slots + 1]
-        first, size = edges[:-1, None], (edges[1:] - edges[:-1])[:, None]
-        totals[:slots] = torch.where(active, size[:, 0].int(), totals[:slots])
-        for target, source, unit, empty in (
-            (rows, packed.sorted_token_ids, 1, packed.num_routes),
-            (blocks, packed.expert_ids, packed.block_size, -1),
-        ):
-            at = torch.arange(target.shape[1], device=target.device)[None, :]
-            taken = torch.full_like(target, empty)
-            if source.numel():
-                taken = source[(first // unit + at).clamp(max=source.numel() - 1)]
-            if target is blocks:
-                taken = taken - torch.arange(slots, device=target.device)[:, None] * num_experts
-            target.copy_(torch.where(active[:, None], torch.where(at < size // unit, taken, empty), target))
