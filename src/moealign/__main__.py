@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; it needs the extra `report`, and says so."""
+    """Run the command line, or say that it needs the extra `report`."""
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

@@ -1,4 +1,4 @@
-"""What goes wrong, by name. Every message says what was expected, what came, and what to do."""
+"""The errors.  Every message says what was expected, what was passed, and what to do."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ __all__ = ["BackendUnavailable", "InvalidInput", "InvalidType", "MoealignError",
 
 
 class MoealignError(Exception):
-    """Base of every error that moealign raises on purpose."""
+    """Base of every error that moealign raises deliberately."""
 
 
 class InvalidInput(MoealignError, ValueError):
-    """An argument has the right type and an impossible value, shape or device."""
+    """An argument of the right type has an invalid value, shape or device."""
 
 
 class InvalidType(MoealignError, TypeError):
-    """An argument has a type or dtype that no backend takes."""
+    """An argument has a type or dtype that no backend supports."""
 
 
 class BackendUnavailable(MoealignError, ValueError):
-    """The backend asked for by name cannot take this call; the message says why and what would help."""
+    """The requested backend cannot run this call; the message says why, and what would help."""
 
 
 class RankFailed(MoealignError, RuntimeError):
-    """A collective failed or timed out: another rank is late, has stopped, or called with other arguments."""
+    """A collective failed or timed out: another rank is late, has stopped, or passed different arguments."""
 
 
 class TraceError(MoealignError, ValueError):
-    """A file is not a routing trace, or a damaged one."""
+    """A file is missing, damaged or not a routing trace."""

@@ -1,9 +1,7 @@
-"""A layer of experts over several ranks, on torch.distributed: NCCL on GPUs, gloo on CPUs; docs/parallel.md tells more.
+"""A layer of experts over several ranks, on torch.distributed: NCCL on GPUs, gloo on CPUs; see docs/parallel.md.
 
-Two modes, both of which the aligned layout was made for:
-
-:func:`replicated_moe`   every rank holds all tokens, computes the routes of its own experts, and the ranks add up.
-:func:`dispatched_moe`   every rank holds tokens of its own; routes travel to the ranks of their experts and back.
+:func:`replicated_moe`   every rank holds all tokens and computes the routes of its experts; an all-reduce adds them up.
+:func:`dispatched_moe`   every rank holds its own tokens; routes travel to the ranks of their experts and back.
 """
 
 from __future__ import annotations
@@ -29,10 +27,10 @@ __all__ = ["ExpertPlacement", "dispatched_moe", "replicated_moe"]
 
 @dataclass(frozen=True, eq=False)
 class ExpertPlacement:
-    """Which rank holds which experts, in which slot; an expert may have copies on several ranks.
+    """Which rank holds which experts in which slots; an expert may have copies on several ranks.
 
-    ``table`` is int64 ``[ranks, slots]``, ``-1`` for a slot that holds none; see :mod:`moealign.placement`.
-    Route ``j`` of token ``t`` to an expert with ``c`` copies goes to copy ``t % c``, copies counted by rank.
+    ``table`` is int64 ``[ranks, slots]``, ``-1`` for an empty slot; see :mod:`moealign.placement`.
+    A route of token ``t`` to an expert with ``c`` copies goes to copy ``t % c``, in the order of ranks.
     """
 
     table: npt.NDArray[np.int64]
@@ -42,10 +40,10 @@ class ExpertPlacement:
         table = np.asarray(self.table, dtype=np.int64)
         if table.ndim != 2 or not table.size:
             raise InvalidInput(f"table: expected [ranks, slots], got shape {list(table.shape)}")
-        held = table[table >= 0]
-        if held.size and held.max() >= self.num_experts:
-            raise InvalidInput(f"table: expected experts below {self.num_experts}, got {held.max()}")
-        missing = np.setdiff1d(np.arange(self.num_experts), held)
+        ids = table[table >= 0]
+        if ids.size and ids.max() >= self.num_experts:
+            raise InvalidInput(f"table: expected experts below {self.num_experts}, got {ids.max()}")
+        missing = np.setdiff1d(np.arange(self.num_experts), ids)
         if missing.size:
             raise InvalidInput(f"table: expected every expert on some rank, expert {missing[0]} is on none")
         for rank, row in enumerate(table):
@@ -57,7 +55,7 @@ class ExpertPlacement:
 
     @classmethod
     def linear(cls, num_experts: int, ranks: int) -> ExpertPlacement:
-        """Neighbours together: rank 0 holds the first ``cdiv(num_experts, ranks)``."""
+        """Consecutive experts together: rank 0 holds the first ``cdiv(num_experts, ranks)``."""
         return cls(tables.linear(num_experts, ranks), num_experts)
 
     @classmethod
@@ -67,7 +65,7 @@ class ExpertPlacement:
 
     @classmethod
     def balanced(cls, loads: npt.ArrayLike | Tensor, ranks: int, replicas: int = 0) -> ExpertPlacement:
-        """By measured loads ``[num_experts]``, those of a trace or ``expert_counts``, with so many copies besides."""
+        """From loads ``[num_experts]``, of a trace or ``expert_counts``, with `replicas` additional copies."""
         weights = loads.detach().cpu().numpy() if isinstance(loads, Tensor) else np.asarray(loads)
         return cls(tables.balanced(weights, ranks, replicas), len(weights))
 
@@ -77,12 +75,12 @@ class ExpertPlacement:
 
     @property
     def slots(self) -> int:
-        """Experts that a rank has room for: the first axis of its weights."""
+        """Experts per rank: the first dimension of its weights."""
         return int(self.table.shape[1])
 
     @property
     def replicated(self) -> bool:
-        """Whether some expert has more than one copy."""
+        """Whether any expert has several copies."""
         return int((self.table >= 0).sum()) > self.num_experts
 
     def owners(self, expert: int) -> list[tuple[int, int]]:
@@ -90,18 +88,18 @@ class ExpertPlacement:
         return [(int(rank), int(slot)) for rank, slot in np.argwhere(self.table == expert)]
 
     def expert_map(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
-        """int32 ``[num_experts]``: slot of each expert on `rank`, ``-1`` elsewhere: the map for :func:`align`."""
+        """The map of `rank` for :func:`align`, int32 ``[num_experts]``: slots of its experts, ``-1`` for others."""
 
-        def made() -> Tensor:
-            found = np.full(self.num_experts, -1, dtype=np.int32)
+        def make() -> Tensor:
+            slots = np.full(self.num_experts, -1, dtype=np.int32)
             row = self.table[rank]
-            found[row[row >= 0]] = np.flatnonzero(row >= 0)
-            return torch.from_numpy(found).to(device)
+            slots[row[row >= 0]] = np.flatnonzero(row >= 0)
+            return torch.from_numpy(slots).to(device)
 
-        return self._kept(("map", rank, str(device)), made)
+        return self._cached(("map", rank, str(device)), make)
 
     def shard(self, weights: Tensor, rank: int) -> Tensor:
-        """``[slots, ...]`` of `rank` out of ``[num_experts, ...]``; zeros in slots that hold none."""
+        """The weights of `rank`, ``[slots, ...]``, from all ``[num_experts, ...]``; zeros in empty slots."""
         row = torch.from_numpy(self.table[rank]).to(weights.device)
         picked = weights[row.clamp(min=0)]
         return torch.where((row >= 0).view(-1, *(1,) * (weights.dim() - 1)), picked, torch.zeros_like(picked))
@@ -112,9 +110,9 @@ class ExpertPlacement:
         return tables.imbalance(self.table, weights)
 
     def bins(self, topk_ids: Tensor) -> Tensor:
-        """int32 ``rank * slots + slot`` of every route of ``[T, k]`` global ids; ``-1`` for an id that is no expert."""
+        """int32 ``[T, k]`` from global ids ``[T, k]``: ``rank * slots + slot``; ``-1`` for an invalid id."""
         device = str(topk_ids.device)
-        table = self._kept(("copies", device), lambda: torch.from_numpy(self._copies()).to(topk_ids.device))
+        table = self._cached(("copies", device), lambda: torch.from_numpy(self._copies()).to(topk_ids.device))
         ids = topk_ids.to(torch.int64)
         inside = (ids >= 0) & (ids < self.num_experts)
         ids = torch.where(inside, ids, 0)
@@ -125,19 +123,19 @@ class ExpertPlacement:
         return torch.where(inside, table[ids, which], -1).to(torch.int32)
 
     def _copies(self) -> npt.NDArray[np.int64]:
-        """``[num_experts, most + 1]``: bins of the copies of each expert, and in the last column how many they are."""
-        every = [self.owners(expert) for expert in range(self.num_experts)]
-        found = np.zeros((self.num_experts, max(map(len, every)) + 1), dtype=np.int64)
-        for expert, owners in enumerate(every):
-            found[expert, : len(owners)] = [rank * self.slots + slot for rank, slot in owners]
-            found[expert, -1] = len(owners)
-        return found
+        """``[num_experts, max copies + 1]``: the bins of each expert's copies; the last column is their number."""
+        owners_of = [self.owners(expert) for expert in range(self.num_experts)]
+        copies = np.zeros((self.num_experts, max(map(len, owners_of)) + 1), dtype=np.int64)
+        for expert, owners in enumerate(owners_of):
+            copies[expert, : len(owners)] = [rank * self.slots + slot for rank, slot in owners]
+            copies[expert, -1] = len(owners)
+        return copies
 
-    def _kept(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        kept: dict[tuple[Any, ...], Tensor] = self._tensors  # type: ignore[attr-defined]
-        if key not in kept:
-            kept[key] = make()
-        return kept[key]
+    def _cached(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        cache: dict[tuple[Any, ...], Tensor] = self._tensors  # type: ignore[attr-defined]
+        if key not in cache:
+            cache[key] = make()
+        return cache[key]
 
 
 Group = Any  # a ProcessGroup, or a DeviceMesh of one dimension
@@ -155,25 +153,25 @@ def replicated_moe(
     group: Group = None,
     **options: Any,
 ) -> Tensor:
-    """:func:`fused_moe` where every rank has all tokens and its own experts; the same result on every rank.
+    """:func:`fused_moe` if every rank has all tokens and its own experts; every rank gets the same result.
 
-    Each rank aligns with its expert map, so that foreign routes are dropped in the kernel, computes its routes, and one
-    all-reduce adds up.  No wait for the device.
+    Each rank aligns with its expert map, which drops the routes of other ranks in the kernel, and computes its own
+    routes; one all-reduce adds up the results.  It does not wait for the device.
 
     Args:
-        hidden_states, topk_weights, topk_ids: ``[T, H]``, ``[T, k]``, ``[T, k]`` with global ids, alike on every rank.
-        gate_up_proj, down_proj: this rank's experts, ``[slots, ...]``, as :meth:`ExpertPlacement.shard` cuts them.
-        placement: of as many ranks as `group` has.
-        group: a process group or a DeviceMesh of one dimension; by default the whole world.
+        hidden_states, topk_weights, topk_ids: ``[T, H]``, ``[T, k]``, ``[T, k]`` with global ids, equal on every rank.
+        gate_up_proj, down_proj: this rank's experts, ``[slots, ...]``, from :meth:`ExpertPlacement.shard`.
+        placement: the placement, for as many ranks as `group` has.
+        group: a process group or a one-dimensional DeviceMesh; by default all ranks.
         options: further arguments of :func:`fused_moe`.
 
     Returns:
-        ``[T, H]``.  Gradients are those of the whole layer, on every rank: of the inputs in full, of the weights for
-        the experts that are here.  The order of the sum over ranks is the collective's: equal to rounding.
+        ``[T, H]``.  Every rank gets the gradients of the whole layer: in full for the inputs, and for its own experts'
+        weights.  The collective decides the order of the sum over ranks, so results are equal up to rounding.
 
     Raises:
-        InvalidInput: sizes that do not belong together.
-        RankFailed: a collective failed or timed out; the others' state is unknown.
+        InvalidInput: sizes that do not match.
+        RankFailed: a collective failed or timed out; the state of the other ranks is unknown.
     """
     _refuse_tracing("replicated_moe", hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
     group, rank = _member(placement, group, gate_up_proj)
@@ -203,10 +201,10 @@ def dispatched_moe(
     chunks: int = 1,
     **options: Any,
 ) -> Tensor:
-    """:func:`fused_moe` where every rank has tokens of its own: routes travel to their experts' ranks and back.
+    """:func:`fused_moe` if every rank has its own tokens: routes travel to the ranks of their experts and back.
 
-    The layout sorts the routes by rank and expert and counts them in one pass; counts are exchanged, then rows; the
-    rows are computed where they arrive, sent back, and summed over ``k`` in its order.  One wait for the device: the
+    One alignment sorts the routes by rank and expert and counts them.  The ranks exchange counts, then rows, compute
+    the rows that arrive, and send them back to be summed over ``k`` in order.  It waits for the device once, for the
     counts, which the collective needs as numbers.
 
     Args:
@@ -214,15 +212,15 @@ def dispatched_moe(
             ``T`` may differ from rank to rank, and be 0.
         gate_up_proj, down_proj: this rank's experts, ``[slots, ...]``.
         placement, group: as in :func:`replicated_moe`.
-        chunks: parts that travel one by one, so that one is computed while the next is on its way.  The same on every
-            rank.  Where gradients are wanted the parts follow each other.
-        options: further arguments of :func:`fused_moe`, not those about ids.
+        chunks: number of parts that travel separately, so that one is computed while the next is in transit.  The same
+            on every rank.  With gradients, the parts run one after the other.
+        options: further arguments of :func:`fused_moe`, except those about ids.
 
     Returns:
-        ``[T, H]``.  Differentiable; the same tensors must want gradients on every rank, since the backward travels too.
+        ``[T, H]``.  Differentiable; the same tensors must require gradients on every rank: backward communicates too.
 
     Raises:
-        InvalidInput: sizes that do not belong together.
+        InvalidInput: sizes that do not match.
         RankFailed: a collective failed or timed out.
     """
     _refuse_tracing("dispatched_moe", hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
@@ -242,12 +240,12 @@ def dispatched_moe(
         )
         for a, b in parts
     ]
-    # One exchange for all parts, and the one wait: [ranks, chunks, slots] both ways.
+    # One exchange for all parts, and the only wait: [ranks, chunks, slots] both ways.
     shape = (chunks, placement.ranks, placement.slots)
     sent = torch.cat([layout.expert_counts for layout in layouts]).view(shape)  # type: ignore[misc]
     sent = sent.transpose(0, 1).contiguous()
     came = torch.empty_like(sent)
-    # Waited for as a piece of work: under TORCH_NCCL_BLOCKING_WAIT that raises where the plain call would not.
+    # wait() raises under TORCH_NCCL_BLOCKING_WAIT, where the synchronous call would not.
     _collective(group, lambda: dist.all_to_all_single(came, sent, group=group, async_op=True).wait())
     both = torch.stack((sent, came)).cpu()
     sends, comes = both.sum(3).tolist()
@@ -267,7 +265,7 @@ def dispatched_moe(
         counts = came[:, c].reshape(-1)
         ids = slots.repeat(placement.ranks).repeat_interleave(counts, output_size=sum(inward))
         ones = topk_weights.new_ones(len(ids), 1)
-        # Without rows too a function of everything, so that every rank's backward makes the same exchanges.
+        # Also without rows a function of all inputs, so that the backward of every rank makes the same exchanges.
         result = fused_moe(rows, gate_up_proj, down_proj, ones, ids.unsqueeze(1), **options)
         back.append(_Exchange.start(result, outward, inward, group, gradients))
     out = []
@@ -289,7 +287,7 @@ def dispatched_moe(
 
 
 def _refuse_tracing(name: str, *tensors: Tensor) -> None:
-    """Collectives run with real tensors only: in a graph their sizes would be those of the example."""
+    """Refuse tensors without data and tracing: a graph would hold the sizes of the example."""
     if modes.traced() or modes.transformed() or any(each.is_meta or modes.has_own_dispatch(each) for each in tensors):
         raise InvalidInput(
             f"{name}: expected an eager call with plain tensors, got one inside a tracer or transform, or with tensors "
@@ -324,7 +322,7 @@ def _collective(group: Group, call: Callable[[], Any]) -> Any:
 
 
 class _Copy(torch.autograd.Function):
-    """The same tensor on every rank; its gradient is the sum of the ranks' parts."""
+    """The same tensor on every rank; its gradient is the sum over the ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
@@ -339,7 +337,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Reduce(torch.autograd.Function):
-    """The sum over the ranks; every rank has the same gradient of it."""
+    """The sum over the ranks; its gradient is the same on every rank."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
@@ -352,26 +350,26 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
-class _Travel(torch.autograd.Function):
-    """Rows to other ranks; their gradients travel the other way."""
+class _AllToAll(torch.autograd.Function):
+    """Rows to other ranks; their gradients travel back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, inward: list[int], outward: list[int], group: Group) -> Tensor:
-        ctx.facts = (inward, outward, group)
+        ctx.route = (inward, outward, group)
         came = rows.new_empty((sum(inward), *rows.shape[1:]))
         _collective(group, lambda: dist.all_to_all_single(came, rows.contiguous(), inward, outward, group=group))
         return came
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        inward, outward, group = ctx.facts
+        inward, outward, group = ctx.route
         back = grad.new_empty((sum(outward), *grad.shape[1:]))
         _collective(group, lambda: dist.all_to_all_single(back, grad.contiguous(), outward, inward, group=group))
         return back, None, None, None
 
 
 class _Exchange:
-    """An exchange of rows that has been started; with gradients it is finished at once."""
+    """An exchange of rows in progress; with gradients it is complete from the start."""
 
     def __init__(self, rows: Tensor, sent: Tensor, work: Any, group: Group) -> None:
         self.rows, self.sent, self.work, self.group = rows, sent, work, group
@@ -379,13 +377,13 @@ class _Exchange:
     @classmethod
     def start(cls, rows: Tensor, inward: list[int], outward: list[int], group: Group, gradients: bool) -> _Exchange:
         if gradients:
-            return cls(_Travel.apply(rows, inward, outward, group), rows, None, group)
+            return cls(_AllToAll.apply(rows, inward, outward, group), rows, None, group)
         rows = rows.contiguous()
         came = rows.new_empty((sum(inward), *rows.shape[1:]))
         work = _collective(
             group, lambda: dist.all_to_all_single(came, rows, inward, outward, group=group, async_op=True)
         )
-        return cls(came, rows, work, group)  # `rows` lives until the exchange is over
+        return cls(came, rows, work, group)  # `rows` must live until the exchange is complete
 
     def finish(self) -> Tensor:
         if self.work is not None:

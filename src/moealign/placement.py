@@ -1,7 +1,7 @@
-"""Which rank holds which experts, from their loads alone: numpy in, numpy out.
+"""Placements of experts on ranks, computed from the experts' loads: numpy in, numpy out.
 
-A placement is an int64 array ``[ranks, slots]`` of expert ids, ``-1`` for a slot that holds none.  Every expert is
-somewhere; one that is in several slots is replicated, and its load is then shared evenly among its copies.
+A placement is an int64 array ``[ranks, slots]`` of expert ids, ``-1`` for an empty slot.  It holds every expert at
+least once; an expert in several slots is replicated, and its copies share its load evenly.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Floats = npt.NDArray[np.float64]
 
 
 def linear(num_experts: int, ranks: int) -> Ints:
-    """Neighbours together, as most engines do: rank 0 holds the first ``cdiv(num_experts, ranks)`` experts, and so on.
+    """Consecutive experts together, as in most engines: rank 0 holds the first ``cdiv(num_experts, ranks)``, and so on.
 
     Returns:
-        ``[ranks, cdiv(num_experts, ranks)]``; where `ranks` does not divide `num_experts`, the last slots hold -1.
+        ``[ranks, cdiv(num_experts, ranks)]``; if `ranks` does not divide `num_experts`, the last slots hold -1.
 
     Raises:
         InvalidInput: `num_experts` or `ranks` below 1.
@@ -38,24 +38,24 @@ def round_robin(num_experts: int, ranks: int) -> Ints:
 
 
 def balanced(loads: npt.ArrayLike, ranks: int, replicas: int = 0) -> Ints:
-    """A placement whose busiest rank has little to do: copies for the busy, heaviest first, then swaps.
+    """A placement with a low load on the busiest rank.
 
-    First each of `replicas` copies goes to the expert whose copies carry most.  Then the copies, heaviest first, go to
-    the least loaded rank with a free slot that does not hold that expert yet (longest processing time first, within
-    4/3 of the best without the limit on slots: Graham, 1969).  Then experts of the busiest rank are swapped with
-    lighter ones elsewhere as long as that helps.  Without replicas the result is never worse than :func:`linear` and
-    :func:`round_robin` on the same loads.
+    Each of `replicas` copies goes to the expert whose copies carry the highest load.  Then all copies, heaviest first,
+    go to the least loaded rank that has a free slot and does not hold the expert (longest processing time first, within
+    4/3 of the optimum without the limit on slots: Graham, 1969).  Finally, experts of the busiest rank are swapped with
+    lighter ones elsewhere as long as that helps.  Without replicas, the result is never worse than :func:`linear` and
+    :func:`round_robin` for the same loads.
 
     Args:
-        loads: ``[num_experts]`` routes, tokens or any other weight of each expert, finite and not negative.
+        loads: ``[num_experts]`` routes, tokens or any other weight of each expert, finite and nonnegative.
         ranks: number of ranks; each gets ``cdiv(num_experts + replicas, ranks)`` slots.
-        replicas: copies beyond the first of each expert, in all; no expert gets more copies than there are ranks.
+        replicas: total number of copies beyond the first of each expert; an expert gets at most one copy per rank.
 
     Returns:
         ``[ranks, slots]`` expert ids, each row ascending, ``-1`` last.  The same loads give the same placement.
 
     Raises:
-        InvalidInput: loads that are none, `ranks` below 1, `replicas` outside ``[0, num_experts * (ranks - 1)]``.
+        InvalidInput: invalid loads, `ranks` below 1, `replicas` outside ``[0, num_experts * (ranks - 1)]``.
     """
     weights = _loads(loads)
     experts = len(weights)
@@ -70,14 +70,14 @@ def balanced(loads: npt.ArrayLike, ranks: int, replicas: int = 0) -> Ints:
     slots = -(-(experts + replicas) // ranks)
     there = np.zeros((ranks, experts), dtype=bool)
     filled, total = np.zeros(ranks, dtype=np.int64), np.zeros(ranks)
-    # Widely copied experts first among equals: they have the fewest ranks left to go to.
+    # Among equals, experts with many copies first: they have the fewest ranks to choose from.
     for expert in np.lexsort((np.arange(experts), -copies, -share)).tolist():
         for _ in range(copies[expert]):
             if not ((filled < slots) & ~there[:, expert]).any():
                 _make_room(there, filled, total, share, expert, slots)
             free = (filled < slots) & ~there[:, expert]
-            least = np.where(free, total, np.inf)
-            ties = np.flatnonzero(least == least.min())
+            candidates = np.where(free, total, np.inf)
+            ties = np.flatnonzero(candidates == candidates.min())
             rank = ties[np.argmin(filled[ties])]
             there[rank, expert] = True
             filled[rank] += 1
@@ -85,8 +85,8 @@ def balanced(loads: npt.ArrayLike, ranks: int, replicas: int = 0) -> Ints:
     _swap(there, share, slots)
     placement = np.full((ranks, slots), -1, dtype=np.int64)
     for rank in range(ranks):
-        held = np.flatnonzero(there[rank])
-        placement[rank, : len(held)] = held
+        own = np.flatnonzero(there[rank])
+        placement[rank, : len(own)] = own
     if replicas:
         return placement
     others = (linear(experts, ranks), round_robin(experts, ranks))
@@ -94,26 +94,26 @@ def balanced(loads: npt.ArrayLike, ranks: int, replicas: int = 0) -> Ints:
 
 
 def rank_loads(placement: Ints, loads: npt.ArrayLike) -> Floats:
-    """Load of each rank ``[ranks]``, the copies of an expert sharing its load evenly.
+    """Load of each rank ``[ranks]``; the copies of an expert share its load evenly.
 
     Raises:
-        InvalidInput: an expert of `loads` that no rank holds, or an id past them.
+        InvalidInput: no rank holds some expert of `loads`, or an id is not below their number.
     """
     weights = _loads(loads)
-    held = placement[placement >= 0]
-    if held.size and int(held.max()) >= len(weights):
-        raise InvalidInput(f"placement: expected experts below {len(weights)}, got {int(held.max())}")
-    copies = np.bincount(held, minlength=len(weights))
+    ids = placement[placement >= 0]
+    if ids.size and int(ids.max()) >= len(weights):
+        raise InvalidInput(f"placement: expected experts below {len(weights)}, got {int(ids.max())}")
+    copies = np.bincount(ids, minlength=len(weights))
     if (copies == 0).any():
         raise InvalidInput(f"placement: expected every expert somewhere, expert {int(np.argmin(copies))} is nowhere")
-    share = np.append(weights / copies, 0.0)  # -1 takes the last
+    share = np.append(weights / copies, 0.0)  # -1 indexes the last
     return np.asarray(share[placement].sum(axis=1))
 
 
 def imbalance(placement: Ints, loads: npt.ArrayLike) -> float:
-    """Load of the busiest rank over the mean: 1 is even, and with n every rank waits while one does n times its share.
+    """Load of the busiest rank over the mean: 1 is even, and the result without any load.
 
-    1 where there is no load at all.
+    All ranks wait for the busiest one, so a layer takes this many times as long as with an even placement.
     """
     each = rank_loads(placement, loads)
     return float(each.max() / each.mean()) if each.any() else 1.0
@@ -142,7 +142,7 @@ def _loads(loads: npt.ArrayLike) -> Floats:
 
 
 def _copies(weights: Floats, ranks: int, replicas: int) -> Ints:
-    """Copies of each expert: one, and one more for whichever carries most a copy, `replicas` times."""
+    """Copies of each expert: one, then `replicas` times one more for the expert with the highest load per copy."""
     copies = np.ones(len(weights), dtype=np.int64)
     heap: list[Any] = [(-weight, e) for e, weight in enumerate(weights)]
     heapq.heapify(heap)
@@ -155,7 +155,7 @@ def _copies(weights: Floats, ranks: int, replicas: int) -> Ints:
 
 
 def _make_room(there: Any, filled: Ints, total: Floats, share: Floats, expert: int, slots: int) -> None:
-    """Where all ranks without `expert` are full, one of them sends its lightest expert to a rank that has room."""
+    """All ranks without `expert` are full: move the lightest expert of one of them to a rank with a free slot."""
     without = [r for r in np.argsort(total, kind="stable") if not there[r, expert]]
     for rank in without:
         for room in np.flatnonzero(filled < slots):
@@ -172,24 +172,24 @@ def _make_room(there: Any, filled: Ints, total: Floats, share: Floats, expert: i
 
 
 def _swap(there: Any, share: Floats, slots: int) -> None:
-    """While it makes the busiest rank lighter, swap one of its experts for another's, or move one to a free slot."""
+    """While it lowers the load of the busiest rank, swap one of its experts for another, or move one to a free slot."""
     ranks = len(there)
     rows = np.full((ranks, slots), -1, dtype=np.int64)
     for rank in range(ranks):
-        held = np.flatnonzero(there[rank])
-        rows[rank, : len(held)] = held
-    weight = np.append(share, 0.0)  # a free slot, -1, weighs nothing
-    held_or_free = np.concatenate((there, np.zeros((ranks, 1), dtype=bool)), axis=1)
+        own = np.flatnonzero(there[rank])
+        rows[rank, : len(own)] = own
+    weight = np.append(share, 0.0)  # of a free slot, -1
+    there_or_free = np.concatenate((there, np.zeros((ranks, 1), dtype=bool)), axis=1)
     total = weight[rows].sum(axis=1)
     for _ in range(4 * len(share)):
         busy = int(np.argmax(total))
         mine = rows[busy]
-        moved = weight[mine][:, None, None] - weight[rows][None]  # [slots of the busy, ranks, slots]
+        moved = weight[mine][:, None, None] - weight[rows][None]  # [slots of the busiest, ranks, slots]
         gap = (total[busy] - total)[None, :, None]
-        # Half the gap would make the two equal; anything in (0, gap) lowers the higher of them.
+        # Moving half the gap makes both loads equal; anything in (0, gap) lowers the higher one.
         helps = (moved > 1e-12 * total[busy]) & (moved < gap * (1 - 1e-12))
-        helps &= ~held_or_free[:, mine].T[:, :, None]  # it is not there yet,
-        helps &= ~held_or_free[busy][rows][None]  # nor what comes back here
+        helps &= ~there_or_free[:, mine].T[:, :, None]  # the other rank does not hold it,
+        helps &= ~there_or_free[busy][rows][None]  # nor this rank what it gets in return
         if not helps.any():
             break
         choice = np.where(helps, np.abs(gap / 2 - moved), np.inf)
@@ -197,9 +197,9 @@ def _swap(there: Any, share: Floats, slots: int) -> None:
         gone, came = int(rows[busy, own]), int(rows[rank, slot])
         change = float(moved[own, rank, slot])
         rows[busy, own], rows[rank, slot] = came, gone
-        held_or_free[busy, gone], held_or_free[rank, gone] = False, True
+        there_or_free[busy, gone], there_or_free[rank, gone] = False, True
         if came >= 0:
-            held_or_free[rank, came], held_or_free[busy, came] = False, True
+            there_or_free[rank, came], there_or_free[busy, came] = False, True
         total[busy] -= change
         total[rank] += change
-    there[:] = held_or_free[:, :-1]
+    there[:] = there_or_free[:, :-1]

@@ -1,9 +1,9 @@
-"""Routing traces: what a real router chose, in a file.
+"""Routing traces: the choices of a real router, in a file.
 
 A trace is a ``.safetensors`` file with one tensor, ``topk_ids`` ``[layers, tokens, top_k]`` in the smallest integer
-dtype that fits, and one metadata entry, ``moealign``, holding JSON: ``experts``, ``k``, ``model``, ``source``,
-``revision``, perhaps ``calls``, the number of tokens of each call of the model, and whatever else its maker wants to
-say.  ``-1`` is a route without an expert (then the dtype is signed).
+dtype that fits, and one metadata entry, ``moealign``, which holds JSON: ``experts``, ``k``, ``model``, ``source``,
+``revision``, optionally ``calls`` (the number of tokens in each call of the model), and any further details.  ``-1`` is
+a route without an expert; the dtype is then signed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _REQUIRED: dict[str, type] = {"experts": int, "k": int, "model": str, "source": 
 
 @dataclass(frozen=True)
 class Trace:
-    """The choices of one model's routers over one text."""
+    """The choices of one model's routers for one text."""
 
     topk_ids: Tensor  #: [layers, tokens, top_k], an integer dtype
     num_experts: int
-    model: str  #: what routed
-    source: str  #: what it read
-    revision: str  #: which version of both
-    details: Mapping[str, Any] = field(default_factory=dict)  #: the rest of the metadata, as JSON has it
+    model: str  #: whose routers chose
+    source: str  #: the text it read
+    revision: str  #: the version of both
+    details: Mapping[str, Any] = field(default_factory=dict)  #: the rest of the metadata, JSON values
 
     @property
     def layers(self) -> int:
@@ -50,26 +50,26 @@ class Trace:
 
     @property
     def calls(self) -> tuple[int, ...]:
-        """How many tokens came in each call of the model, in order; () where the trace does not say."""
+        """The number of tokens in each call of the model, in order; () if the trace does not say."""
         return tuple(self.details.get("calls", ()))
 
 
 def example_trace() -> Path:
-    """The trace that ships; ``examples/make_trace.py`` made it and its metadata says from what."""
+    """The shipped trace, made by ``examples/make_trace.py``; its metadata names model and text."""
     return Path(__file__).parent / "data" / "stdlib-moe.safetensors"
 
 
 def save_trace(path: str | Path, trace: Trace) -> None:
-    """Write `trace`, its ids in the smallest dtype that fits.
+    """Write `trace`, with its ids in the smallest dtype that fits.
 
     Raises:
-        TraceError: the trace is not one (see :func:`load_trace`), or safetensors is not installed.
+        TraceError: the trace is invalid (see :func:`load_trace`), or safetensors is not installed.
     """
     save_file = _safetensors("torch").save_file
     topk_ids = trace.topk_ids
     if not isinstance(topk_ids, Tensor):
         raise TraceError(f"{path}: expected topk_ids to be a tensor, got {type(topk_ids).__name__}")
-    about = {
+    metadata = {
         "experts": trace.num_experts,
         "k": topk_ids.shape[-1] if topk_ids.dim() else 0,
         "model": trace.model,
@@ -77,70 +77,72 @@ def save_trace(path: str | Path, trace: Trace) -> None:
         "revision": trace.revision,
     }
     _check_shape(path, topk_ids)
-    _check_about(path, about)
+    _check_metadata(path, metadata)
     _check_ids(path, topk_ids, trace.num_experts)
-    about |= _checked_details(path, trace.details, trace.tokens)
+    metadata |= _checked_details(path, trace.details, trace.tokens)
     signed = bool((topk_ids < 0).any())
     fitting = [torch.int8, torch.int16, torch.int32] if signed else [torch.uint8, torch.int16, torch.int32]
     dtype = next(dtype for dtype in fitting if trace.num_experts - 1 <= torch.iinfo(dtype).max)
     ids = topk_ids.to(dtype).contiguous()
-    save_file({"topk_ids": ids}, str(path), metadata={"moealign": json.dumps(about)})
+    save_file({"topk_ids": ids}, str(path), metadata={"moealign": json.dumps(metadata)})
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Read a trace and check all of it.
+    """Read a trace and check everything in it.
 
     Raises:
-        TraceError: in one line, what the file should have held and what it holds.
+        TraceError: the file is missing, damaged or not a trace; one line says what was expected and what it holds.
     """
     safetensors = _safetensors()
     if not Path(path).is_file():
         raise TraceError(f"{path}: expected a .safetensors file, got no such file")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
+            names, entries = list(file.keys()), file.metadata() or {}
             if "topk_ids" not in names:
                 raise TraceError(f"{path}: expected a tensor named topk_ids, got {', '.join(names) or 'none'}")
             topk_ids = file.get_tensor("topk_ids")
     except safetensors.SafetensorError as error:
         raise TraceError(f"{path}: expected a .safetensors file, got something else ({error})") from None
-    about = _metadata(path, metadata)
+    metadata = _metadata(path, entries)
     _check_shape(path, topk_ids)
-    if topk_ids.shape[2] != about["k"]:
-        raise TraceError(f"{path}: expected k = {about['k']} ids a token as its metadata says, got {topk_ids.shape[2]}")
-    _check_ids(path, topk_ids, about["experts"])
-    details = {name: value for name, value in about.items() if name not in _REQUIRED}
+    if topk_ids.shape[2] != metadata["k"]:
+        raise TraceError(
+            f"{path}: expected k = {metadata['k']} ids a token as its metadata says, got {topk_ids.shape[2]}"
+        )
+    _check_ids(path, topk_ids, metadata["experts"])
+    details = {name: value for name, value in metadata.items() if name not in _REQUIRED}
     _checked_details(path, details, topk_ids.shape[1])
-    return Trace(topk_ids, about["experts"], about["model"], about["source"], about["revision"], details)
+    return Trace(topk_ids, metadata["experts"], metadata["model"], metadata["source"], metadata["revision"], details)
 
 
-def _metadata(path: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if "moealign" not in metadata:
-        raise TraceError(f"{path}: expected JSON metadata under the name moealign, got {', '.join(metadata) or 'none'}")
+def _metadata(path: str | Path, entries: Mapping[str, str]) -> dict[str, Any]:
+    if "moealign" not in entries:
+        raise TraceError(f"{path}: expected JSON metadata under the name moealign, got {', '.join(entries) or 'none'}")
     try:
-        about = json.loads(metadata["moealign"])
+        metadata = json.loads(entries["moealign"])
     except json.JSONDecodeError as error:
         raise TraceError(f"{path}: expected JSON metadata, got text that is not JSON ({error})") from None
-    if not isinstance(about, dict):
-        raise TraceError(f"{path}: expected a JSON object as metadata, got {type(about).__name__}")
-    _check_about(path, about)
-    return about
+    if not isinstance(metadata, dict):
+        raise TraceError(f"{path}: expected a JSON object as metadata, got {type(metadata).__name__}")
+    _check_metadata(path, metadata)
+    return metadata
 
 
-def _check_about(path: str | Path, about: Mapping[str, Any]) -> None:
+def _check_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
     for name, kind in _REQUIRED.items():
-        if name not in about:
-            raise TraceError(f"{path}: expected {name} in its metadata, got {', '.join(about) or 'nothing'}")
-        if not isinstance(about[name], kind) or isinstance(about[name], bool):
+        if name not in metadata:
+            raise TraceError(f"{path}: expected {name} in its metadata, got {', '.join(metadata) or 'nothing'}")
+        if not isinstance(metadata[name], kind) or isinstance(metadata[name], bool):
             raise TraceError(
-                f"{path}: expected {name} to be of type {kind.__name__} in its metadata, got {about[name]!r}"
+                f"{path}: expected {name} to be of type {kind.__name__} in its metadata, got {metadata[name]!r}"
             )
-    if about["experts"] < 1 or about["k"] < 1:
-        raise TraceError(f"{path}: expected experts and k of at least 1, got {about['experts']} and {about['k']}")
+    if metadata["experts"] < 1 or metadata["k"] < 1:
+        raise TraceError(f"{path}: expected experts and k of at least 1, got {metadata['experts']} and {metadata['k']}")
 
 
 def _checked_details(path: str | Path, details: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The details as JSON has them, or a refusal."""
+    """`details` as a dict; refuses what JSON cannot hold, reserved names and wrong ``calls``."""
     if not isinstance(details, Mapping):
         raise TraceError(f"{path}: expected details to be a mapping of names to values, got {type(details).__name__}")
     for name in details:
