@@ -33,6 +33,10 @@ from .trace import Trace, example_trace, load_trace
 __all__ = ["app"]
 
 BLOCK_SIZES = "16,32,64,128,256"
+TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")]
+BlockSizes = Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")]
+Hidden = Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")]
+Intermediate = Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")]
 
 app = typer.Typer(
     add_completion=False,
@@ -59,6 +63,21 @@ def _load(path: Path) -> Trace:
         _fail(error)
 
 
+def _check_folder(option: str, path: Path) -> None:
+    if not path.parent.is_dir():
+        _fail(f"{option}: expected a path in a folder that exists, got {path}")
+
+
+def _ints(option: str, text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+        if min(numbers) < 1:
+            raise ValueError
+    except ValueError:
+        _fail(f"{option}: expected ints of at least 1, separated by commas, got {text!r}")
+    return numbers
+
+
 def _device_of(name: str) -> torch.device:
     return torch.device("cuda" if name in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
 
@@ -74,8 +93,7 @@ def demo(
     trace = _load(example_trace())
     if layer >= trace.layers:
         _fail(f"--layer: expected a layer below {trace.layers}, got {layer}")
-    if not output.parent.is_dir():
-        _fail(f"--output: expected a path in a folder that exists, got {output}")
+    _check_folder("--output", output)
     console.print(f"[bold]Trace[/]: {trace.model}")
     console.print(f"reading {trace.source}")
     routes = trace.tokens * trace.top_k
@@ -147,14 +165,14 @@ def demo(
 
 @app.command()
 def inspect(
-    trace_path: Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")],
-    block_size: Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")] = BLOCK_SIZES,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")] = 2048,
-    intermediate: Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")] = 768,
+    trace_path: TracePath,
+    block_size: BlockSizes = BLOCK_SIZES,
+    hidden: Hidden = 2048,
+    intermediate: Intermediate = 768,
 ) -> None:
     """Print load per expert, imbalance, blocks and padding of a trace, and the block size to try first."""
     console = _console()
-    sizes = _sizes(block_size)
+    sizes = sorted(set(_ints("--block-size", block_size)))
     trace = _load(trace_path)
     console.print(f"[bold]{trace_path}[/]: {trace.model}; {trace.source}; revision {trace.revision}")
     console.print(
@@ -208,26 +226,25 @@ def check(
 
 @app.command("report")
 def write_report(
-    trace_path: Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")],
+    trace_path: TracePath,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write: .html, .svg (both for light and dark) or .png.")
     ] = Path("report.html"),
-    block_size: Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")] = BLOCK_SIZES,
+    block_size: BlockSizes = BLOCK_SIZES,
     layer: Annotated[int, typer.Option(min=0, help="Layer whose blocks are drawn, or shown first.")] = 0,
     map_block_size: Annotated[
         int | None, typer.Option(min=1, help="Rows of a block in the drawing of blocks (default: the recommended size)")
     ] = None,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")] = 2048,
-    intermediate: Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")] = 768,
+    hidden: Hidden = 2048,
+    intermediate: Intermediate = 768,
     gpu: Annotated[bool | None, typer.Option(help="Also measure on a GPU (default: if there is one)")] = None,
     dark: Annotated[bool, typer.Option("--dark", help="Draw a .png on a dark background.")] = False,
 ) -> None:
     """Write one page about a trace: loads, imbalance, padding, blocks, costs, and the gain of a better placement."""
-    sizes = _sizes(block_size)
+    sizes = sorted(set(_ints("--block-size", block_size)))
     if output.suffix not in report.FORMATS:
         _fail(f"--output: expected a path that ends in {', '.join(report.FORMATS)}, got {output}")
-    if not output.parent.is_dir():
-        _fail(f"--output: expected a path in a folder that exists, got {output}")
+    _check_folder("--output", output)
     if gpu and not torch.cuda.is_available():
         _fail("--gpu: expected a GPU that torch can use, found none")
     trace = _load(trace_path)
@@ -241,16 +258,6 @@ def write_report(
     if study.measured is None:
         console.print(f"Not measured: {study.not_measured}.", markup=False)
     console.print(f"[bold]Written[/]: {output}, {output.stat().st_size / 1024:,.0f} KiB")
-
-
-def _sizes(block_size: str) -> list[int]:
-    try:
-        sizes = sorted({int(part) for part in block_size.split(",")})
-        if sizes[0] < 1:
-            raise ValueError
-    except ValueError:
-        _fail(f"--block-size: expected ints of at least 1, separated by commas, got {block_size!r}")
-    return sizes
 
 
 @app.command("bench")
@@ -284,8 +291,8 @@ def run_bench(
     if figure is not None and figure.suffix not in (".png", ".svg"):
         _fail(f"--figure: expected a path that ends in .png or .svg, got {figure}")
     for name, path in (("--output", output), ("--figure", figure)):
-        if path is not None and not path.parent.is_dir():
-            _fail(f"{name}: expected a path in a folder that exists, got {path}")
+        if path is not None:
+            _check_folder(name, path)
     try:
         session = bench.measure(
             device=device,
@@ -317,12 +324,7 @@ def tune(
 ) -> None:
     """Find fast tiles of fused_moe for a layer on this GPU, and write them to a file that can be shipped."""
     console = _console()
-    try:
-        counts = [int(part) for part in tokens.split(",")]
-        if min(counts) < 1:
-            raise ValueError
-    except ValueError:
-        _fail(f"--tokens: expected ints of at least 1, separated by commas, got {tokens!r}")
+    counts = _ints("--tokens", tokens)
     if dtype not in ("bfloat16", "float16", "float32"):
         _fail(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
     if top_k > experts:
@@ -346,7 +348,7 @@ def tune(
     path = output or tuning_path(target)
     tuning.write(path, shape, results, {"device": target.name, "torch": torch.__version__, "moealign": __version__})
     console.print(table)
-    console.print(f"[bold]Written[/]: {path}; set MOEALIGN_TUNING to this path to use it on other machines")
+    console.print(f"[bold]Written[/]: {path}; set MOEALIGN_TUNING to its path to use it elsewhere")
 
 
 @app.command()

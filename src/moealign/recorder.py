@@ -11,17 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .choices import (
-    CHOICE_NAMES,
-    MASK_NAMES,
-    PaddingMask,
-    concatenate,
-    ids_from_choice,
-    ids_from_router,
-    is_router,
-    number_of_experts,
-    parameter_names,
-)
+from . import choices
 from .errors import InvalidInput
 from .trace import Trace
 
@@ -36,7 +26,7 @@ class _Frame:
     """A running call of a module, with the masks it was given."""
 
     module: nn.Module
-    masks: list[PaddingMask] = field(default_factory=list)
+    masks: list[choices.PaddingMask] = field(default_factory=list)
     unmasked: set[int] = field(default_factory=set)  #: numbers of tokens that came without a mask
 
 
@@ -74,7 +64,7 @@ class Capture:
 
         ``-1`` is a choice without an expert: an expert of another rank, or fewer than k.
         """
-        return {name: concatenate([ids for _, ids in self._in_order(name)]) for name in self._recorded}
+        return {name: choices.concatenate([ids for _, ids in self._in_order(name)]) for name in self._recorded}
 
     @property
     def num_experts(self) -> dict[str, int]:
@@ -199,7 +189,7 @@ class Capture:
             return None
         masks = [mask for frame in reversed(state.frames) for mask in frame.masks]
         if self._mask is not None:
-            masks.append(PaddingMask(self._mask, *self._mask.shape))
+            masks.append(choices.PaddingMask(self._mask, *self._mask.shape))
         padded = False
         for mask in masks:
             real = mask.real_tokens()
@@ -258,15 +248,15 @@ def capture(model: nn.Module, *, padding: str = "drop", attention_mask: Tensor |
                 parents.append(_parent(name))
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for name, module in model.named_modules():
-            if is_router(module) and not any(_related(_parent(name), each) for each in parents):
+            if choices.is_router(module) and not any(_related(_parent(name), each) for each in parents):
                 handles.append(module.register_forward_hook(_router_hook(recorded, name)))
         if not handles:
             raise InvalidInput(
                 f"model: expected a Mixture-of-Experts model, got {type(model).__name__}, in which no module takes "
-                f"an argument {', '.join(CHOICE_NAMES)} and none is a router with top_k and num_experts"
+                f"an argument {', '.join(choices.CHOICE_NAMES)} and none is a router with top_k and num_experts"
             )
         for module in model.modules():
-            if module is model or any(name in parameter_names(module) for name in MASK_NAMES):
+            if module is model or any(name in choices.parameter_names(module) for name in choices.MASK_NAMES):
                 handles += _frame_hooks(recorded, module)
         with _eagerly():
             yield recorded
@@ -325,14 +315,14 @@ def _related(one: str, other: str) -> bool:
 
 
 def _frame_hooks(recorded: Capture, module: nn.Module) -> list[Any]:
-    names = parameter_names(module)
+    names = choices.parameter_names(module)
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _is_replay():
             return
         arguments = dict(zip(names, args, strict=False)) | kwargs
         frame = _Frame(module)
-        for name, token_names in MASK_NAMES.items():
+        for name, token_names in choices.MASK_NAMES.items():
             mask = arguments.get(name)
             if isinstance(mask, dict):  # one mask for each kind of attention
                 mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -355,7 +345,7 @@ def _frame_hooks(recorded: Capture, module: nn.Module) -> list[Any]:
                 batch, length = tokens.shape[:2]
             cache = next((each for each in arguments.values() if hasattr(each, "get_seq_length")), None)
             past = None if cache is None else int(cache.get_seq_length())
-            frame.masks.append(PaddingMask(mask, batch, length, past))
+            frame.masks.append(choices.PaddingMask(mask, batch, length, past))
         recorded._enter(frame)
 
     def leave(*_: Any) -> None:
@@ -374,18 +364,20 @@ def _frame_hooks(recorded: Capture, module: nn.Module) -> list[Any]:
 
 
 def _experts_hook(recorded: Capture, name: str, module: nn.Module) -> Any:
-    names = parameter_names(module)
-    choice = next((each for each in CHOICE_NAMES if each in names), None)
-    if choice is None or number_of_experts(module, choice) is None:
+    names = choices.parameter_names(module)
+    choice = next((each for each in choices.CHOICE_NAMES if each in names), None)
+    if choice is None or choices.number_of_experts(module, choice) is None:
         return None
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _is_replay():
             return
         i = names.index(choice)
-        experts = number_of_experts(module, choice)
+        experts = choices.number_of_experts(module, choice)
         assert experts is not None
-        ids = ids_from_choice(name, kwargs.get(choice, args[i] if i < len(args) else None), experts, distinct=False)
+        ids = choices.ids_from_choice(
+            name, kwargs.get(choice, args[i] if i < len(args) else None), experts, distinct=False
+        )
         rows = kwargs.get("hidden_states", args[0] if args else None)
         tokens = rows.shape[:-1].numel() if isinstance(rows, Tensor) and rows.dim() > 1 else len(ids)
         if tokens != len(ids):
@@ -400,6 +392,6 @@ def _experts_hook(recorded: Capture, name: str, module: nn.Module) -> Any:
 def _router_hook(recorded: Capture, name: str) -> Any:
     def hook(router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not _is_replay():
-            recorded._add(name, ids_from_router(name, router, output), int(router.num_experts))  # type: ignore[arg-type]
+            recorded._add(name, choices.ids_from_router(name, router, output), int(router.num_experts))  # type: ignore[arg-type]
 
     return hook

@@ -46,16 +46,9 @@ def segments(
     adapter_enabled: Tensor,
     lora_ids: Tensor,
 ) -> None:
-    """Copy the part of each active slot from `packed` to its row of `rows` and `blocks`; fill the tails with n and -1.
+    """Copy the part of each active slot from `packed` to its row of `rows` and `blocks`; tails are n and -1.
 
-    Args:
-        packed: the layout over ``slots * num_experts`` bins, with ``expert_offsets``.
-        rows: int32 ``[slots, max_num_tokens_padded]``.
-        blocks: int32 ``[slots, max_num_m_blocks]``.
-        totals: int32 ``[slots]`` or longer: rows of each slot.
-        num_experts: bins of a slot.
-        adapter_enabled: int32 ``[slots]`` or longer.
-        lora_ids: int32, the slots in use.
+    `packed` is a layout over ``slots * num_experts`` bins; `totals` receives the number of rows of each slot.
     """
     slots = rows.shape[0]
     active = _active(adapter_enabled, lora_ids, slots)

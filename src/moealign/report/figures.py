@@ -59,29 +59,25 @@ def draw_imbalance(axis: Any, study: Study, theme: Theme) -> None:
     _legend(axis, theme, ncols=3)
 
 
-def _over_sizes(axis: Any, study: Study) -> None:
+def _plot_over_sizes(axis: Any, study: Study, theme: Theme, values: Any, label: str) -> None:
+    for layer, line in enumerate(values):
+        axis.plot(study.sizes, line, marker="o", markersize=3, **_layer_style(theme, len(values), layer))
     axis.set_xscale("log", base=2)
     axis.set_xticks(study.sizes, [str(size) for size in study.sizes])
     axis.minorticks_off()
-    axis.set_xlabel("block size (rows)")
+    axis.set(xlabel="block size (rows)", ylabel=label)
 
 
 def draw_padding(axis: Any, study: Study, theme: Theme) -> None:
     """Lines over block sizes: the fraction of the rows that is padding."""
-    for layer, values in enumerate(study.wasted):
-        axis.plot(study.sizes, 100 * values, marker="o", markersize=3, **_layer_style(theme, len(study.loads), layer))
-    _over_sizes(axis, study)
-    axis.set_ylabel("padding (% of all rows)")
+    _plot_over_sizes(axis, study, theme, 100 * study.wasted, "padding (% of all rows)")
     axis.set_ylim(bottom=0)
     _legend(axis, theme)
 
 
 def draw_block_counts(axis: Any, study: Study, theme: Theme) -> None:
     """Lines over block sizes: blocks of a layer."""
-    for layer, values in enumerate(study.blocks):
-        axis.plot(study.sizes, values, marker="o", markersize=3, **_layer_style(theme, len(study.loads), layer))
-    _over_sizes(axis, study)
-    axis.set_ylabel("blocks of a layer")
+    _plot_over_sizes(axis, study, theme, study.blocks, "blocks of a layer")
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.minorticks_off()
