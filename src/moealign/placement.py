@@ -176,8 +176,8 @@ def _swap(there: Any, share: Floats, slots: int) -> None:
     ranks = len(there)
     rows = np.full((ranks, slots), -1, dtype=np.int64)
     for rank in range(ranks):
-        own = np.flatnonzero(there[rank])
-        rows[rank, : len(own)] = own
+        ids = np.flatnonzero(there[rank])
+        rows[rank, : len(ids)] = ids
     weight = np.append(share, 0.0)  # of a free slot, -1
     there_or_free = np.concatenate((there, np.zeros((ranks, 1), dtype=bool)), axis=1)
     total = weight[rows].sum(axis=1)

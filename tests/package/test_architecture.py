@@ -32,7 +32,7 @@ LEVELS = {
     "costs": 7,
     "report": 8,
     "bench": 8,
-    "choices": 1,
+    "choices": 7,
     "recorder": 8,
     "cli": 9,
     "__main__": 10,
