@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..align import align
+from ..alignment import align
 
 __all__ = ["expert_layer", "median_time"]
 
