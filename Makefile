@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need in .venv; nothing else on the machine is touched.
+# Targets set up what they need in .venv and change nothing else on the machine.
 PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
@@ -18,15 +18,15 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/moealign demo
 
-# ARGS="--order 1" runs them in a random order.
+# ARGS="--order 1" shuffles the tests.
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-# The drop-ins inside the real vLLM and SGLang: fetches the Python files of their wheels.
+# Run the drop-ins inside the real vLLM and SGLang; downloads the Python files of their wheels.
 test-engines: $(READY)
 	$(BIN)/python tests/engines/run_engines.py
 
-# The tests under other releases of torch, Transformers, Triton and Python, each in an environment of its own under .versions.
+# Run the tests under other releases of torch, Transformers, Triton and Python, in environments under .versions.
 test-versions:
 	$(PYTHON) tests/commands/versions.py $(ARGS)
 
@@ -38,7 +38,7 @@ lint: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-# Every table, drawing and figure of the README and docs/, from the tracked measurements.
+# Rebuild every table, drawing and figure of the documentation from the tracked measurements.
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python docs/draw.py

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every table of figures in the README and docs/, and docs/images/performance.png, from the tracked CSV files alone.
+"""Every table of figures in docs/, and docs/images/performance.png, from the tracked CSV files alone.
 
     python benchmarks/figures.py            # write them
     python benchmarks/figures.py --check    # write nothing, fail if a table differs from its CSV file
@@ -33,12 +33,11 @@ def trials(*parts: str) -> list[tuple[str, str, Maker]]:
 
 #: For each page: marker, CSV file, and the function that makes a table of its rows.
 PAGES: dict[str, list[tuple[str, str, Maker]]] = {
-    "README.md": [
+    "README.md": [("versions", "results/versions", tables.versions_table)],
+    "docs/performance.md": [
         ("performance", "results/align_{gpu}", tables.performance_table),
         ("performance-cpu", "results/align_cpu", tables.cpu_table),
-        ("versions", "results/versions", tables.versions_table),
     ],
-    "docs/performance.md": trials("cpu", "cuda", "triton", "router", "host", "experts"),
     "docs/experts.md": [
         ("experts", "results/experts_{gpu}", tables.experts_table),
         ("transformers", "results/transformers_{gpu}", tables.transformers_table),
@@ -53,6 +52,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
         ("parallel", "results/parallel_{gpu}", tables.parallel_table),
         ("parallel-model", "results/parallel_{gpu}", tables.parallel_model),
     ],
+    "docs/developers/experiments.md": trials("cuda", "triton", "router", "cpu", "host", "experts"),
 }
 
 

@@ -89,7 +89,7 @@ def caption(rows: Sequence[Row], how: str, source: str) -> str:
 
 
 def performance_table(rows: Sequence[Row], source: str) -> str:
-    """The README's table of the GPU."""
+    """Times of the aligned and the batched layout on a GPU."""
     parts = [
         caption(rows, "CUDA graph replay", source),
         align_table(rows, "moealign-cuda", (*PEERS, "torch-argsort", "floor-chain")),
@@ -101,7 +101,7 @@ def performance_table(rows: Sequence[Row], source: str) -> str:
 
 
 def cpu_table(rows: Sequence[Row], source: str) -> str:
-    """The README's table of the CPU: the sizes, without the sweeps of align_cpu.py."""
+    """Times on a CPU by number of routes, without the sweeps of align_cpu.py."""
     shown = [row for row in rows if row["case"] not in ("experts", "one-expert")]
     others = ("moealign-cpu-2t", "cpp-counting-sort", "torch-argsort", "moealign-reference", "floor-memcpy")
     table = align_table(shown, "moealign-cpu", others)

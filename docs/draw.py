@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""The drawings of docs/layout.md, from layouts that the library computes: nothing in them is placed by hand.
-And the figures on the pages, from the tracked measurements.
+"""Draw the pictures of docs/ from layouts that the library computes, and fill in figures from the measurements.
 
-    python docs/draw.py            # write docs/images/{layout,trace,report}*.svg, and the figures of docs/*.md
-    python docs/draw.py --check    # write nothing, fail if one of them is not what this would write
+    python docs/draw.py            # write docs/images/{layout,trace,report}*.svg and the figures on the pages
+    python docs/draw.py --check    # write nothing; fail if a drawing or a figure is stale
 
-The SVGs follow the reader's light or dark scheme.  Their text is what the tensors hold.
+The SVGs follow the reader's light or dark scheme.  Their numbers are the values of the tensors.
 """
 
 from __future__ import annotations
@@ -50,20 +49,20 @@ def canvas(width: float, height: float, title: str) -> tuple[Any, Any]:
     return figure, axis
 
 
-def text(axis: Any, x: float, y: float, said: object, **options: Any) -> None:
+def text(axis: Any, x: float, y: float, value: object, **options: Any) -> None:
     settings = {"ha": "center", "va": "center", "size": 9, "color": ADAPTIVE.ink, **options}
-    axis.text(x, y, str(said), **settings)
+    axis.text(x, y, str(value), **settings)
 
 
-def cell(axis: Any, x: float, y: float, said: object, colour: str | None, *, hatched: bool = False) -> None:
-    """One element: in its expert's colour, or hatched where it is padding, or empty where it is past the end."""
+def cell(axis: Any, x: float, y: float, value: object, colour: str | None, *, hatched: bool = False) -> None:
+    """One element: filled with its expert's colour, hatched if it is padding, or empty if it is past the end."""
     from matplotlib.patches import Rectangle
 
-    look: dict[str, Any] = {"linewidth": 0.8, "edgecolor": ADAPTIVE.muted}
+    options: dict[str, Any] = {"linewidth": 0.8, "edgecolor": ADAPTIVE.muted}
     if hatched:
-        look["hatch"] = "////"
-    axis.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=colour or "none", **look))
-    text(axis, x + 0.5, y + 0.53, said, size=8, color=ADAPTIVE.paper if colour and not hatched else ADAPTIVE.ink)
+        options["hatch"] = "////"
+    axis.add_patch(Rectangle((x + 0.04, y + 0.04), 0.92, 0.92, facecolor=colour or "none", **options))
+    text(axis, x + 0.5, y + 0.53, value, size=8, color=ADAPTIVE.paper if colour and not hatched else ADAPTIVE.ink)
 
 
 def colour_of(expert: int) -> str | None:
@@ -73,7 +72,7 @@ def colour_of(expert: int) -> str | None:
 def rows(
     axis: Any, y: float, layout: BlockLayout, bins: Sequence[int], first: float = 4.5, per_line: int | None = None
 ) -> float:
-    """sorted_token_ids block by block with expert_ids above; returns the y below it."""
+    """Draw sorted_token_ids block by block below expert_ids; return the y coordinate below them."""
     size, sentinel = layout.block_size, layout.num_routes
     used = layout.num_tokens_post_padded.item() // size
     ids = layout.sorted_token_ids.tolist()
@@ -97,7 +96,7 @@ def rows(
 
 
 def draw_routes(figure_of: Callable[..., tuple[Any, Any]] = canvas) -> Any:
-    """topk_ids beside the layout it becomes."""
+    """topk_ids and its layout."""
     layout = align(TOPK_IDS, block_size=BLOCK, num_experts=5)
     figure, axis = figure_of(36.5, 13.6, "Four tokens, three experts each, become blocks of four rows")
     text(axis, 4.5, 1.9, "topk_ids: the expert of each route", size=9, ha="left", color=ADAPTIVE.muted)
@@ -111,16 +110,16 @@ def draw_routes(figure_of: Callable[..., tuple[Any, Any]] = canvas) -> Any:
     bins = layout.expert_ids.tolist()
     y = rows(axis, 8.1, layout, bins)
     total = layout.num_tokens_post_padded.item()
-    said = f"num_tokens_post_padded = {total}; hatched: padding, holding {layout.num_routes}; empty: never read"
-    text(axis, 4.5, y + 0.3, said, ha="left", color=ADAPTIVE.muted)
-    text(axis, 4.5, y + 1.3, "expert 0 has no route and takes no block", ha="left", color=ADAPTIVE.muted)
+    legend = f"num_tokens_post_padded = {total}; hatched: padding, {layout.num_routes}; empty: never read"
+    text(axis, 4.5, y + 0.3, legend, ha="left", color=ADAPTIVE.muted)
+    text(axis, 4.5, y + 1.3, "expert 0 has no routes, so it has no block", ha="left", color=ADAPTIVE.muted)
     return figure
 
 
 def draw_extras() -> Any:
-    """What else comes of the same pass, over the layout it belongs to."""
+    """The optional outputs, below the layout they belong to."""
     layout = align(TOPK_IDS, block_size=BLOCK, num_experts=5, **ALL)  # type: ignore[arg-type]
-    figure, axis = canvas(36.5, 14.4, "More of the same pass")
+    figure, axis = canvas(36.5, 14.4, "More outputs from the same launch")
     rows(axis, 1.6, layout, layout.expert_ids.tolist())
     lines: list[tuple[str, list[int], Callable[[int], str | None]]] = [
         ("block_rows", layout.block_rows.tolist(), lambda i: colour_of(layout.expert_ids[i].item())),
@@ -132,8 +131,8 @@ def draw_extras() -> Any:
     notes = (
         "kept rows of each block",
         "routes of each expert",
-        "row where each expert begins; the last is the total",
-        "where each expert would end without padding: offs of grouped_mm",
+        "first row of each expert; the last value is the total",
+        "end of each expert without padding: offs of grouped_mm",
         "the row of each route",
     )
     for i, ((name, values, colour), note) in enumerate(zip(lines, notes, strict=True)):
@@ -146,12 +145,12 @@ def draw_extras() -> Any:
 
 
 def draw_maps() -> Any:
-    """Expert parallelism: both ways to use an expert_map."""
+    """Expert parallelism: the two ways to use an expert_map."""
     expert_map = torch.tensor([-1, -1, 0, -1, 1])
     figure, axis = canvas(36.5, 10.4, "Experts 2 and 4 live here, as local 0 and 1: expert_map = [-1, -1, 0, -1, 1]")
     stays = align(TOPK_IDS, block_size=BLOCK, num_experts=5, expert_map=expert_map)
     everyone = align(TOPK_IDS, block_size=BLOCK, num_experts=5).expert_ids.tolist()
-    text(axis, 4.5, 2.1, "by default blocks of other ranks stay in place, named -1", ha="left", color=ADAPTIVE.muted)
+    text(axis, 4.5, 2.1, "default: blocks of other ranks stay in place, marked -1", ha="left", color=ADAPTIVE.muted)
     rows(axis, 2.7, stays, everyone)
     goes = align(TOPK_IDS, block_size=BLOCK, num_experts=5, expert_map=expert_map, ignore_invalid_experts=True)
     text(axis, 4.5, 6.3, "ignore_invalid_experts=True: their routes are dropped", ha="left", color=ADAPTIVE.muted)
@@ -161,7 +160,7 @@ def draw_maps() -> Any:
 
 
 def draw_batched() -> Any:
-    """The batched layout, packed."""
+    """The batched layout."""
     counts = torch.tensor([2, 3, 0, 6, 8])
     layout = align_batched(counts, max_tokens_per_batch=8, block_size=BLOCK)
     figure, axis = canvas(27.5, 17.2, "Five batches of up to eight rows, holding 2, 3, 0, 6 and 8")
@@ -177,7 +176,7 @@ def draw_batched() -> Any:
 
 
 def draw_trace() -> Any:
-    """The blocks of a layer of the trace that ships."""
+    """The blocks of one layer of the example trace."""
     from matplotlib import pyplot
 
     shown = study(load_trace(example_trace()), (64,), on_gpu=False, map_size=64)
@@ -185,7 +184,7 @@ def draw_trace() -> Any:
     figure, axis = pyplot.subplots(figsize=(width, height + 0.3), layout="constrained")
     draw_block_map(axis, map_cells(shown, 1), shown.map_size, ADAPTIVE)
     axis.set_title(
-        f"Layer 1 of the trace that ships: {shown.map_tokens:,} tokens x 8 of 64 experts, 64 rows a block", loc="left"
+        f"Layer 1 of the example trace: {shown.map_tokens:,} tokens x 8 of 64 experts, blocks of 64 rows", loc="left"
     )
     return figure
 
@@ -195,23 +194,23 @@ DRAWINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "layout-extras": (draw_extras, "block_rows, expert_counts, expert_offsets, group_ends and positions"),
     "layout-maps": (draw_maps, "The layout under an expert map, with and without foreign routes"),
     "layout-batched": (draw_batched, "The batched layout"),
-    "trace-blocks": (draw_trace, "Blocks of one layer of the trace that ships"),
+    "trace-blocks": (draw_trace, "Blocks of one layer of the example trace"),
 }
 
 
-# ---- the first page ----------------------------------------------------------------------------------------------
+# ---- the first pages ---------------------------------------------------------------------------------------------
 
 GPU_ROUTES, CPU_ROUTES = (8, 1024, 65_536, 524_288), (8, 524_288)
 
 
 def gain() -> str:
-    """What stands between the markers of docs/index.md: times and ratios at 256 experts, top-8."""
+    """The text between the ``gain`` markers of README.md and docs/index.md: 256 experts, top 8."""
     gpu, cpu = (_times(ROOT / "benchmarks" / "results" / f"align_{name}.csv") for name in ("h200", "cpu"))
 
     def against_peers(routes: int) -> str:
         times = gpu[routes]
-        mine, best = times["moealign-cuda"], min(spent for impl, spent in times.items() if is_peer(impl))
-        return f"{best / mine:.1f}x at {routes:,}{' routes' if routes == 8 else ''} ({mine:.1f} us)"
+        ours, best = times["moealign-cuda"], min(time for impl, time in times.items() if is_peer(impl))
+        return f"{best / ours:.1f}x at {routes:,}{' routes' if routes == 8 else ''} ({ours:.1f} us)"
 
     def against_argsort(routes: int) -> str:
         times = cpu[routes]
@@ -220,40 +219,40 @@ def gain() -> str:
     impls = in_order(impl for times in gpu.values() for impl in times if is_peer(impl))
     names = " and ".join((line_of(impl) or (impl,))[0] for impl in impls)
     return (
-        f"On an H200, against the faster of {names} in the same run: "
-        f"{', '.join(against_peers(n) for n in GPU_ROUTES)}. On one CPU thread, against a stable argsort in torch: "
-        f"{', '.join(against_argsort(n) for n in CPU_ROUTES)}. [All figures](results.md)."
+        f"On an H200, speedup over the faster of {names} in the same run: "
+        f"{', '.join(against_peers(n) for n in GPU_ROUTES)}. On one CPU thread, over a stable argsort in torch: "
+        f"{', '.join(against_argsort(n) for n in CPU_ROUTES)}."
     )
 
 
 def _times(path: Path) -> dict[int, dict[str, float]]:
     with path.open(newline="") as source:
         rows = [r for r in csv.DictReader(source) if (r["num_experts"], r["top_k"]) == ("256", "8")]
-    wanted = [(row, times) for row, times in cases_of(rows, "align") if row["case"] not in ("experts", "one-expert")]
-    return {int(row["routes"]): times for row, times in wanted}
+    cases = [(row, times) for row, times in cases_of(rows, "align") if row["case"] not in ("experts", "one-expert")]
+    return {int(row["routes"]): times for row, times in cases}
 
 
-def first_page() -> str:
-    """docs/index.md with the figures of today's tables."""
+def with_gain(page: Path) -> str:
+    """The text of `page` with the current :func:`gain`."""
     begin, end = "<!-- gain:begin -->", "<!-- gain:end -->"
-    before, rest = (ROOT / "docs" / "index.md").read_text().split(begin)
+    before, rest = page.read_text().split(begin)
     return f"{before}{begin}{gain()}{end}{rest.split(end)[1]}"
 
 
-#: A figure on a page: a link to the tables, whose title is the CSV, the case (and its routes, where one case has many)
-#: and the implementation.
-FIGURE = re.compile(r'\[([\d.,]+)\]\(results\.md "(\w+): ([^",]+), ([^",]+)"\)')
+#: A figure on a page is a link to the tables.  Its title names the CSV, the case (with the number of routes if the case
+#: has several) and the implementation.
+FIGURE = re.compile(r'\[([\d.,]+)\]\((?:\.\./)?results\.md "(\w+): ([^",]+), ([^",]+)"\)')
 
 
 def with_figures(text: str) -> str:
-    """A page's `text` with every such figure as its row has it today.
+    """`text` with the current value of every figure.
 
     Raises:
-        LookupError: a figure whose row there is not.
+        LookupError: a figure has no row, or several different ones.
     """
 
-    def fresh(found: re.Match[str]) -> str:
-        _, name, case, impl = found.groups()
+    def updated(figure: re.Match[str]) -> str:
+        _, name, case, impl = figure.groups()
         with (ROOT / "benchmarks" / "results" / f"{name}.csv").open(newline="") as source:
             rows = [
                 row
@@ -262,15 +261,16 @@ def with_figures(text: str) -> str:
             ]
         if len({row["median_us"] for row in rows}) != 1:
             raise LookupError(f"{name}.csv: expected one row of {case}, {impl}, got {len(rows)}")
-        return found[0].replace(f"[{found[1]}]", f"[{microseconds(float(rows[0]['median_us']))}]", 1)
+        return figure[0].replace(f"[{figure[1]}]", f"[{microseconds(float(rows[0]['median_us']))}]", 1)
 
-    return FIGURE.sub(fresh, text)
+    return FIGURE.sub(updated, text)
 
 
-def fresh_pages() -> dict[Path, str]:
-    """Every page of docs/ with the figures of today's tables."""
-    pages = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-    pages[ROOT / "docs" / "index.md"] = first_page()
+def updated_pages() -> dict[Path, str]:
+    """README.md and every page of docs/ with current figures."""
+    pages = {path: path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+    for path in (ROOT / "README.md", ROOT / "docs" / "index.md"):
+        pages[path] = with_gain(path)
     return {path: with_figures(text) for path, text in pages.items()}
 
 
@@ -290,27 +290,27 @@ def write(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a drawing is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a drawing or a figure is stale")
     args = parser.parse_args(arguments)
     if not args.check:
         write(IMAGES)
-        for path, text in fresh_pages().items():
+        for path, text in updated_pages().items():
             path.write_text(text)
-        print(f"{IMAGES}: {len(DRAWINGS)} drawings written, and the figures of docs/*.md")
+        print(f"{IMAGES}: wrote {len(DRAWINGS)} drawings, and the figures on the pages")
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch))
         stale = [n for n in (*DRAWINGS, "report") if _text(IMAGES / f"{n}.svg") != _text(Path(scratch) / f"{n}.svg")]
     for name in stale:
-        print(f"{IMAGES / name}.svg: not what docs/draw.py draws; run it")
-    old = [path for path, text in fresh_pages().items() if text != path.read_text()]
+        print(f"{IMAGES / name}.svg: stale; run docs/draw.py")
+    old = [path for path, text in updated_pages().items() if text != path.read_text()]
     for path in old:
-        print(f"docs/{path.name}: its figures are not those of benchmarks/results; run docs/draw.py")
+        print(f"{path.relative_to(ROOT)}: its figures are not those of benchmarks/results; run docs/draw.py")
     return int(bool(stale or old))
 
 
 def _text(path: Path) -> list[str]:
-    """What a drawing says, which does not depend on matplotlib's release."""
+    """The text of a drawing, which does not depend on the version of matplotlib."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text()) if path.exists() else []
 
 

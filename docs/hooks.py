@@ -1,51 +1,63 @@
-"""What mkdocs does besides: files of the repository that pages link to, and every tracked measurement as a page.
+"""MkDocs hooks: publish repository files that pages link to, and every tracked measurement as a table.
 
-A link such as ``../benchmarks/results/align_h200.csv`` is right in the repository.  In the site the file is taken along
-and the link leads to it, so that every figure can be followed to the table that it comes from.
+A link such as ``../benchmarks/results/align_h200.csv`` works in the repository.  For the site, the file is copied to
+``repository/`` and the link is rewritten, so that readers can follow every figure to its table.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
-OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
+UPWARDS = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for path in sorted({path for page in files.documentation_pages() for path in _outside(page)}):
-        files.append(File.generated(config, _place(path), abs_src_path=str(ROOT / path)))
-    for path in sorted(RESULTS.glob("*_*.csv")):
-        name = _place(str(path.relative_to(ROOT)))
-        if name not in files.src_uris:
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+    linked = {
+        path
+        for page in files.documentation_pages()
+        for target, _ in UPWARDS.findall(page.content_string)
+        if (path := _outside(page.src_uri, target))
+    }
+    for path in sorted(linked | {path.relative_to(ROOT).as_posix() for path in RESULTS.glob("*_*.csv")}):
+        files.append(File.generated(config, _published(path), abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    if page.file.src_uri == "results.md":
+    source = page.file.src_uri
+    if source == "results.md":
         markdown = f"{markdown.rsplit(chr(10) * 2, 1)[0]}\n\n{tables()}"
-    return OUTSIDE.sub(lambda link: f"]({_place(link[1])})" if (ROOT / link[1]).is_file() else link[0], markdown)
+
+    def rewritten(link: re.Match[str]) -> str:
+        path = _outside(source, link[1])
+        up = "../" * (len(PurePosixPath(source).parts) - 1)
+        return f"]({up}{_published(path)})" if path else link[0]
+
+    return UPWARDS.sub(rewritten, markdown)
 
 
-def _outside(page: File) -> list[str]:
-    """Files of the repository outside docs/ that a page links to."""
-    return [path for path, _ in OUTSIDE.findall(page.content_string) if (ROOT / path).is_file()]
+def _outside(source: str, target: str) -> str | None:
+    """The repository path that `target` names on page `source`, if it is a file outside docs/."""
+    path = (DOCS / source).parent.joinpath(target).resolve()
+    inside = path.is_relative_to(ROOT) and not path.is_relative_to(DOCS)
+    return path.relative_to(ROOT).as_posix() if inside and path.is_file() else None
 
 
-def _place(path: str) -> str:
-    """Where such a file lies in the site; Markdown is shown as it is written."""
+def _published(path: str) -> str:
+    """Where the site holds a repository file; Markdown files are shown as plain text."""
     return f"repository/{path}" + (".txt" if path.endswith(".md") else "")
 
 
 def tables() -> str:
-    """Every row of every tracked CSV of times; their names are of what is timed and where."""
+    """Every row of every CSV of times; their file names have the form ``WHAT_DEVICE.csv``."""
     parts = []
     for path in sorted(RESULTS.glob("*_*.csv")):
         with path.open(newline="") as source:
@@ -54,7 +66,7 @@ def tables() -> str:
         parts.append(f"## {path.name}\n")
         parts.append(
             f"{len(rows)} rows; {first['gpu']}, torch {first['torch']}, {first['date']}; "
-            f"[the file]({_place(str(path.relative_to(ROOT)))})\n"
+            f"[the file]({_published(str(path.relative_to(ROOT)))})\n"
         )
         for bench in dict.fromkeys(row["bench"] for row in rows):
             parts += [f"### {path.stem}: {bench}\n", _table([row for row in rows if row["bench"] == bench])]
@@ -63,7 +75,7 @@ def tables() -> str:
 
 def _table(rows: list[dict[str, str]]) -> str:
     columns = ["case", "routes", "num_experts", "top_k", "block_size", "impl", "median_us", "min_us", "max_us"]
-    head = ["case", "routes", "experts", "top-k", "block", "implementation", "median", "least", "most"]
+    head = ["case", "routes", "experts", "top-k", "block", "implementation", "median", "min", "max"]
     rule = ["---" if name in ("case", "impl") else "---:" for name in columns]
     lines = [head, rule, *([row[name] for name in columns] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,4 +1,4 @@
-"""Docstrings are written to be read in a terminal; for the site their few reStructuredText marks become Markdown."""
+"""Docstrings are written for the terminal; the site converts their few reStructuredText marks to Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import griffe
 
 
 class Roles(griffe.Extension):
-    """``:func:`x` `` -> ``x``, a literal block's ``::`` -> ``:``, and a ruled table as it stands."""
+    """Apply :func:`to_markdown` to every docstring."""
 
     def on_instance(self, *, obj: Any, **_: Any) -> None:
         if obj.docstring is not None:
@@ -17,7 +17,7 @@ class Roles(griffe.Extension):
 
 
 def to_markdown(text: str) -> str:
-    """The docstring `text` as Markdown."""
+    """Turn roles into code, ``::`` before a literal block into ``:``, and ruled tables into text blocks."""
     text = re.sub(r":(?:func|class|data|mod):`~?([^`]+)`", r"`\1`", text)
     text = re.sub(r"::$", ":", text, flags=re.M)
     return re.sub(r"(?ms)^(=+ [= ]+\n.*?\n=+ [= ]+)$(?!.*^=+ [= ]+$)", r"```text\n\1\n```", text)

@@ -142,7 +142,7 @@ def test_the_site_is_legible_and_silent_in_a_browser(site, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, browser(tmp_path) as driver:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
-            for name in ("index", "layout", "backends", "tutorial", "api"):
+            for name in ("index", "layout", "developers/backends", "tutorial", "api"):
                 for scheme, light in (("light", True), ("dark", False)):
                     look(driver, f"http://127.0.0.1:{server.server_port}/{name}.html", scheme)
                     shade = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
@@ -223,7 +223,7 @@ def test_a_stale_drawing_would_be_seen(monkeypatch, capsys):
     monkeypatch.setattr(draw, "gain", lambda: "100x")
     assert draw.main(["--check"]) == 1
     said = capsys.readouterr().out
-    assert "layout-routes.svg: not what docs/draw.py draws" in said
+    assert "layout-routes.svg: stale" in said
     assert "docs/index.md: its figures are not those of benchmarks/results" in said
 
 

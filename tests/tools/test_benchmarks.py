@@ -1,4 +1,4 @@
-"""The benchmark's oracle, its CSV, and the tables of the README and docs/.  Nothing here is timed."""
+"""The benchmark's oracle, its CSV, and the tables of docs/.  Nothing here is timed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ align,routes,4096,256,8,64,moealign-cpu,25,24,26,cpu,2.13.0,2026-11-23
 align,routes,4096,256,8,64,torch-argsort,500,490,510,cpu,2.13.0,2026-11-23
 align,experts,4096,256,8,64,moealign-cpu,99,98,100,cpu,2.13.0,2026-11-23
 """
-README = """# title
+PAGE = "docs/performance.md"
+TEXT = """# title
 
 <!-- performance:begin -->
 <!-- performance:end -->
@@ -48,9 +49,6 @@ between
 <!-- performance-cpu:begin -->
 stale
 <!-- performance-cpu:end -->
-
-<!-- versions:begin -->
-<!-- versions:end -->
 """
 
 
@@ -66,7 +64,7 @@ def root(tmp_path: Path) -> Path:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         markers = (f"<!-- {marker}:begin -->\n<!-- {marker}:end -->\n" for marker, *_ in tables_of)
         (tmp_path / page).write_text("".join(markers))
-    (tmp_path / "README.md").write_text(README)
+    (tmp_path / PAGE).write_text(TEXT)
     return tmp_path
 
 
@@ -204,7 +202,7 @@ def test_gpu_slug() -> None:
 
 
 def test_tables_of_results_that_were_made_up(root: Path) -> None:
-    text = figures.with_tables("README.md", README, root / "benchmarks")
+    text = figures.with_tables(PAGE, TEXT, root / "benchmarks")
     assert "| 1 x 8, 256, 16 | 8 | 2.00 | 5.00 | 4.00 | 1.00 | 2.0x |" in text
     assert "| 16,384 x 8, 256, 128 | 131,072 | 7.50 | 60.0 | - | - | 8.0x |" in text
     assert "| 8 x 128, 16 | 2.20 | 3.30 | 1.5x |" in text
@@ -215,13 +213,13 @@ def test_tables_of_results_that_were_made_up(root: Path) -> None:
     assert "stale" not in text
     assert text.startswith("# title\n")
     assert "\nbetween\n" in text
-    assert figures.with_tables("README.md", text, root / "benchmarks") == text
+    assert figures.with_tables(PAGE, text, root / "benchmarks") == text
 
 
 def test_a_missing_or_double_marker_is_an_error(root: Path) -> None:
-    for text in ("nothing", README + README):
+    for text in ("nothing", TEXT + TEXT):
         with pytest.raises(ValueError, match=r"expected <!-- performance:begin --> and then .* once each"):
-            figures.with_tables("README.md", text, root / "benchmarks")
+            figures.with_tables(PAGE, text, root / "benchmarks")
 
 
 def test_a_file_that_is_not_there_leaves_its_tables_alone(tmp_path: Path) -> None:
