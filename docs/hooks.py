@@ -45,10 +45,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _outside(source: str, target: str) -> str | None:
-    """The repository path that `target` names on page `source`, if it is a file outside docs/."""
+    """The repository path that `target` names on page `source`, if it is a file that MkDocs does not publish itself."""
     path = (DOCS / source).parent.joinpath(target).resolve()
-    inside = path.is_relative_to(ROOT) and not path.is_relative_to(DOCS)
-    return path.relative_to(ROOT).as_posix() if inside and path.is_file() else None
+    own = path.is_relative_to(DOCS) and path.suffix != ".py"
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) and path.is_file() and not own else None
 
 
 def _published(path: str) -> str:
