@@ -1,7 +1,7 @@
-"""One layer of experts over several ranks, in both modes, checked against the whole layer on one.
+"""One layer of experts over several ranks, in both modes, checked against the layer on one rank.
 
-python examples/expert_parallel.py                         # two processes on this machine's CPU, gloo
-torchrun --nproc-per-node 2 examples/expert_parallel.py    # two GPUs, NCCL; or CPUs where there are none
+python examples/expert_parallel.py                         # two CPU processes, gloo
+torchrun --nproc-per-node 2 examples/expert_parallel.py    # two GPUs with NCCL, or CPUs if there are none
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def work(rank: int, ranks: int) -> None:
         torch.set_num_threads(max((os.cpu_count() or ranks) // ranks, 1))
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=ranks)
 
-    generator = torch.Generator().manual_seed(0)  # the same layer and tokens everywhere
+    generator = torch.Generator().manual_seed(0)  # the same layer and tokens on every rank
     up = torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator) / HIDDEN**0.5
     down = torch.randn(EXPERTS, HIDDEN, INNER, generator=generator) / INNER**0.5
     tokens = torch.randn(ranks * TOKENS, HIDDEN, generator=generator).to(device)
-    # Some experts are wanted more than others, as in life.
+    # An uneven load, as in real models.
     logits = tokens.cpu() @ torch.randn(HIDDEN, EXPERTS, generator=generator) + torch.linspace(8, 0, EXPERTS)
     weights, ids, layout = route(logits.to(device), TOP_K, block_size=16, expert_counts=True)
 
@@ -41,32 +41,33 @@ def work(rank: int, ranks: int) -> None:
     linear = ExpertPlacement.linear(EXPERTS, ranks)
     placement = ExpertPlacement.balanced(loads, ranks, replicas=ranks)
     if rank == 0:
-        print(f"{ranks} ranks on {device.type}: the busiest does {linear.imbalance(loads):.2f} times the mean with")
-        print(
-            f"neighbours together, {placement.imbalance(loads):.2f} times with a balanced placement and {ranks} copies"
-        )
+        print(f"{ranks} ranks on {device.type}; load of the busiest rank over the mean:")
+        print(f"  linear placement: {linear.imbalance(loads):.2f}")
+        print(f"  balanced placement with {ranks} copies: {placement.imbalance(loads):.2f}")
 
     expected = fused_moe(tokens, up.to(device), down.to(device), weights, ids)
-    own = placement.shard(up, rank).to(device), placement.shard(down, rank).to(device)
-    mine = slice(rank * TOKENS, (rank + 1) * TOKENS)
+    weights_here = placement.shard(up, rank).to(device), placement.shard(down, rank).to(device)
+    tokens_here = slice(rank * TOKENS, (rank + 1) * TOKENS)
     modes = {
-        "replicated tokens": lambda: (replicated_moe(tokens, *own, weights, ids, placement), expected),
+        "replicated tokens": lambda: (replicated_moe(tokens, *weights_here, weights, ids, placement), expected),
         "dispatched tokens": lambda: (
-            dispatched_moe(tokens[mine], *own, weights[mine], ids[mine], placement, chunks=2),
-            expected[mine],
+            dispatched_moe(
+                tokens[tokens_here], *weights_here, weights[tokens_here], ids[tokens_here], placement, chunks=2
+            ),
+            expected[tokens_here],
         ),
     }
     for name, mode in modes.items():
         mode()
         dist.barrier()
         start = time.perf_counter()
-        got, want = mode()
+        actual, reference = mode()
         if on_gpu:
             torch.cuda.synchronize()
-        spent = time.perf_counter() - start
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        seconds = time.perf_counter() - start
+        torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
         if rank == 0:
-            print(f"{name}: equal to one rank's layer, {spent * 1e3:.1f} ms")
+            print(f"{name}: equal to one rank's layer, {seconds * 1e3:.1f} ms")
     dist.destroy_process_group()
 
 

@@ -1,10 +1,10 @@
-"""A Transformers Mixture-of-Experts model, faster by one line.
+"""Run a Transformers Mixture-of-Experts model with moealign's experts.
 
-    python examples/faster_transformers.py                          # a small random model, on whatever is here
-    python examples/faster_transformers.py Qwen/Qwen3-30B-A3B       # a real one, if there is room for it
+    python examples/faster_transformers.py                          # a small random model, on the GPU or the CPU
+    python examples/faster_transformers.py Qwen/Qwen3-30B-A3B       # a real model, if it fits
 
-The line is `moealign.integrations.transformers.install()`; what follows is choosing it by name.  The script generates
-with Transformers' own experts and with ours, compares the tokens, times both, and records the routing on the way.
+`moealign.integrations.transformers.install()` registers the experts; models then select them by name.  The script
+generates with Transformers' experts and with ours, compares the tokens, times both, and records the routing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from moealign.integrations import transformers as integration
 
 
 def random_model(device: str) -> Any:
-    """Qwen3-MoE in small, with random weights: no download."""
+    """A small Qwen3-MoE with random weights, which needs no download."""
     config = transformers.Qwen3MoeConfig(
         vocab_size=1024,
         hidden_size=256,
@@ -42,7 +42,7 @@ def random_model(device: str) -> Any:
 
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[torch.Tensor, float]:
-    """Greedy tokens and tokens a second: the best of three, after a first call that compiles what it needs."""
+    """Greedy tokens, and the best of three rates in tokens per second, after a first call that compiles kernels."""
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     model.generate(prompt, **options)
     rates = []
@@ -57,13 +57,13 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[torch.Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("model", nargs="?", help="a name or a path; none: a small random model")
+    parser.add_argument("model", nargs="?", help="a name or a path (default: a small random model)")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    integration.install()  # the line
+    integration.install()
 
     if args.model:
         model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", device_map=device)
@@ -77,14 +77,14 @@ def main() -> None:
     for name in ("grouped_mm", "moealign"):
         model.set_experts_implementation(name)  # or experts_implementation="moealign" in from_pretrained
         outputs[name], rates[name] = generate(model, prompt, args.tokens)
-        print(f"{name:>12}: {rates[name]:8.1f} tokens a second")
+        print(f"{name:>12}: {rates[name]:8.1f} tokens per second")
     print(f"ratio {rates['moealign'] / rates['grouped_mm']:.2f}")
     same = torch.equal(outputs["grouped_mm"], outputs["moealign"])
-    print("the same tokens" if same else "other tokens: rounding differs, and greedy choices between near ties with it")
+    print("the same tokens" if same else "different tokens: rounding decides greedy choices between near ties")
 
-    with moealign.capture(model) as seen, torch.no_grad():
+    with moealign.capture(model) as recording, torch.no_grad():
         model(outputs["moealign"])
-    trace = seen.trace()
+    trace = recording.trace()
     counts = torch.bincount(trace.topk_ids.flatten().long(), minlength=trace.num_experts)
     print(
         f"routing: {trace.layers} layers, {trace.tokens} tokens to {trace.top_k} of {trace.num_experts} experts; "

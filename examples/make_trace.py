@@ -1,13 +1,13 @@
-"""Train a small MoE language model on CPython's own standard library, and record its router on text it never saw.
+"""Train a small MoE language model on CPython's standard library, and record its routing on held-out text.
 
     python examples/make_trace.py [--steps 600] [--output stdlib-moe.safetensors]
 
-Takes some minutes on two CPU cores.  The model is a byte-level transformer: 4 layers of causal attention and a
-Mixture of 64 experts, top 8 by softmax, trained with cross-entropy and the usual load-balancing loss.  Its experts are
-computed through the block layout, so this is also an example of how a layer uses one: gather rows, one batched matrix
-product over the blocks, gather back by ``positions``.
+Takes some minutes on two CPU cores.  The model is a byte-level transformer: 4 layers of causal attention and a mixture
+of 64 experts, top 8 by softmax, trained with cross-entropy and the usual load-balancing loss.  Its experts use the
+block layout, so this is also an example of a layer over one: gather rows, multiply all blocks in one batched matrix
+product, gather back by ``positions``.
 
-What is recorded: the top 8 experts of every byte of held-out source files, in every layer.
+The trace holds the top 8 experts of every byte of held-out source files, in every layer.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from moealign.trace import Trace, save_trace
 
 LAYERS, EXPERTS, TOP_K = 4, 64, 8
 WIDTH, HIDDEN, HEADS = 128, 32, 4
-WINDOW, WINDOWS_A_STEP = 128, 16
+WINDOW, WINDOWS_PER_STEP = 128, 16
 BLOCK_SIZE = 32
 BALANCE = 0.01  # weight of the load-balancing loss
 RECORDED = 8192  # bytes of held-out text
 
 
 class Mixture(nn.Module):
-    """64 small experts, 8 of them for each byte."""
+    """64 small experts, 8 per byte."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,19 +47,19 @@ class Mixture(nn.Module):
         self.balance: Tensor = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x` ``[tokens, width]`` to the same; leaves its choices in `topk_ids` and its balance loss in `balance`."""
-        chances = self.router(x).softmax(-1)
-        weights, self.topk_ids = chances.topk(TOP_K, -1)
+        """Map `x` ``[tokens, width]`` to the same shape; store the ids in `topk_ids` and the loss term in `balance`."""
+        probabilities = self.router(x).softmax(-1)
+        weights, self.topk_ids = probabilities.topk(TOP_K, -1)
         weights = weights / weights.sum(-1, keepdim=True)
 
         layout = align(self.topk_ids, block_size=BLOCK_SIZE, num_experts=EXPERTS, expert_counts=True, positions=True)
         used = int(layout.num_tokens_post_padded)
-        owners = layout.expert_ids[: used // BLOCK_SIZE].long()
+        experts = layout.expert_ids[: used // BLOCK_SIZE].long()
         tokens = (layout.sorted_token_ids[:used].long() // TOP_K).view(-1, BLOCK_SIZE)
         padded = torch.cat([x, x.new_zeros(1, WIDTH)])  # padding rows point one past the last token
-        rows = torch.bmm(F.silu(torch.bmm(padded[tokens], self.up[owners])), self.down[owners]).view(-1, WIDTH)
+        rows = torch.bmm(F.silu(torch.bmm(padded[tokens], self.up[experts])), self.down[experts]).view(-1, WIDTH)
         share = layout.expert_counts / self.topk_ids.numel()
-        self.balance = EXPERTS * (share * chances.mean(0)).sum()
+        self.balance = EXPERTS * (share * probabilities.mean(0)).sum()
         return (rows[layout.positions.long()].view(-1, TOP_K, WIDTH) * weights.unsqueeze(-1)).sum(1)
 
 
@@ -81,20 +81,20 @@ class Layer(nn.Module):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self.places = nn.Embedding(256, WIDTH), nn.Embedding(WINDOW, WIDTH)
+        self.bytes, self.positions = nn.Embedding(256, WIDTH), nn.Embedding(WINDOW, WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 256)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Bytes ``[windows, window]`` to logits ``[windows, window, 256]``."""
-        x = self.bytes(text) + self.places.weight[: text.shape[1]]
+        """Map bytes ``[windows, window]`` to logits ``[windows, window, 256]``."""
+        x = self.bytes(text) + self.positions.weight[: text.shape[1]]
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
 
 
 def read_sources() -> tuple[Tensor, Tensor, str]:
-    """Bytes to train on, bytes held out (one file in ten, by the hash of its name), and a hash over all of them."""
+    """Training bytes, held-out bytes (one file in ten, by the hash of its name), and a hash over all files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(path for path in root.glob("*.py") if path.stat().st_size > 2000)
     parts: dict[bool, list[bytes]] = {False: [], True: []}
@@ -113,7 +113,7 @@ def train(model: Model, text: Tensor, steps: int, rate: float) -> None:
     with Progress() as progress:
         bar = progress.add_task("training", total=steps)
         for step in range(steps):
-            starts = torch.randint(0, text.numel() - WINDOW - 1, (WINDOWS_A_STEP, 1))
+            starts = torch.randint(0, text.numel() - WINDOW - 1, (WINDOWS_PER_STEP, 1))
             window = text[starts + torch.arange(WINDOW + 1)].long()
             logits = model(window[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
@@ -125,12 +125,12 @@ def train(model: Model, text: Tensor, steps: int, rate: float) -> None:
             schedule.step()
             progress.update(bar, advance=1)
             if (step + 1) % 100 == 0 or step == 0:
-                progress.console.print(f"step {step + 1:5d}  loss {loss.item():.3f} nats a byte", highlight=False)
+                progress.console.print(f"step {step + 1:5d}  loss {loss.item():.3f} nats per byte", highlight=False)
 
 
 @torch.no_grad()
 def record(model: Model, text: Tensor) -> tuple[Tensor, float]:
-    """Every layer's choices ``[layers, bytes, k]`` over the middle of `text`, and the loss there in nats a byte."""
+    """Ids ``[layers, bytes, k]`` of every layer over the middle of `text`, and the loss there in nats per byte."""
     start = (text.numel() - RECORDED) // 2
     text = text[start : start + RECORDED + 1].long()
     inputs, targets = text[:-1].view(-1, WINDOW), text[1:].view(-1, WINDOW)
@@ -139,7 +139,7 @@ def record(model: Model, text: Tensor) -> tuple[Tensor, float]:
 
 
 def unigram(text: Tensor, held_out: Tensor) -> float:
-    """Loss on `held_out` of always guessing by the frequencies of `text`: what a model has to beat."""
+    """Loss on `held_out` of predicting the byte frequencies of `text`, as a baseline."""
     counts = torch.bincount(text.long(), minlength=256).double() + 1
     return -(counts / counts.sum()).log()[held_out.long()].mean().item()
 
@@ -156,18 +156,18 @@ def main() -> None:
 
     text, held_out, digest = read_sources()
     baseline = unigram(text, held_out)
-    print(f"{text.numel():,} bytes to train on, {held_out.numel():,} held out; a unigram model has {baseline:.3f}")
+    print(f"{text.numel():,} bytes to train on, {held_out.numel():,} held out; unigram loss {baseline:.3f}")
     model = Model()
     train(model, text, options.steps, 3e-3)
     topk_ids, loss = record(model, held_out)
-    print(f"held-out loss {loss:.3f} nats a byte against {baseline:.3f} of the unigram model")
+    print(f"held-out loss {loss:.3f} nats per byte; unigram model {baseline:.3f}")
     if loss > 0.8 * baseline:
-        raise SystemExit("the model has not learned enough for its routing to mean anything; train longer")
+        raise SystemExit("the model has learned too little for its routing to be meaningful; train longer")
     details = {
         "made_by": "examples/make_trace.py",
         "steps": options.steps,
         "seed": options.seed,
-        "tokens_a_step": WINDOW * WINDOWS_A_STEP,
+        "tokens_a_step": WINDOW * WINDOWS_PER_STEP,
         "held_out_loss": round(loss, 4),
         "unigram_loss": round(baseline, 4),
         "sources_sha256": digest,
