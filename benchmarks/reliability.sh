@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reliability of the GPU backends, on a machine with an NVIDIA GPU; docs/reliability.md has the figures.
+# Reliability of the GPU backends, on a machine with an NVIDIA GPU; docs/developers/reliability.md has the figures.
 #
 #   bash benchmarks/reliability.sh sanitize          compute-sanitizer, four tools at once, over tests/commands/gpu_sanitize.py
 #   bash benchmarks/reliability.sh fuzz [CASES]      random cases against the oracle (100,000), cuda then triton (a tenth)
