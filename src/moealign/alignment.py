@@ -7,7 +7,6 @@ follows (:mod:`moealign.modes`) becomes one of the operators ``torch.ops.moealig
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 # Names of this module: looking them up in others would cost the shortest call a tenth of a microsecond each.
-_followed, _cached, _strided = modes.followed, prepared.cached, torch.strided
+_followed, _watched, _cached, _strided = modes.followed, modes.watched, prepared.cached, torch.strided
 _new_tensors, _new_layout = prepared.new_tensors, prepared.new_layout
 _NO_EXTRAS: tuple[str, ...] = ()
 
@@ -66,7 +65,8 @@ def moe_align_block_size(
             layout = _new_layout(call)
             call.run(topk_ids, None, None, None, layout)
             return layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded
-    layout = _align(
+    run = operators.align if _watched(topk_ids, expert_map) else prepared.align
+    layout = run(
         topk_ids, block_size, num_experts, expert_map, pad_sorted_ids, ignore_invalid_experts, None, None,
         ("scatter_idx",) if return_scatter_idx else _NO_EXTRAS, None, backend,
     )  # fmt: skip
@@ -83,7 +83,8 @@ def batched_moe_align_block_size(
 
     Returns ``(sorted_token_ids [nb * cdiv(M, B) * B], expert_ids [nb * cdiv(M, B)], num_tokens_post_padded [1])``.
     """
-    layout = _align_batched(expert_num_tokens, max_tokens_per_batch, block_size, None, _NO_EXTRAS, None, backend)
+    run = operators.align_batched if _watched(expert_num_tokens) else prepared.align_batched
+    layout = run(expert_num_tokens, max_tokens_per_batch, block_size, None, _NO_EXTRAS, None, backend)
     return layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded
 
 
@@ -131,7 +132,8 @@ def align(
         BackendUnavailable (a ValueError): the backend named cannot take this call.
     """
     extras = _extras(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
-    return _align(
+    run = operators.align if _watched(topk_ids, expert_map, num_valid_tokens, error_word) else prepared.align
+    return run(
         topk_ids,
         block_size,
         num_experts,
@@ -174,7 +176,8 @@ def align_batched(
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
     extras = _extras(expert_counts, expert_offsets, group_ends, positions, block_rows, False)
-    return _align_batched(expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras, out, backend)
+    run = operators.align_batched if _watched(expert_num_tokens, error_word) else prepared.align_batched
+    return run(expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras, out, backend)
 
 
 def explain(
@@ -255,18 +258,3 @@ def _extras(*flags: bool) -> tuple[str, ...]:
         names = tuple(name for name, flag in zip(EXTRAS, flags, strict=True) if flag)
         _names_of_flags[tuple(map(bool, flags))] = names
     return names
-
-
-def _align(topk_ids: Tensor, *arguments: Any) -> BlockLayout:
-    """The arguments are those of :func:`moealign.calls.prepared.align`."""
-    _, _, expert_map, _, _, num_valid_tokens, error_word, *_ = arguments
-    if modes.watched(topk_ids, expert_map, num_valid_tokens, error_word):
-        return operators.align(topk_ids, *arguments)
-    return prepared.align(topk_ids, *arguments)
-
-
-def _align_batched(expert_num_tokens: Tensor, *arguments: Any) -> BlockLayout:
-    """The arguments are those of :func:`moealign.calls.prepared.align_batched`."""
-    if modes.watched(expert_num_tokens, arguments[2]):
-        return operators.align_batched(expert_num_tokens, *arguments)
-    return prepared.align_batched(expert_num_tokens, *arguments)
