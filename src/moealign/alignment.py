@@ -111,8 +111,8 @@ def align(
 
     Args:
         topk_ids: ``[tokens, top_k]`` expert of each route; any integer dtype, shape and strides.  A route whose id
-            is outside ``[0, num_experts)`` is dropped, ``-1`` being the usual way to say so.
-        block_size: rows of a block, ``B >= 1``; not only powers of two.
+            is outside ``[0, num_experts)`` is dropped; ``-1`` is the customary one.
+        block_size: rows of a block, ``B >= 1``; any integer, not only powers of two.
         num_experts: number of (global) experts, ``E >= 1``.
         expert_map: ``[E]`` local expert of each global one, ``-1`` for "not on this rank"; any integer dtype.
             By default all experts are binned and only ``expert_ids`` is translated.
@@ -129,7 +129,7 @@ def align(
     Raises:
         InvalidInput (a ValueError): an impossible size, shape or device.
         InvalidType (a TypeError): a dtype that is not an integer one, or an argument of another type.
-        BackendUnavailable (a ValueError): the backend named cannot take this call.
+        BackendUnavailable (a ValueError): the requested backend cannot take this call.
     """
     extras = _extras(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
     run = operators.align if _watched(topk_ids, expert_map, num_valid_tokens, error_word) else prepared.align
@@ -199,7 +199,7 @@ def explain(
     error_word: Tensor | None = None,
     backend: str | None = None,
 ) -> dispatch.Explanation:
-    """Which backend a call with these arguments would take, and why each other one refuses.  Computes nothing.
+    """Which backend would take a call with these arguments, and why the others would not.  Computes nothing.
 
     With `num_experts` the call is :func:`align` of ``topk_ids``; with `max_tokens_per_batch` it is
     :func:`align_batched` of ``expert_num_tokens``.  Print the result.
@@ -235,7 +235,7 @@ def explain(
 def new_error_word(device: torch.device | str) -> Tensor:
     """An int32 ``[1]`` of zeros for the `error_word` of :func:`align`: the opt-in validation mode.
 
-    Backends set bits in it and never clear any, so one word can watch many calls, also those of a CUDA graph.
+    Backends set bits and never clear them, so one word can cover many calls, including those of a CUDA graph.
     """
     return torch.zeros(1, dtype=torch.int32, device=device)
 

@@ -46,11 +46,11 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_two(value: int) -> int:
-    """The least power of two that is not less."""
+    """The smallest power of two that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()
 
 
-#: The three tensors that every call returns, then what can be asked for besides.
+#: The three outputs of every call, then the optional ones.
 REQUIRED = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
 EXTRAS = ("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows", "scatter_idx")
 OUTPUTS = REQUIRED + EXTRAS
@@ -75,7 +75,7 @@ class BlockLayout:
     ``scatter_idx``             ``[n, 1]``      ``i`` if route ``i`` is kept, else ``-1``
     ==========================  ==============  =============================================================
 
-    What was not asked for is None.  Iterating gives the first three, as vLLM's function returns them.
+    Outputs that were not requested are None.  Iterating gives the first three, as vLLM's function returns them.
     For a batched layout a bin is a batch, ``E`` the number of batches and ``n = E * max_tokens_per_batch``.
     """
 
@@ -126,26 +126,26 @@ class Capacity(NamedTuple):
 
 
 def capacity(routes: int, *, block_size: int, num_experts: int, pad_sorted_ids: bool = False) -> Capacity:
-    """Sizes of what :func:`moealign.align` returns, for whoever allocates ahead.
+    """Sizes of the outputs of :func:`moealign.align`, to allocate them ahead.
 
-    ``L = n + E*(B-1)``, rounded up to a multiple of ``B`` with `pad_sorted_ids`, and at most ``n*B``: each of ``n``
-    routes can open one block at the most.  (vLLM takes the bound only if ``n < E``; for ``n >= E`` it does not bind.)
+    ``L = n + E*(B-1)``, rounded up to a multiple of ``B`` with `pad_sorted_ids`, and at most ``n*B``, since each
+    route opens at most one block.  (vLLM applies that bound only if ``n < E``; otherwise it is not the tighter one.)
 
-    Shapes and ints alone decide, and symbolic ints are welcome: no value on a device is read.
+    Depends on shapes and ints alone, which may be symbolic; reads no value on a device.
     """
     length = routes + num_experts * (block_size - 1)
     if pad_sorted_ids:
         length = (length + block_size - 1) // block_size * block_size
-    most = routes * block_size
+    bound = routes * block_size
     # sym_min keeps a symbolic size symbolic, where an `if` would compile once for each answer.
-    symbolic = isinstance(length, torch.SymInt) or isinstance(most, torch.SymInt)
-    length = torch.sym_min(length, most) if symbolic else min(length, most)
+    symbolic = isinstance(length, torch.SymInt) or isinstance(bound, torch.SymInt)
+    length = torch.sym_min(length, bound) if symbolic else min(length, bound)
     blocks = (length + block_size - 1) // block_size
     return Capacity(length, blocks, 1, num_experts, num_experts + 1, num_experts, routes, blocks, routes)
 
 
 def capacity_batched(max_tokens_per_batch: int, *, block_size: int, num_batches: int) -> Capacity:
-    """Sizes of what :func:`moealign.align_batched` returns: ``L = nb * cdiv(M, B) * B``.  There is no scatter_idx."""
+    """Sizes of the outputs of :func:`moealign.align_batched`: ``L = nb * cdiv(M, B) * B``.  There is no scatter_idx."""
     blocks = num_batches * ((max_tokens_per_batch + block_size - 1) // block_size)
     routes = num_batches * max_tokens_per_batch
     return Capacity(blocks * block_size, blocks, 1, num_batches, num_batches + 1, num_batches, routes, blocks, 0)

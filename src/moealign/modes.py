@@ -1,20 +1,21 @@
-"""What PyTorch does around a call: tracing, transforming or watching it.
+"""What PyTorch does around a call: tracing, transforming or observing it.
 
-An eager call on plain tensors goes straight to a backend, by address.  Every other call is one of the operators
+An eager call on plain tensors goes straight to a backend.  Every other call is one of the operators
 ``torch.ops.moealign.*``, which compilers, tracers, transforms and modes can follow:
 
 ==============================================  ====================================================================
 ``torch.compile``, ``torch.export``,            one operator in the graph; sizes by its fake
 ``make_fx``, FakeTensor, the meta device
 ``torch.jit.trace``                             one operator in the graph
-autograd                                        the operator's own backward, which is made of operators again
+autograd                                        the operator's own backward, itself made of operators
 ``torch.func`` (``grad``, ``vjp``, ``jvp``),    the operator's formula in torch's own operations
 forward-mode AD
 ``torch.vmap``                                  one call a sample
 FLOP counters                                   the products of the operator
 ==============================================  ====================================================================
 
-The gradient of an operator is decided where it runs (its kernel for the Autograd key), not where it was traced.
+Whether an operator records a gradient is decided when it runs (by its kernel for the Autograd key), not when it is
+traced.
 """
 
 from __future__ import annotations
@@ -61,12 +62,12 @@ _level = torch._C._functorch.maybe_current_level  # of torch.func and vmap
 
 
 def followed() -> bool:
-    """Whether something follows every call that is made now: a compiler, a tracer, a transform or a mode."""
+    """Whether a compiler, a tracer, a transform or a mode follows every call made now."""
     return _is_dynamo() or _modes() > 0 or _level() is not None or _is_tracing()
 
 
 def watched(*tensors: Tensor | None) -> bool:
-    """Whether more than the values of `tensors` matters: something follows the call, or they do not lie in memory."""
+    """Whether a call must go through an operator: something follows it, or `tensors` are not plain memory."""
     if followed():
         return True
     for tensor in tensors:
@@ -95,12 +96,12 @@ def forward_mode() -> bool:
 
 
 def transformed() -> bool:
-    """Whether ``torch.func``, ``vmap`` or forward-mode AD is at work."""
+    """Whether ``torch.func``, ``vmap`` or forward-mode AD is active."""
     return _level() is not None or forward_mode()
 
 
 def traced() -> bool:
-    """Whether operations are written down, or done without data: ``torch.jit.trace``, ``make_fx``, fake tensors."""
+    """Whether operations are recorded, or run without data: ``torch.jit.trace``, ``make_fx``, fake tensors."""
     if _is_dynamo():
         return False
     keys = torch._C._TorchDispatchModeKey
@@ -108,7 +109,7 @@ def traced() -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the host can read the values of `tensor`, inside transforms too."""
+    """Whether the host can read the values of `tensor`, also inside transforms."""
     if _is_compiling() or _is_tracing() or _modes():
         return False
     functorch = torch._C._functorch
@@ -124,7 +125,7 @@ is_batched_gradient = torch._C._functorch.is_legacy_batchedtensor
 
 
 def wants_gradient(*tensors: Any) -> bool:
-    """Whether autograd records what is done with one of `tensors`."""
+    """Whether autograd records operations on one of `tensors`."""
     if torch.is_grad_enabled():
         for each in tensors:
             if isinstance(each, Tensor) and each.requires_grad:
@@ -133,7 +134,7 @@ def wants_gradient(*tensors: Any) -> bool:
 
 
 def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
-    """`tensors` as autocast gives them to a matrix product: in its dtype, unless they are float64 or no tensors."""
+    """`tensors` as autocast passes them to a matrix product: in its dtype, except for float64 and non-tensors."""
     if not isinstance(tensors[0], Tensor):
         return tensors
     kind = tensors[0].device.type
@@ -152,14 +153,14 @@ def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
 
 
 class Refusal(NamedTuple):
-    """An error that was found while a graph was made; the graph raises it when it runs."""
+    """An error found while a graph was traced; the graph raises it when it runs."""
 
     kind: str
     message: str
 
 
 def checked(check: Callable[..., Any], *args: Any) -> Any:
-    """``check(*args)``, whoever traces: under Dynamo its error is returned as a :class:`Refusal`, and under
+    """``check(*args)`` under any tracer.  Under Dynamo its error is returned as a :class:`Refusal`; under
     ``torch.jit.trace`` sizes are numbers, not traced tensors."""
     if _is_compiling():
         try:
@@ -177,17 +178,17 @@ def checked(check: Callable[..., Any], *args: Any) -> Any:
 
 
 def refuse(refusal: Refusal, outputs: int = 1) -> list[Tensor]:
-    """The operator that raises `refusal`, in the place of `outputs` tensors."""
+    """Call the operator that raises `refusal`; it stands for one with `outputs` results."""
     result: list[Tensor] = torch.ops.moealign.refuse(refusal.kind, refusal.message, outputs)
     return result
 
 
 def call(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """``operator(*args, **kwargs)``; a tensor subclass that does not know it is refused by name."""
+    """``operator(*args, **kwargs)``; a tensor subclass without a rule for it is refused by name."""
     if _is_compiling():
         return operator(*args, **kwargs)
     if _modes():
-        _tell_flop_counters()
+        _register_with_flop_counters()
     try:
         return operator(*args, **kwargs)
     except (NotImplementedError, TypeError) as error:
@@ -228,9 +229,9 @@ def differentiable(
     """Register the derivatives of operator `name`.
 
     Args:
-        formula: computes the operator from differentiable operations.  It stands in for the operator inside transforms,
-            and where there is no `backward` also where a gradient is wanted.
-        save: ``(ctx, inputs, output)``, what the backward needs.
+        formula: computes the operator from differentiable operations.  It replaces the operator inside transforms and,
+            if there is no `backward`, wherever a gradient is needed.
+        save: ``(ctx, inputs, output)``, stores what the backward needs.
         backward: ``(ctx, *gradients of the outputs)``, a gradient or None for each input, by differentiable operations.
     """
     operator = getattr(torch.ops.moealign, name).default
@@ -263,7 +264,7 @@ def differentiable(
 
 
 def batched(library: torch.library.Library, name: str) -> None:
-    """Let ``vmap`` call operator `name` once a sample."""
+    """Let ``vmap`` call operator `name` once per sample."""
     operator = getattr(torch.ops.moealign, name).default
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
@@ -283,18 +284,18 @@ _FLOPS: dict[Any, Callable[..., int]] = {}
 
 
 def flops(name: str, formula: Callable[..., int]) -> None:
-    """Let FLOP counters count operator `name`; `formula` gets shapes in the place of tensors."""
+    """Let FLOP counters count operator `name`; `formula` takes shapes in place of tensors."""
     _FLOPS[getattr(torch.ops.moealign, name)] = formula
     module = sys.modules.get(_COUNTER)
     if module is not None:
         module.register_flop_formula(getattr(torch.ops.moealign, name))(formula)
 
 
-_COUNTER = "torch.utils.flop_counter"  # imports Triton: looked at only where somebody else has imported it
+_COUNTER = "torch.utils.flop_counter"  # importing it imports Triton, so it is used only if already imported
 
 
-def _tell_flop_counters() -> None:
-    """Give the FLOP counters that are at work the formulas that they do not have."""
+def _register_with_flop_counters() -> None:
+    """Add our formulas to the active FLOP counters."""
     module = sys.modules.get(_COUNTER)
     if module is None:
         return

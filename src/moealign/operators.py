@@ -103,11 +103,11 @@ def _check(
     backend: str | None,
     *args: Any,
 ) -> tuple[AlignProblem, Capacity]:
-    """What an eager call checks, except where buffers lie in memory: the operator checks that when it runs."""
+    """The checks of an eager call, except for overlapping buffers, which the operator checks when it runs."""
     problem, capacity = check(*args)
     check_name(backend)
     if out is not None:
-        check_out(out, capacity, extras, (*inputs, error_word), where=False)
+        check_out(out, capacity, extras, (*inputs, error_word), overlap=False)
     if modes.transformed() and (out is not None or error_word is not None):
         raise InvalidInput(
             "out, error_word: expected none inside torch.func transforms, got one; nothing can be written there"
@@ -210,7 +210,7 @@ def _op_align_batched_out(
 
 
 def _split(extras: str) -> tuple[str, ...]:
-    """Names joined by commas, as the operators take them (their schemas have no lists of strings), in order."""
+    """The names in a comma-separated list, in order; operator schemas have no lists of strings."""
     names = extras.split(",") if extras else []
     for name in names:
         if name not in EXTRAS:
@@ -219,7 +219,7 @@ def _split(extras: str) -> tuple[str, ...]:
 
 
 def _new_buffers(sizes: Capacity, extras: tuple[str, ...], like: Tensor) -> dict[str, Tensor]:
-    """Buffers of their own for every output: what an operator returns may not share memory."""
+    """A buffer for every output; the results of an operator must not share memory."""
     shapes = {name: (getattr(sizes, name),) for name in (*REQUIRED, *extras)}
     if "scatter_idx" in shapes:
         shapes["scatter_idx"] = (sizes.scatter_idx, 1)  # type: ignore[assignment]
@@ -318,7 +318,7 @@ def _route_formula(
     mean_probability: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator's choice, and from it weights and mean in torch's own operations."""
+    """The ids by the operator; weights and mean from them in torch's own operations."""
     with torch._C._AutoDispatchBelowAutograd():
         _, ids, _ = torch.ops.moealign.route(
             router_logits, top_k, scoring, renormalize, correction_bias, num_groups, topk_groups, scale,
@@ -355,21 +355,21 @@ def _route_backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tenso
     live = ids[:, :1] >= 0
     index = ids.clamp(min=0).to(torch.int64)
     picked = x.gather(1, index)
-    given = torch.where(live, of_weights * ctx.scale, 0.0)
+    upstream = torch.where(live, of_weights * ctx.scale, 0.0)
     if ctx.scoring == "softmax":
         if ctx.renormalize:
             share = torch.softmax(picked, 1)
-            grad = torch.zeros_like(x).scatter(1, index, share * (given - (given * share).sum(1, keepdim=True)))
+            grad = torch.zeros_like(x).scatter(1, index, share * (upstream - (upstream * share).sum(1, keepdim=True)))
         else:
             p = torch.softmax(x, 1)
             share = p.gather(1, index)
-            grad = torch.zeros_like(x).scatter(1, index, share * given) - p * (given * share).sum(1, keepdim=True)
+            grad = torch.zeros_like(x).scatter(1, index, share * upstream) - p * (upstream * share).sum(1, keepdim=True)
     else:
         s = torch.sigmoid(picked)
-        of_s = given
+        of_s = upstream
         if ctx.renormalize:
             total = s.sum(1, keepdim=True) + TINY
-            of_s = (given - (given * s).sum(1, keepdim=True) / total) / total
+            of_s = (upstream - (upstream * s).sum(1, keepdim=True) / total) / total
         grad = torch.zeros_like(x).scatter(1, index, of_s * s * (1 - s))
     if ctx.wants_mean:
         share_of = of_mean / live.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""From router logits to weights, ids and the aligned layout; docs/routing.md has the equations."""
+"""The public router: logits to weights, ids and the aligned layout.  docs/routing.md has the equations."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def route(
 ) -> tuple[Any, ...]:
     """Choose `top_k` experts a token and align the choices: ``(topk_weights, topk_ids, layout)``.
 
-    Which model is which: Mixtral, Qwen3-MoE: the defaults.  OLMoE: ``renormalize=False``.  gpt-oss (softmax over the
-    chosen): the defaults, which is the same.  Llama-4: ``scoring="sigmoid", renormalize=False``.  DeepSeek-V3,
-    Kimi-K2, GLM-4.5: ``scoring="sigmoid"`` with `correction_bias`, `num_groups`, `topk_groups` and `scale`.
+    Settings by model.  Mixtral, Qwen3-MoE, gpt-oss: the defaults.  OLMoE: ``renormalize=False``.  Llama-4:
+    ``scoring="sigmoid", renormalize=False``.  DeepSeek-V3, Kimi-K2, GLM-4.5: ``scoring="sigmoid"`` with
+    `correction_bias`, `num_groups`, `topk_groups` and `scale`.
 
     Args:
         router_logits: ``[tokens, num_experts]``, float32, bfloat16 or float16; computed in float32.
-        top_k: experts of a token, at most 32.  Of equal scores the lower expert is chosen; the best stands first.
+        top_k: experts of a token, at most 32, best first.  Among equal scores the lower expert comes first.
         block_size: rows of a block of the layout.
         scoring: "softmax" or "sigmoid" of the logits.
         renormalize: weights of a token are divided by their sum.
         correction_bias: ``[num_experts]``, added to the sigmoid where experts are chosen, not to the weights.
         num_groups, topk_groups: experts are chosen from the `topk_groups` best of `num_groups` groups of neighbours.
-            A group counts as much as its best expert, with a bias as the sum of its two best.
+            A group's score is that of its best expert; with a bias, the sum of its two best.
         scale: factor of all weights (``routed_scaling_factor``).
         num_valid_tokens: int32, one element, on the same device: rows from there on get ids -1 and weights 0.
         mean_probability: also return, as a fourth, the mean over valid tokens of each expert's share of the scores

@@ -104,19 +104,19 @@ def oracle_align(
 
 def oracle_align_batched(expert_num_tokens: Tensor, *, max_tokens_per_batch: int, block_size: int) -> Expected:
     """Every output of :func:`moealign.align_batched` by its name, and ``error_word``, as lists of ints."""
-    most, error = max_tokens_per_batch, 0
+    slots, error = max_tokens_per_batch, 0
     bins = []
     for b, count in enumerate(expert_num_tokens.tolist()):
-        if count < 0 or count > most:
+        if count < 0 or count > slots:
             error = 8
-        bins.append([b * most + j for j in range(min(max(count, 0), most))])
-    length = len(bins) * -(-most // block_size) * block_size
-    expected = _lay_out(bins, block_size, length, len(bins) * most, lambda b: b)
+        bins.append([b * slots + j for j in range(min(max(count, 0), slots))])
+    length = len(bins) * -(-slots // block_size) * block_size
+    expected = _lay_out(bins, block_size, length, len(bins) * slots, lambda b: b)
     expected["error_word"] = [error]
     return expected
 
 
-def _exp_as_the_contract_has_it(x: float) -> Any:
+def _exp_by_contract(x: float) -> Any:
     """docs/routing.md, step by step, every operation rounded to float32."""
     f = np.float32
     if x < -87:
@@ -159,7 +159,7 @@ def oracle_route(
         scores = list(row)
         if bias is not None:
             for e, x in enumerate(row):
-                s = np.float32(1) / (np.float32(1) + _exp_as_the_contract_has_it(-min(x, 88))) if x >= -87 else 0
+                s = np.float32(1) / (np.float32(1) + _exp_by_contract(-min(x, 88))) if x >= -87 else 0
                 scores[e] = x if math.isnan(x) else float(np.float32(s) + np.float32(bias[e]))
         size = experts // num_groups
         groups = []
@@ -308,7 +308,7 @@ def assert_same_layout(layout: BlockLayout | Mapping[str, Tensor], expected: Exp
 def poisoned(
     sizes: Capacity, extras: tuple[str, ...] | list[str], device: torch.device | str, value: int
 ) -> BlockLayout:
-    """Buffers for ``out=`` filled with `value`: with two different values, an element that nobody wrote shows."""
+    """Buffers for ``out=`` filled with `value`: two runs with different values expose an element that was not written."""
 
     def buffer(name: str) -> Tensor:
         shape = (sizes.scatter_idx, 1) if name == "scatter_idx" else (getattr(sizes, name),)
@@ -371,16 +371,16 @@ def check_backend(
         word = torch.zeros(1, dtype=torch.int32, device=device)
         if case % 5 == 4:
             extras = tuple(extra for extra in extras if extra != "scatter_idx")
-            batches, most = draw.choice((0, 1, 5, 33, 300)), draw.choice((0, 1, 17, 128))
+            batches, slots = draw.choice((0, 1, 5, 33, 300)), draw.choice((0, 1, 17, 128))
             dtype = draw.choice(_SIGNED + _UNSIGNED)
-            counts = _cast([draw.randint(-2, most + 2) for _ in range(batches)], dtype, device)
-            said = f"align_batched: {batches} batches of {most}, blocks of {size}, {dtype}, extras {extras}"
-            expected = oracle_align_batched(counts, max_tokens_per_batch=most, block_size=size)
-            out = poisoned(capacity_batched(most, block_size=size, num_batches=batches), extras, device, poison)
+            counts = _cast([draw.randint(-2, slots + 2) for _ in range(batches)], dtype, device)
+            said = f"align_batched: {batches} batches of {slots}, blocks of {size}, {dtype}, extras {extras}"
+            expected = oracle_align_batched(counts, max_tokens_per_batch=slots, block_size=size)
+            out = poisoned(capacity_batched(slots, block_size=size, num_batches=batches), extras, device, poison)
             wanted = dict.fromkeys(extras, True)
             align_batched(
                 counts,
-                max_tokens_per_batch=most,
+                max_tokens_per_batch=slots,
                 block_size=size,
                 error_word=word,
                 out=out,

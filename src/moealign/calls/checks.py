@@ -30,7 +30,7 @@ _INTEGERS = frozenset(
 
 
 def check_plain(name: str, value: Any) -> None:
-    """`value` is a tensor whose elements lie in memory by strides: not a DTensor, nor nested, nor sparse."""
+    """Refuse anything but a dense, strided tensor: DTensors, nested and sparse tensors."""
     if not isinstance(value, Tensor):
         raise InvalidType(f"{name}: expected a torch.Tensor, got {type(value).__name__}; use torch.as_tensor(...)")
     if type(value) is not Tensor and hasattr(value, "to_local"):  # a DTensor
@@ -50,7 +50,7 @@ def _integer_tensor(name: str, value: Any) -> None:
 
 
 def check_index(name: str, value: Any, device: torch.device) -> None:
-    """`value` is a vector of integers on `device`."""
+    """Refuse anything but a vector of integers on `device`."""
     _integer_tensor(name, value)
     if value.dim() != 1:
         raise InvalidInput(f"{name}: expected one axis, got shape {list(value.shape)}")
@@ -58,8 +58,8 @@ def check_index(name: str, value: Any, device: torch.device) -> None:
         raise InvalidInput(f"{name}: expected a tensor on {device} like the rows, got {value.device}")
 
 
-def _integer(name: str, value: Any, least: int) -> Any:
-    """`value` as an int of at least `least`; symbolic ints stay symbolic."""
+def _integer(name: str, value: Any, minimum: int) -> Any:
+    """`value` as an int of at least `minimum`; symbolic ints stay symbolic."""
     if type(value) is not int and not isinstance(value, torch.SymInt):
         if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
             raise InvalidType(
@@ -67,14 +67,14 @@ def _integer(name: str, value: Any, least: int) -> Any:
                 "mind that block_size comes before num_experts in vLLM's signature"
             )
         value = operator.index(value)
-    if value < least:
-        raise InvalidInput(f"{name}: expected an int of at least {least}, got {value}")
+    if value < minimum:
+        raise InvalidInput(f"{name}: expected an int of at least {minimum}, got {value}")
     return value
 
 
 def _within_int32(what: str, value: Any, remedy: str) -> None:
     if isinstance(value, torch.SymInt) or torch.compiler.is_compiling():
-        return  # the operator checks the size that comes
+        return  # the operator checks the actual size
     if value > INT32_MAX:
         raise InvalidInput(f"{what}: expected at most 2**31 - 1 (outputs are int32), got {value}; {remedy}")
 
@@ -187,7 +187,7 @@ def check_align_batched(
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORINGS = ("softmax", "sigmoid")
-MOST_TOP_K = 32
+MAX_TOP_K = 32
 
 
 def _float_tensor(name: str, value: Any) -> None:
@@ -207,7 +207,7 @@ def check_route(
     scale: float,
     num_valid_tokens: Tensor | None,
 ) -> RouteProblem:
-    """The facts of one :func:`moealign.route` call, or a refusal."""
+    """The problem of one :func:`moealign.route` call, or a refusal."""
     _float_tensor("router_logits", router_logits)
     if router_logits.dim() != 2 or router_logits.shape[1] < 1:
         raise InvalidInput(
@@ -216,9 +216,9 @@ def check_route(
     tokens, experts = router_logits.shape
     device = router_logits.device
     top_k = _integer("top_k", top_k, 1)
-    if top_k > min(experts, MOST_TOP_K):
+    if top_k > min(experts, MAX_TOP_K):
         raise InvalidInput(
-            f"top_k: expected at most {min(experts, MOST_TOP_K)} (num_experts, and at most {MOST_TOP_K}), got {top_k}"
+            f"top_k: expected at most {min(experts, MAX_TOP_K)} (num_experts, and at most {MAX_TOP_K}), got {top_k}"
         )
     if scoring not in SCORINGS:
         raise InvalidInput(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
@@ -266,26 +266,23 @@ def check_out(
     sizes: Capacity,
     extras: tuple[str, ...],
     inputs: tuple[Tensor | None, ...],
-    where: bool = True,
+    overlap: bool = True,
 ) -> dict[str, Tensor]:
-    """The caller's buffers by name: all that is needed, of the right size, and none sharing memory with another.
-
-    Without `where` it does not look where they lie.
-    """
+    """The caller's buffers by name: complete, of the right sizes, and, if `overlap` is checked, disjoint in memory."""
     if isinstance(out, BlockLayout):
-        given = {name: getattr(out, name) for name in OUTPUTS if getattr(out, name) is not None}
+        buffers = {name: getattr(out, name) for name in OUTPUTS if getattr(out, name) is not None}
     elif isinstance(out, Mapping):
-        given = dict(out)
+        buffers = dict(out)
     else:
         raise InvalidType(f"out: expected a BlockLayout or a mapping of names to tensors, got {type(out).__name__}")
-    for name in given:
+    for name in buffers:
         if name not in OUTPUTS:
             raise InvalidInput(f"out: expected names among {', '.join(OUTPUTS)}, got {name!r}")
         if name in EXTRAS and name not in extras:
-            raise InvalidInput(f"out: expected buffers for what is asked for, got {name} without {name}=True")
+            raise InvalidInput(f"out: expected buffers for requested outputs only, got {name} without {name}=True")
     device = next((tensor.device for tensor in inputs if tensor is not None), None)
     for name in REQUIRED + extras:
-        tensor = given.get(name)
+        tensor = buffers.get(name)
         if tensor is None:
             raise InvalidInput(f"out: expected a buffer for {name}, got none; moealign.capacity(...) gives its size")
         if not isinstance(tensor, Tensor):
@@ -300,13 +297,13 @@ def check_out(
             raise InvalidInput(f"out: expected a contiguous tensor for {name}, got strides {tensor.stride()}")
         if tensor.device != device:
             raise InvalidInput(f"out: expected {name} on {device} like the input, got {tensor.device}")
-    if where:
-        _refuse_overlap({name: given[name] for name in REQUIRED + extras}, inputs)
-    return given
+    if overlap:
+        _refuse_overlap({name: buffers[name] for name in REQUIRED + extras}, inputs)
+    return buffers
 
 
 def _refuse_overlap(buffers: Mapping[str, Tensor], inputs: tuple[Tensor | None, ...]) -> None:
-    """Buffers may share memory neither with each other nor with an input; inputs may, among themselves."""
+    """Buffers must not share memory with each other or with an input; inputs may share memory among themselves."""
     spans = []
     named: list[tuple[str | None, Tensor | None]] = [*buffers.items(), *((None, tensor) for tensor in inputs)]
     for name, tensor in named:
@@ -314,7 +311,7 @@ def _refuse_overlap(buffers: Mapping[str, Tensor], inputs: tuple[Tensor | None, 
             reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             start = tensor.data_ptr()
             spans.append((start, start + reach * tensor.element_size(), name))
-    furthest: list[tuple[int, str | None]] = []  # the furthest end so far, of the buffers and of the inputs
+    furthest: list[tuple[int, str | None]] = []  # the furthest end so far, of buffers and of inputs
     for start, end, name in sorted(spans, key=lambda span: span[0]):
         for reached, other in furthest:
             if start < reached and not (name is None and other is None):

@@ -1,6 +1,6 @@
-"""Prepared calls: what one signature (shapes, dtypes, devices and arguments) needs is found once, kept, and then run.
+"""Prepared calls: the work of one signature (shapes, dtypes, devices and arguments) is done once, cached, and reused.
 
-One bounded cache for all public functions.  Backends keep nothing that outlives it but compiled kernels.
+One bounded cache serves all public functions.  Backends keep only compiled kernels beyond its lifetime.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _lookup(key: Any) -> Any:
 
 
 def signature(tensor: Any) -> tuple[object, ...] | None:
-    """All that a check may look at."""
+    """All that a check may depend on."""
     return (tensor.shape, tensor.dtype, tensor.device) if isinstance(tensor, Tensor) else None if tensor is None else ()
 
 
@@ -263,7 +263,7 @@ def buffers_by_name(out: BlockLayout | Mapping[str, Tensor], extras: tuple[str, 
 
 
 def _address_key(tensor: Tensor | None) -> object:
-    """All that the check of buffers looks at."""
+    """All that the check of buffers depends on."""
     if not isinstance(tensor, Tensor):
         return None if tensor is None else type(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
