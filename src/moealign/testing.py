@@ -308,7 +308,7 @@ def assert_same_layout(layout: BlockLayout | Mapping[str, Tensor], expected: Exp
 def poisoned(
     sizes: Capacity, extras: tuple[str, ...] | list[str], device: torch.device | str, value: int
 ) -> BlockLayout:
-    """Buffers for ``out=`` filled with `value`: two runs with different values expose an element that was not written."""
+    """Buffers for ``out=`` filled with `value`; two runs with different values expose an element left unwritten."""
 
     def buffer(name: str) -> Tensor:
         shape = (sizes.scatter_idx, 1) if name == "scatter_idx" else (getattr(sizes, name),)
