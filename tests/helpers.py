@@ -124,6 +124,50 @@ def cut(*sizes, shift=0):
     return torch.empty(sum(sizes) + shift, dtype=torch.int32)[shift:].split(sizes)
 
 
+_NAMES = {
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+}
+
+
+def kind_of(argument: object) -> str:
+    """The type by which Triton compiles for an argument: tensors as pointers, descriptors, numbers, None."""
+    if argument is None:
+        return "constexpr"
+    if isinstance(argument, torch.Tensor):
+        return "*" + _NAMES[argument.dtype]
+    if hasattr(argument, "block_shape"):
+        return f"tensordesc<{_NAMES[argument.base.dtype]}{argument.block_shape}>".replace(" ", "")
+    return "fp32" if isinstance(argument, float) else "i32"
+
+
+def signature_of(function, arguments, constants):
+    """(type by parameter, value by constant parameter) with which :func:`compile_ahead` compiles a call."""
+    given = dict(zip(function.arg_names, arguments, strict=False))
+    signature = {name: kind_of(argument) for name, argument in given.items()} | dict.fromkeys(constants, "constexpr")
+    assert set(signature) == set(function.arg_names)
+    return signature, {**constants, **{name: None for name, argument in given.items() if argument is None}}
+
+
+def compile_ahead(function, signature, constants, attributes=None, targets=TARGETS, **options):
+    """Compile a kernel for machines that are not here: (architecture, binary); each fits in its shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for backend, arch, warp, limit in targets:
+        source = ASTSource(function, signature, constants, attributes)
+        binary = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
+        used = binary.metadata.shared
+        assert used <= limit, f"{function.__name__} {constants}: {used} bytes of {limit} on {arch}"
+        yield arch, binary
+
+
 def patch_interpreter() -> None:
     """Make Triton's interpreter right where it is not.
 

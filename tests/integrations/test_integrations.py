@@ -15,7 +15,7 @@ from enum import Enum
 import pytest
 import torch
 from cases.engines import LORA, assert_lora, lora_case, rows_of, sglang_oracle
-from helpers import ROOT, WORKERS, assert_passes
+from helpers import ROOT, TARGETS, WORKERS, assert_passes, compile_ahead
 
 from moealign.errors import BackendUnavailable, InvalidInput
 from moealign.integrations import engines, sglang, vllm, vllm_ops
@@ -293,14 +293,11 @@ def test_the_triton_steps_interpreted():
     assert_passes(WORKERS / "vllm_kernels_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize(("target", "arch", "warp"), [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
+@pytest.mark.parametrize("target", [each for each in TARGETS if each[1] != 100], ids=lambda target: str(target[1]))
 @pytest.mark.parametrize("ids", ["i32", "i64"])
 @pytest.mark.parametrize("mapped", [False, True])
-def test_the_triton_steps_compile_ahead(target, arch, warp, ids, mapped):
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def test_the_triton_steps_compile_ahead(target, ids, mapped):
+    pytest.importorskip("triton")
     from moealign.integrations import vllm_kernels as kernels
 
     word = "*i32"
@@ -323,8 +320,7 @@ def test_the_triton_steps_compile_ahead(target, arch, warp, ids, mapped):
             (name for name in constants if name != "expert_map"), "constexpr"
         )
         assert set(signature) == set(function.arg_names)
-        binary = triton.compile(ASTSource(function, signature, constants), target=GPUTarget(target, arch, warp))
-        assert binary.metadata.shared <= 64 * 1024
+        list(compile_ahead(function, signature, constants, targets=[(*target[:3], 64 * 1024)]))
 
 
 # ---- SGLang ------------------------------------------------------------------------------------------------------

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import sys
 
 import pytest
 import torch
-from helpers import TARGETS, WORKERS, assert_passes, releases
+from helpers import WORKERS, assert_passes, compile_ahead, releases, signature_of
 
 from moealign.problem import RouteProblem
 
 pytest.importorskip("triton")
 routing = importlib.import_module("moealign.backend.triton.route")
-
-_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 
 @pytest.mark.parametrize("release", releases())
@@ -52,43 +49,16 @@ def configurations():
         )
 
 
-def _kind(argument):
-    if argument is None:
-        return "constexpr"
-    if isinstance(argument, float):
-        return "fp32"
-    return "*" + _NAMES[argument.dtype] if isinstance(argument, torch.Tensor) else "i32"
-
-
 def compile_all():
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from moealign.backend.triton.route_kernels import choose
 
-    too_large = compiled = 0
     for arguments, constants, warps in configurations():
-        signature, given = {}, dict(constants)
-        for name, argument in zip(choose.arg_names, arguments, strict=False):
-            signature[name] = _kind(argument)
-            if argument is None:
-                given[name] = None
-        signature |= dict.fromkeys(constants, "constexpr")
-        for backend, arch, warp, limit in TARGETS:
-            options = {"num_warps": warps, "enable_fp_fusion": False}
-            source = ASTSource(choose, signature, given)
-            binary = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
-            compiled += 1
-            if binary.metadata.shared > limit:
-                too_large += 1
-                print(f"{constants}: {binary.metadata.shared} bytes of {limit} on {arch}")
-            if backend == "cuda":
-                # One constant's product with what it is added to would be another number, and another expert.
-                assert "fma.rn.f32" not in binary.asm["ptx"] or not given["SIGMOID"], arch
-    print(f"triton {triton.__version__}: {compiled} kernels")
-    return too_large
+        call = signature_of(choose, arguments, constants)
+        for arch, binary in compile_ahead(choose, *call, num_warps=warps, enable_fp_fusion=False):
+            # A product fused with what it is added to would be another number, and another expert.
+            if "ptx" in binary.asm:
+                assert "fma.rn.f32" not in binary.asm["ptx"] or not constants["SIGMOID"], arch
 
 
 if __name__ == "__main__":
-    sys.exit(compile_all())
+    compile_all()
