@@ -131,7 +131,7 @@ def align(
         InvalidType (a TypeError): a dtype that is not an integer one, or an argument of another type.
         BackendUnavailable (a ValueError): the requested backend cannot take this call.
     """
-    extras = _extras(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
+    extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
     run = operators.align if _watched(topk_ids, expert_map, num_valid_tokens, error_word) else prepared.align
     return run(
         topk_ids,
@@ -175,7 +175,7 @@ def align_batched(
     Raises:
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
-    extras = _extras(expert_counts, expert_offsets, group_ends, positions, block_rows, False)
+    extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, False)
     run = operators.align_batched if _watched(expert_num_tokens, error_word) else prepared.align_batched
     return run(expert_num_tokens, max_tokens_per_batch, block_size, error_word, extras, out, backend)
 
@@ -208,7 +208,7 @@ def explain(
         InvalidInput, InvalidType: where the call itself would refuse its arguments.
         BackendUnavailable: `backend` is not the name of one.
     """
-    extras = _extras(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
+    extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
     if (num_experts is None) == (max_tokens_per_batch is None):
         raise InvalidInput(
             "num_experts, max_tokens_per_batch: expected one of them, got "
@@ -251,7 +251,7 @@ def raise_for_errors(error_word: Tensor) -> None:
 _names_of_flags: dict[tuple[bool, ...], tuple[str, ...]] = {(False,) * len(EXTRAS): _NO_EXTRAS}
 
 
-def _extras(*flags: bool) -> tuple[str, ...]:
+def extras_of(*flags: bool) -> tuple[str, ...]:
     """Names of the optional outputs whose flags are set."""
     names = _names_of_flags.get(flags)
     if names is None:

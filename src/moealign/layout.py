@@ -7,9 +7,9 @@ belong to one bin.  ``n`` routes, ``E`` experts, ``B`` rows a block, ``cdiv(a, b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
@@ -56,7 +56,7 @@ EXTRAS = ("expert_counts", "expert_offsets", "group_ends", "positions", "block_r
 OUTPUTS = REQUIRED + EXTRAS
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, frozen=True, repr=False)
 class BlockLayout:
     """Routes sorted by expert and padded to whole blocks.  All tensors are int32 and contiguous.
 
@@ -76,6 +76,7 @@ class BlockLayout:
     ==========================  ==============  =============================================================
 
     Outputs that were not requested are None.  Iterating gives the first three, as vLLM's function returns them.
+    A layout is immutable, a pytree node, and can be pickled and loaded by ``torch.load`` with ``weights_only=True``.
     For a batched layout a bin is a batch, ``E`` the number of batches and ``n = E * max_tokens_per_batch``.
     """
 
@@ -95,6 +96,57 @@ class BlockLayout:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded))
 
+    def __repr__(self) -> str:
+        sizes = f"block_size={self.block_size}, num_experts={self.num_experts}, num_routes={self.num_routes}"
+        capacity = f"rows={self.sorted_token_ids.shape[0]}, blocks={self.expert_ids.shape[0]}"
+        extras = "".join(f", {name}" for name in EXTRAS if getattr(self, name) is not None)
+        return f"BlockLayout({sizes}, {capacity}, device={str(self.device)!r}{extras})"
+
+    @property
+    def device(self) -> torch.device:
+        return self.sorted_token_ids.device
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> BlockLayout:
+        values = ((name, getattr(self, name)) for name in OUTPUTS)
+        tensors = {name: None if value is None else function(value) for name, value in values}
+        sizes = {"block_size": self.block_size, "num_experts": self.num_experts, "num_routes": self.num_routes}
+        return BlockLayout(**tensors, **sizes)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BlockLayout:
+        """The same layout on `device`; tensors that are there already are shared."""
+        return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def cpu(self) -> BlockLayout:
+        """The same layout on the CPU."""
+        return self.to("cpu")
+
+    def clone(self) -> BlockLayout:
+        """A copy that shares no memory."""
+        return self._map(torch.clone)
+
+
+class _Unfrozen:
+    """A layout before it is frozen.  A frozen dataclass sets each field through ``object.__setattr__``, ten times as
+    slowly; that would be a fifth of a short call."""
+
+    __slots__ = tuple(BlockLayout.__dataclass_fields__)
+
+    def __init__(
+        self, rows: Any, blocks: Any, total: Any, counts: Any, offsets: Any, ends: Any, positions: Any, block_rows: Any,
+        scatter_idx: Any, block_size: int, num_experts: int, num_routes: int,
+    ) -> None:  # fmt: skip
+        self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded = rows, blocks, total
+        self.expert_counts, self.expert_offsets, self.group_ends = counts, offsets, ends
+        self.positions, self.block_rows, self.scatter_idx = positions, block_rows, scatter_idx
+        self.block_size, self.num_experts, self.num_routes = block_size, num_experts, num_routes
+
+
+def frozen(*values: Any) -> BlockLayout:
+    """``BlockLayout(*values)`` with all of its values, but faster; not for compiled code."""
+    layout: Any = _Unfrozen(*values)
+    layout.__class__ = BlockLayout
+    return layout  # type: ignore[no-any-return]
+
 
 _FIELDS = (*OUTPUTS, "block_size", "num_experts", "num_routes")
 
@@ -109,6 +161,7 @@ def _unflatten(values: object, context: None) -> BlockLayout:
 
 # A pytree node, so that a layout passes through torch.compile and torch.export like a tuple of tensors.
 _pytree.register_pytree_node(BlockLayout, _flatten, _unflatten, serialized_type_name="moealign.BlockLayout")  # type: ignore[arg-type]
+torch.serialization.add_safe_globals([BlockLayout])
 
 
 class Capacity(NamedTuple):

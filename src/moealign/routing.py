@@ -2,21 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import modes
-from .alignment import align
+from .alignment import align, extras_of
 from .calls import prepared
 from .calls.checks import check_route
 from .calls.dispatch import check_name
-from .errors import InvalidType
-from .layout import EXTRAS, BlockLayout
+from .layout import BlockLayout
 from .problem import RouteProblem
 
-__all__ = ["route"]
+__all__ = ["RouteResult", "RouteResultWithMean", "route"]
+
+
+class RouteResult(NamedTuple):
+    """What :func:`route` returns."""
+
+    topk_weights: Tensor  #: ``[tokens, top_k]`` float32
+    topk_ids: Tensor  #: ``[tokens, top_k]`` int32
+    layout: BlockLayout  #: of the ids
+
+
+class RouteResultWithMean(NamedTuple):
+    """What :func:`route` returns with ``mean_probability=True``."""
+
+    topk_weights: Tensor  #: ``[tokens, top_k]`` float32
+    topk_ids: Tensor  #: ``[tokens, top_k]`` int32
+    layout: BlockLayout  #: of the ids
+    mean_probability: Tensor  #: ``[num_experts]`` float32
+
+
+@overload
+def route(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    block_size: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    correction_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    scale: float = 1.0,
+    num_valid_tokens: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    expert_counts: bool = False,
+    expert_offsets: bool = False,
+    group_ends: bool = False,
+    positions: bool = False,
+    block_rows: bool = False,
+    scatter_idx: bool = False,
+    error_word: Tensor | None = None,
+    out: BlockLayout | Mapping[str, Tensor] | None = None,
+    mean_probability: Literal[False] = False,
+    backend: str | None = None,
+) -> RouteResult: ...
+
+
+@overload
+def route(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    block_size: int,
+    scoring: str = "softmax",
+    renormalize: bool = True,
+    correction_bias: Tensor | None = None,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    scale: float = 1.0,
+    num_valid_tokens: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    expert_counts: bool = False,
+    expert_offsets: bool = False,
+    group_ends: bool = False,
+    positions: bool = False,
+    block_rows: bool = False,
+    scatter_idx: bool = False,
+    error_word: Tensor | None = None,
+    out: BlockLayout | Mapping[str, Tensor] | None = None,
+    mean_probability: Literal[True],
+    backend: str | None = None,
+) -> RouteResultWithMean: ...
 
 
 def route(
@@ -31,10 +106,20 @@ def route(
     topk_groups: int = 1,
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    pad_sorted_ids: bool = False,
+    ignore_invalid_experts: bool = False,
+    expert_counts: bool = False,
+    expert_offsets: bool = False,
+    group_ends: bool = False,
+    positions: bool = False,
+    block_rows: bool = False,
+    scatter_idx: bool = False,
+    error_word: Tensor | None = None,
+    out: BlockLayout | Mapping[str, Tensor] | None = None,
     mean_probability: bool = False,
     backend: str | None = None,
-    **layout: Any,
-) -> tuple[Any, ...]:
+) -> RouteResult | RouteResultWithMean:
     """Choose `top_k` experts a token and align the choices: ``(topk_weights, topk_ids, layout)``.
 
     Settings by model.  Mixtral, Qwen3-MoE, gpt-oss: the defaults.  OLMoE: ``renormalize=False``.  Llama-4:
@@ -54,42 +139,54 @@ def route(
         num_valid_tokens: int32, one element, on the same device: rows from there on get ids -1 and weights 0.
         mean_probability: also return, as a fourth, the mean over valid tokens of each expert's share of the scores
             ``[num_experts]`` float32: with ``expert_counts`` what a load-balancing loss needs.
+        expert_map, pad_sorted_ids, ignore_invalid_experts: as in :func:`align`.
+        expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx, error_word, out: as in
+            :func:`align`.
         backend: as in :func:`align`, for both parts.
-        layout: further arguments of :func:`align`: ``expert_map``, extra outputs, and so on.
 
     Returns:
-        ``topk_weights [tokens, top_k]`` float32, ``topk_ids [tokens, top_k]`` int32, and the
-        :class:`BlockLayout` of the ids.  Gradients flow from the weights and the mean to the logits.
+        A named tuple ``(topk_weights, topk_ids, layout)``: ``[tokens, top_k]`` float32, ``[tokens, top_k]`` int32, and
+        the :class:`BlockLayout` of the ids.  Gradients flow from the weights and the mean to the logits.
 
     Raises:
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
+    extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
     if not isinstance(router_logits, Tensor) or _eager(
-        router_logits, correction_bias, num_valid_tokens, *layout.values()
+        router_logits, correction_bias, num_valid_tokens, expert_map, error_word
     ):
-        if layout:
-            _check_options(layout)
         facts = (top_k, scoring, renormalize, num_groups, topk_groups, scale)
-        *results, mean = prepared.route(
-            router_logits, facts, correction_bias, num_valid_tokens, mean_probability, block_size, backend, layout
-        )
-        return (*results, mean) if mean_probability else tuple(results)
-    arguments = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
-    problem = modes.checked(_check, router_logits, top_k, arguments, backend, layout)
-    if isinstance(problem, modes.Refusal):
-        nothing: list[Any] = list(modes.refuse(problem, 6))
-        aligned = BlockLayout(*nothing[3:])
-        return (*nothing[:2], aligned, nothing[2]) if mean_probability else (*nothing[:2], aligned)
-    weights, ids, mean = modes.call(
-        torch.ops.moealign.route,
-        router_logits, problem.top_k, scoring, problem.renormalize, correction_bias, problem.num_groups,
-        problem.topk_groups, problem.scale, num_valid_tokens, bool(mean_probability), backend,
-    )  # fmt: skip
-    aligned = align(ids, block_size=block_size, num_experts=problem.num_experts, backend=backend, **layout)
-    return (weights, ids, aligned, mean) if mean_probability else (weights, ids, aligned)
-
-
-_OPTIONS = {"expert_map", "pad_sorted_ids", "ignore_invalid_experts", "error_word", "out", *EXTRAS}
+        weights, ids, layout, mean = prepared.route(
+            router_logits, facts, correction_bias, num_valid_tokens, mean_probability, block_size, backend, expert_map,
+            pad_sorted_ids, ignore_invalid_experts, extras, error_word, out,
+        )  # fmt: skip
+    else:
+        arguments = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
+        problem = modes.checked(_check, router_logits, top_k, arguments, backend)
+        if isinstance(problem, modes.Refusal):
+            weights, ids, mean, *nothing = modes.refuse(problem, 6)
+            layout = BlockLayout(*nothing)  # type: ignore[arg-type]
+        else:
+            weights, ids, mean = modes.call(
+                torch.ops.moealign.route,
+                router_logits, problem.top_k, scoring, problem.renormalize, correction_bias, problem.num_groups,
+                problem.topk_groups, problem.scale, num_valid_tokens, bool(mean_probability), backend,
+            )  # fmt: skip
+            layout = align(
+                ids,
+                block_size=block_size,
+                num_experts=problem.num_experts,
+                expert_map=expert_map,
+                pad_sorted_ids=pad_sorted_ids,
+                ignore_invalid_experts=ignore_invalid_experts,
+                error_word=error_word,
+                out=out,
+                backend=backend,
+                **dict.fromkeys(extras, True),  # type: ignore[arg-type]
+            )
+    if mean_probability:
+        return RouteResultWithMean(weights, ids, layout, mean)
+    return RouteResult(weights, ids, layout)
 
 
 def _eager(router_logits: Tensor, *others: Any) -> bool:
@@ -99,17 +196,6 @@ def _eager(router_logits: Tensor, *others: Any) -> bool:
     return not (modes.watched(router_logits, *others) or modes.forward_mode())
 
 
-def _check(
-    router_logits: Tensor, top_k: int, arguments: tuple[Any, ...], backend: str | None, layout: dict[str, Any]
-) -> RouteProblem:
-    _check_options(layout)
+def _check(router_logits: Tensor, top_k: int, arguments: tuple[Any, ...], backend: str | None) -> RouteProblem:
     check_name(backend)
     return check_route(router_logits, top_k, *arguments)
-
-
-def _check_options(layout: dict[str, Any]) -> None:
-    unknown = layout.keys() - _OPTIONS
-    if unknown:
-        raise InvalidType(
-            f"route: expected arguments of moealign.align besides its own, got {', '.join(sorted(unknown))}"
-        )

@@ -732,7 +732,6 @@ def refusals() -> dict[str, tuple[Callable[..., Any], list[Any], type[Exception]
         "route, block": (lambda logits: route(logits, K, block_size=0), [logits], InvalidInput),
         "route, scoring": (lambda logits: route(logits, K, block_size=B, scoring="tanh"), [logits], InvalidInput),
         "route, backend": (lambda logits: route(logits, K, block_size=B, backend="tpu"), [logits], BackendUnavailable),
-        "route, unknown": (lambda logits: route(logits, K, block_size=B, top_p=1), [logits], InvalidType),
         "fused_moe, rows": (fused_moe, [x[:, 1:], up, down, weights, ids], InvalidInput),
         "fused_moe, one axis": (fused_moe, [x[0], up, down, weights, ids], InvalidInput),
         "fused_moe, dtypes": (fused_moe, [x, up.float(), down, weights, ids], InvalidType),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import Prepared
-from ..layout import EXTRAS, OUTPUTS, REQUIRED, BlockLayout, Capacity
+from ..layout import OUTPUTS, REQUIRED, BlockLayout, Capacity, frozen
 from ..problem import AlignProblem, RouteProblem
 from .checks import check_align, check_align_batched, check_out, check_route
 from .dispatch import select_backend
@@ -142,17 +142,19 @@ def route(
     mean_probability: bool,
     block_size: int,
     backend: str | None,
-    layout: Mapping[str, Any],
+    expert_map: Tensor | None,
+    pad_sorted_ids: bool,
+    ignore_invalid_experts: bool,
+    extras: tuple[str, ...],
+    error_word: Tensor | None,
+    out: BlockLayout | Mapping[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor, BlockLayout, Tensor]:
     """Run :func:`moealign.route` now: ``(weights, ids, layout, mean)``; the mean is empty if it is not requested.
 
     `facts` are the arguments of :func:`check_route` that hold no tensor: ``(top_k, scoring, renormalize, num_groups,
-    topk_groups, scale)``; `layout` holds further arguments of :func:`moealign.align`.
+    topk_groups, scale)``.
     """
-    option = layout.get
-    expert_map, error_word, out = option("expert_map"), option("error_word"), option("out")
-    flags = (option("pad_sorted_ids", False), option("ignore_invalid_experts", False))
-    extras = tuple(name for name in EXTRAS if option(name)) if layout else ()
+    flags = (pad_sorted_ids, ignore_invalid_experts)
     tensors = (router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
     key: Any = (*facts, block_size, *flags, extras, backend, *map(signature, tensors))
     call = _lookup(key) if type(block_size) is type(facts[0]) is type(facts[3]) is type(facts[4]) is int else None
@@ -231,11 +233,12 @@ def new_tensors(call: PreparedCall) -> Sequence[Tensor]:
 def new_layout(call: PreparedCall) -> BlockLayout:
     problem, tensors = call.problem, new_tensors(call)
     sizes = (problem.block_size, problem.num_experts, problem.routes)
-    layout = BlockLayout(tensors[0], tensors[1], tensors[2], None, None, None, None, None, None, *sizes)
-    if problem.extras:
-        for name, tensor in zip(problem.extras, tensors[3:], strict=True):
-            setattr(layout, name, tensor.view(-1, 1) if name == "scatter_idx" else tensor)
-    return layout
+    if not problem.extras:
+        return frozen(tensors[0], tensors[1], tensors[2], None, None, None, None, None, None, *sizes)
+    named = dict(zip(REQUIRED + problem.extras, tensors, strict=True))
+    if "scatter_idx" in named:
+        named["scatter_idx"] = named["scatter_idx"].view(-1, 1)
+    return _as_layout(problem, named)
 
 
 def _outputs(
@@ -270,7 +273,6 @@ def _address_key(tensor: Tensor | None) -> object:
 
 
 def _as_layout(problem: AlignProblem, tensors: Mapping[str, Tensor]) -> BlockLayout:
-    named = {name: tensors[name] for name in REQUIRED + problem.extras}
-    return BlockLayout(
-        **named, block_size=problem.block_size, num_experts=problem.num_experts, num_routes=problem.routes
-    )
+    requested = REQUIRED + problem.extras
+    values = (tensors[name] if name in requested else None for name in OUTPUTS)
+    return frozen(*values, problem.block_size, problem.num_experts, problem.routes)

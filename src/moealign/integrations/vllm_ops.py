@@ -57,10 +57,8 @@ def separate_outputs(
     if sizes.sorted_token_ids > INT32_MAX:
         return None
     new = torch.empty(0, dtype=torch.int32, device=topk_ids.device).new_empty
-    layout = BlockLayout(new(sizes.sorted_token_ids), new(sizes.expert_ids), new(1))
-    if scatter_idx:
-        layout.scatter_idx = new((routes, 1))
-    return layout
+    index = new((routes, 1)) if scatter_idx else None
+    return BlockLayout(new(sizes.sorted_token_ids), new(sizes.expert_ids), new(1), scatter_idx=index)
 
 
 def _check_buffer(name: str, tensor: Tensor, size: int) -> None:
