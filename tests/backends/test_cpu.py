@@ -1,8 +1,10 @@
-"""What only the cpu backend promises: no numba before a call, the same bits on any number of threads, a cache."""
+"""Promises of the cpu backend alone: no numba before a call, the same bits on any number of threads, a disk cache."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import os
 import signal
 import threading
@@ -43,9 +45,9 @@ def printed(code: str, *paths: Path, **variables: str | None) -> str:
 def threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Calls of any size go to several threads."""
     monkeypatch.setattr(aligner, "PARALLEL_ROUTES", 1)
-    monkeypatch.setattr(aligner, "MIN_ROUTES_A_THREAD", 16)
-    monkeypatch.setattr(aligner, "MIN_ROUTES_AN_EXPERT", 0.01)
-    monkeypatch.setattr(aligner, "CHUNK_ROUTES_AN_EXPERT", 0.01)
+    monkeypatch.setattr(aligner, "MIN_ROUTES_PER_THREAD", 16)
+    monkeypatch.setattr(aligner, "MIN_ROUTES_PER_EXPERT", 0.01)
+    monkeypatch.setattr(aligner, "CHUNK_ROUTES_PER_EXPERT", 0.01)
     return monkeypatch
 
 
@@ -59,7 +61,7 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in ("numba", "ll
     assert printed(code) == "[]"
 
 
-def test_without_numba_it_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_the_reason_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     cpu.unavailable.cache_clear()
     try:
@@ -70,7 +72,7 @@ def test_without_numba_it_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -
     assert "pip install 'moealign[cpu]'" in reason
 
 
-def test_refuses_tensors_that_are_elsewhere() -> None:
+def test_refuses_tensors_on_other_devices() -> None:
     assert cpu.refuses(problem()) is None
     elsewhere = problem()._replace(device=torch.device("cuda"))
     assert "expected CPU tensors" in (cpu.refuses(elsewhere) or "")
@@ -83,22 +85,22 @@ def test_any_number_of_threads_gives_the_bits_of_one(
     threads: pytest.MonkeyPatch, case: str, extras: tuple[str, ...]
 ) -> None:
     ids = torch.randint(-2, 70, (500, 4), generator=torch.Generator().manual_seed(3))
-    wanted: dict[str, object] = {"block_size": 16, "num_experts": 65}
+    call: dict[str, object] = {"block_size": 16, "num_experts": 65}
     if case == "one expert":
         ids = torch.full((500, 4), 7)
     elif case == "mapped":
-        wanted |= {"expert_map": torch.arange(65) // 2 - 1, "ignore_invalid_experts": True}
+        call |= {"expert_map": torch.arange(65) // 2 - 1, "ignore_invalid_experts": True}
     elif case == "strided":
         ids = ids.T.contiguous().T
     if case != "mapped":
-        wanted["num_valid_tokens"] = torch.tensor([431], dtype=torch.int32)
-    expected = oracle_align(ids, **wanted)  # type: ignore[arg-type]
+        call["num_valid_tokens"] = torch.tensor([431], dtype=torch.int32)
+    expected = oracle_align(ids, **call)  # type: ignore[arg-type]
     for count in ("1", "2", "3", "7"):
         threads.setenv("MOEALIGN_NUM_THREADS", count)
         for poison in (-7, 12345):
             out = poisoned(moealign.capacity(2000, block_size=16, num_experts=65), extras, "cpu", poison)
             word = moealign.new_error_word("cpu")
-            moealign.align(ids, **wanted, **dict.fromkeys(extras, True), out=out, error_word=word, backend="cpu")  # type: ignore[arg-type]
+            moealign.align(ids, **call, **dict.fromkeys(extras, True), out=out, error_word=word, backend="cpu")  # type: ignore[arg-type]
             assert_same_layout(out, expected)
             assert word.tolist() == expected["error_word"]
 
@@ -110,20 +112,20 @@ def test_the_router_on_any_number_of_threads_gives_the_bits_of_one(
     monkeypatch: pytest.MonkeyPatch, tokens: int, grouped: bool
 ) -> None:
     monkeypatch.setattr(router, "PARALLEL_LOGITS", 1)
-    monkeypatch.setattr(router, "MIN_LOGITS_A_THREAD", 1)
+    monkeypatch.setattr(router, "MIN_LOGITS_PER_THREAD", 1)
     logits = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(1))
     bias = torch.linspace(-1, 1, 48)
     options: dict[str, Any] = {"num_valid_tokens": torch.tensor([tokens - 1], dtype=torch.int32)}
     if grouped:
         options |= {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 6, "topk_groups": 2}
-    found = []
+    results = []
     for count in ("1", "2", "7"):
         monkeypatch.setenv("MOEALIGN_NUM_THREADS", count)
-        found.append(moealign.route(logits, 5, block_size=4, backend="cpu", **options)[:2])
-    wanted = moealign.route(logits, 5, block_size=4, backend="reference", **options)[1]
-    for weights, ids in found:
-        assert torch.equal(weights, found[0][0])
-        assert torch.equal(ids, wanted)
+        results.append(moealign.route(logits, 5, block_size=4, backend="cpu", **options)[:2])
+    expected = moealign.route(logits, 5, block_size=4, backend="reference", **options)[1]
+    for weights, ids in results:
+        assert torch.equal(weights, results[0][0])
+        assert torch.equal(ids, expected)
 
 
 @numba
@@ -137,9 +139,9 @@ def test_exponentials_as_vectors_have_the_bits_of_the_definition() -> None:
     routing_kernels._sigmoid32_each(x.numpy(), sigmoids.numpy(), powers.numpy())
     assert torch.equal(sigmoids, sigmoid32(x))
     below = x[~(x > 87)].clone()
-    wanted = torch.where(below.isnan(), 0.0, exp32(below))
+    expected = torch.where(below.isnan(), 0.0, exp32(below))
     routing_kernels._exp32_each(below.numpy(), powers.numpy())
-    assert torch.equal(below, wanted)
+    assert torch.equal(below, expected)
 
 
 @numba
@@ -173,8 +175,8 @@ def test_huge_pages_are_asked_for_inside_large_outputs_alone(monkeypatch: pytest
     ((start, stop),) = asked
     assert begin <= start < stop <= begin + 4 * layout.sorted_token_ids.numel()
     assert start % 2**21 == stop % 2**21 == 0
-    wanted = moealign.align(large, block_size=64, num_experts=8, backend="reference")
-    assert torch.equal(layout.sorted_token_ids, wanted.sorted_token_ids)
+    expected = moealign.align(large, block_size=64, num_experts=8, backend="reference")
+    assert torch.equal(layout.sorted_token_ids, expected.sorted_token_ids)
 
 
 @numba
@@ -210,14 +212,14 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @numba
-def test_strides_that_are_not_two_are_copied_and_right() -> None:
+def test_ids_of_more_than_two_strides_are_copied() -> None:
     base = torch.arange(2 * 3 * 5 * 4, dtype=torch.int16).reshape(2, 3, 5, 4) % 11
     for ids in (base.permute(2, 0, 1, 3), base[:, ::2], base[..., 1:3], base.permute(3, 2, 1, 0), base[:, :1, :1]):
         layout = moealign.align(ids, block_size=3, num_experts=9, positions=True, backend="cpu")
         assert_same_layout(layout, oracle_align(ids, block_size=3, num_experts=9))
 
 
-def test_strides_that_are_two_are_read_in_place() -> None:
+def test_ids_of_two_strides_are_read_in_place() -> None:
     base = torch.zeros(6, 5, 4, dtype=torch.int32)
     for ids in (base[0].T, base[:, 0], base[0, 0, ::2], base[:, :, 0], base[:1, :1, :1].expand(3, 5, 4)):
         read, *_ = aligner._walk(ids, ids.numel())
@@ -235,15 +237,15 @@ OPERATIONS: dict[str, Callable[[int], object]] = {
 
 
 @numba
-@pytest.mark.parametrize("given", ["0", "-1", "two", ""])
+@pytest.mark.parametrize("value", ["0", "-1", "two", ""])
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("tokens", [1, 60_000])
 def test_a_bad_number_of_threads_is_refused_by_every_call(
-    monkeypatch: pytest.MonkeyPatch, operation: str, tokens: int, given: str
+    monkeypatch: pytest.MonkeyPatch, operation: str, tokens: int, value: str
 ) -> None:
-    for _ in range(2):  # the second call of a kind takes a shorter way
+    for _ in range(2):  # the second call repeats the arguments of the first
         OPERATIONS[operation](tokens)
-    monkeypatch.setenv("MOEALIGN_NUM_THREADS", given)
+    monkeypatch.setenv("MOEALIGN_NUM_THREADS", value)
     for _ in range(2):
         with pytest.raises(moealign.InvalidInput, match="MOEALIGN_NUM_THREADS: expected a whole number from 1 on"):
             OPERATIONS[operation](tokens)
@@ -253,7 +255,7 @@ def test_a_bad_number_of_threads_is_refused_by_every_call(
 
 
 @numba
-def test_the_note_tells_compile_from_cache_from_loaded(tmp_path: Path) -> None:
+def test_the_note_distinguishes_compiling_cached_and_loaded(tmp_path: Path) -> None:
     code = """
 import torch, moealign
 from moealign.backend import cpu
@@ -278,7 +280,7 @@ def test_every_output_has_a_place_in_the_kernels() -> None:
     assert len(OUTPUTS) == 9  # a new field needs an argument in kernels.serial, kernels.shared and kernels.batched_*
 
 
-def test_helpers_go_home_before_the_interpreter_ends() -> None:
+def test_helpers_stop_before_the_interpreter_ends() -> None:
     helpers = Helpers()
     done: list[int] = []
     before = set(threading.enumerate())
@@ -292,11 +294,11 @@ def test_helpers_go_home_before_the_interpreter_ends() -> None:
     assert not any(thread.is_alive() for thread in started)
     helpers.ask(1, lambda number: done.append(number), (8,), None)  # the caller does it all
     assert done == [7, 7, 7]
-    helpers.close()  # once more does no harm
+    helpers.close()  # idempotent
 
 
 def test_closing_does_not_wait_for_a_helper_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads_, "LONGEST_CLOSE", 0.01)
+    monkeypatch.setattr(threads_, "MAX_CLOSE", 0.01)
     helpers, at_work, release = Helpers(), threading.Event(), threading.Event()
     helpers.ask(1, lambda: (at_work.set(), release.wait(30)), (), None)
     assert at_work.wait(30)
@@ -311,7 +313,7 @@ def test_closing_does_not_wait_for_a_helper_that_stays(monkeypatch: pytest.Monke
 @numba
 @pytest.mark.parametrize("room", [0, 1, 2])
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["limit", "memory"])
-def test_helpers_that_cannot_be_started_are_done_without(
+def test_a_call_does_without_helpers_that_cannot_be_started(
     threads: pytest.MonkeyPatch, room: int, error: Exception
 ) -> None:
     helpers, start, left = Helpers(), threading.Thread.start, [room]
@@ -333,17 +335,17 @@ def test_helpers_that_cannot_be_started_are_done_without(
     assert left == [0]
 
 
-# What each of these processes does at every event of a call, by number: to raise, or to call again.
+# A process that at every event of a call, one by one, raises or calls again.
 AT_EVERY_EVENT = """
 import os, sys, threading, time, torch, moealign
 from moealign.backend.cpu import align as cpu
 from moealign.backend.cpu import compiled
 from moealign.backend.cpu import route as routing
-for name, value in {"PARALLEL_ROUTES": 1, "MIN_ROUTES_A_THREAD": 16, "MIN_ROUTES_AN_EXPERT": 0.01,
-                    "CHUNK_ROUTES_AN_EXPERT": 0.01}.items():
+for name, value in {"PARALLEL_ROUTES": 1, "MIN_ROUTES_PER_THREAD": 16, "MIN_ROUTES_PER_EXPERT": 0.01,
+                    "CHUNK_ROUTES_PER_EXPERT": 0.01}.items():
     if os.environ["SIZE"] == "large":
         setattr(cpu, name, value)
-        routing.PARALLEL_LOGITS = routing.MIN_LOGITS_A_THREAD = 1
+        routing.PARALLEL_LOGITS = routing.MIN_LOGITS_PER_THREAD = 1
 ids = (torch.arange(96, dtype=torch.int32) * 7 % 10 - 1).reshape(48, 2)
 logits, counts = torch.linspace(-1, 1, 16 * 24).sin().reshape(16, 24), torch.tensor([3, 0, 9, 4])
 
@@ -353,16 +355,16 @@ def results(backend):
             *moealign.align_batched(counts, max_tokens_per_batch=9, block_size=4, backend=backend),
             moealign.route(logits, 4, block_size=16, backend=backend)[1]]
 
-def right(found):
-    return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+def correct(outputs):
+    return all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
 
-wanted, experts = results("reference"), 50
+expected, experts = results("reference"), 50
 
 def again():
     global experts
     experts += 50  # more than the rows of any call before
     many = [moealign.moe_align_block_size(ids, 16, experts, backend=name) for name in ("cpu", "reference")]
-    assert all(map(torch.equal, *many)) and right(results("cpu"))
+    assert all(map(torch.equal, *many)) and correct(results("cpu"))
 
 def interrupt():
     raise KeyboardInterrupt
@@ -375,23 +377,23 @@ def hook(frame, event, argument):
     return hook
 
 act, watch = {"raise": (interrupt, sys.settrace), "again": (again, sys.setprofile)}[os.environ["ACT"]]
-assert right(results("cpu")) and right(results("cpu"))
+assert correct(results("cpu")) and correct(results("cpu"))
 number = seen = 0
 while seen >= number:
-    number, seen, found = number + 1, 0, None
+    number, seen, outputs = number + 1, 0, None
     try:
         watch(hook)
-        found = results("cpu")
+        outputs = results("cpu")
     except KeyboardInterrupt:
         pass
     finally:
         watch(None)
-    assert found is None or right(found), number
-    assert right(results("cpu")), number
+    assert outputs is None or correct(outputs), number
+    assert correct(results("cpu")), number
 assert number > 200
 time.sleep(0.1)
 helpers = [thread for thread in threading.enumerate() if thread.name.startswith("moealign")]
-assert len(helpers) <= 4, helpers  # as many as asked for, and one or two that an interrupted start left behind
+assert len(helpers) <= 4, helpers  # as many as requested, and one or two from interrupted starts
 clock = time.process_time()
 time.sleep(0.3)
 assert time.process_time() - clock < 0.2  # no helper spins
@@ -408,10 +410,10 @@ def test_an_exception_or_a_call_at_any_event_of_a_call_does_no_harm(size: str, a
 
 @numba
 @pytest.mark.parametrize("operation", ["align", "batched", "route"])
-def test_helpers_of_a_call_that_does_not_begin_touch_nothing(threads: pytest.MonkeyPatch, operation: str) -> None:
-    threads.setattr(threads_, "LONGEST_CLOSE", 60.0)  # on a busy machine they take long to give up
+def test_helpers_of_a_call_that_never_begins_touch_nothing(threads: pytest.MonkeyPatch, operation: str) -> None:
+    threads.setattr(threads_, "MAX_CLOSE", 60.0)  # on a busy machine they give up late
     threads.setattr(router, "PARALLEL_LOGITS", 1)
-    threads.setattr(router, "MIN_LOGITS_A_THREAD", 1)
+    threads.setattr(router, "MIN_LOGITS_PER_THREAD", 1)
     threads.setenv("MOEALIGN_NUM_THREADS", "3")
     helpers, out = Helpers(), {}
     threads.setattr(aligner, "helpers", helpers)
@@ -443,14 +445,14 @@ def test_helpers_of_a_call_that_does_not_begin_touch_nothing(threads: pytest.Mon
     threads.setattr(helpers, "ask", interrupted)
     with pytest.raises(KeyboardInterrupt):
         calls[operation]()
-    helpers.close()  # after all that was asked of them
+    helpers.close()  # after all their tasks
     assert not helpers.threads
     if operation != "route":
         assert (out[operation].sorted_token_ids == -7).all()
 
 
-def test_close_waits_for_helpers_that_have_started_and_do_not_serve_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads_, "LONGEST_CLOSE", 60.0)
+def test_close_waits_for_helpers_that_are_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads_, "MAX_CLOSE", 60.0)
     left = []
 
     class Late(Helpers):
@@ -468,31 +470,31 @@ def test_close_waits_for_helpers_that_have_started_and_do_not_serve_yet(monkeypa
 @numba
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer's signal")
 @pytest.mark.parametrize("seconds", ["0.05", "1.0"])  # while numba is imported; while it compiles
-def test_an_interrupt_while_numba_is_at_work_does_no_harm(seconds: str, tmp_path: Path) -> None:
+def test_an_interrupt_while_numba_is_busy_does_no_harm(seconds: str, tmp_path: Path) -> None:
     code = """
 import os, signal, threading, time, torch, moealign
 class Late(Exception): pass
 def ring(*_): raise Late
 signal.signal(signal.SIGALRM, ring)
 ids = torch.arange(1 << 19, dtype=torch.int32).reshape(-1, 8) % 60
-wanted = moealign.moe_align_block_size(ids, 16, 60, backend="reference")
+expected = moealign.moe_align_block_size(ids, 16, 60, backend="reference")
 try:
     signal.setitimer(signal.ITIMER_REAL, float(os.environ["SECONDS"]))
     moealign.moe_align_block_size(ids, 16, 60, backend="cpu")
 except Late:
-    pass  # a fast machine is through before
+    pass  # a fast machine finishes before the signal
 signal.setitimer(signal.ITIMER_REAL, 0)
 clock = time.process_time()
 time.sleep(0.3)
 assert time.process_time() - clock < 0.2
-assert all(map(torch.equal, moealign.moe_align_block_size(ids, 16, 60), wanted))
+assert all(map(torch.equal, moealign.moe_align_block_size(ids, 16, 60), expected))
 print("right")
 """
     assert printed(code, SECONDS=seconds, MOEALIGN_NUM_THREADS="2", MOEALIGN_CACHE_DIR=str(tmp_path)) == "right"
 
 
 @numba
-def test_a_call_while_numba_is_at_work_is_computed_by_the_reference(tmp_path: Path) -> None:
+def test_a_call_while_numba_is_busy_is_computed_by_the_reference(tmp_path: Path) -> None:
     code = """
 import sys, torch, moealign
 ids = torch.arange(96, dtype=torch.int32).reshape(-1, 2) % 9
@@ -502,22 +504,22 @@ calls = {
         torch.arange(5), max_tokens_per_batch=4, block_size=4, backend=backend),
     "route": lambda backend: moealign.route(torch.eye(7), 3, block_size=4, backend=backend)[2],
 }
-wanted = {name: list(call("reference")) for name, call in calls.items()}
-right = lambda: all(all(map(torch.equal, call("cpu"), wanted[name])) for name, call in calls.items())
+expected = {name: list(call("reference")) for name, call in calls.items()}
+correct = lambda: all(all(map(torch.equal, call("cpu"), expected[name])) for name, call in calls.items())
 seen = inside = 0
 def hook(frame, event, argument):
     global seen, inside
     seen += "numba" in sys.modules
     if seen in (1_000, 50_000, 400_000, 800_000):
         seen += 1
-        assert right()
+        assert correct()
         inside += 1
         if inside == 4:
             sys.setprofile(None)
 sys.setprofile(hook)
 moealign.align(ids, block_size=4, num_experts=9, backend="cpu")
 sys.setprofile(None)
-print(inside, right())
+print(inside, correct())
 """
     assert printed(code, MOEALIGN_CACHE_DIR=str(tmp_path)) == "4 True"
 
@@ -537,10 +539,11 @@ def test_a_kernel_that_numba_cannot_compile_is_replaced(monkeypatch: pytest.Monk
         layout = moealign.align(ids, block_size=4, num_experts=9, backend="cpu")
         assert_same_layout(layout, oracle_align(ids, block_size=4, num_experts=9))
     (record,) = caplog.records
-    assert "backend 'reference' computes in the place of serial" in record.message
+    assert record.message.startswith("numba cannot compile serial")
+    assert "falling back to backend 'reference'" in record.message
 
 
-# ---------------------------------------------------------------------------------------------- where kernels are kept
+# ---- The disk cache ------------------------------------------------------------------------------------------------
 
 COLD = """
 import os, sys, torch, moealign
@@ -549,17 +552,17 @@ if os.environ.get("LOSE_HOME"):
     def lost(): raise RuntimeError("Could not determine home directory.")
     pathlib.Path.home = lost
 ids = torch.arange(40, dtype=torch.int32).reshape(-1, 2) % 5
-told = moealign.explain(ids, block_size=4, num_experts=5)
+explanation = moealign.explain(ids, block_size=4, num_experts=5)
 layout = moealign.align(ids, block_size=4, num_experts=5)
-wanted = moealign.align(ids, block_size=4, num_experts=5, backend="reference")
-assert all(map(torch.equal, layout, wanted))
-print(told)
+expected = moealign.align(ids, block_size=4, num_experts=5, backend="reference")
+assert all(map(torch.equal, layout, expected))
+print(explanation)
 """
 
 
 @numba
 @pytest.mark.parametrize("case", ["a file", "of others", "no home", "below a file, by numba's variable"])
-def test_where_nothing_can_be_kept_kernels_compile_in_every_process(tmp_path: Path, case: str) -> None:
+def test_without_a_cache_folder_kernels_compile_in_every_process(tmp_path: Path, case: str) -> None:
     file = tmp_path / "file"
     file.write_text("")
     environment: dict[str, str | None] = {"MOEALIGN_CACHE_DIR": None, "NUMBA_CACHE_DIR": None, "XDG_CACHE_HOME": None}
@@ -580,7 +583,7 @@ def test_where_nothing_can_be_kept_kernels_compile_in_every_process(tmp_path: Pa
 
 
 @numba
-def test_kernels_are_kept_in_the_folder_of_the_variables(tmp_path: Path) -> None:
+def test_kernels_are_cached_in_the_folder_of_the_variables(tmp_path: Path) -> None:
     rows: dict[str, dict[str, str | None]] = {
         "own": {"MOEALIGN_CACHE_DIR": str(tmp_path / "own"), "NUMBA_CACHE_DIR": str(tmp_path / "numba")},
         "numba/moealign": {"MOEALIGN_CACHE_DIR": "", "NUMBA_CACHE_DIR": str(tmp_path / "numba")},
@@ -589,26 +592,46 @@ def test_kernels_are_kept_in_the_folder_of_the_variables(tmp_path: Path) -> None
         done = run_python(COLD, XDG_CACHE_HOME=str(tmp_path), **environment)
         assert f"then it is cached in {tmp_path / folder}" in done.stdout
         assert done.stderr == ""
-        (kept,) = (tmp_path / folder).iterdir()
-        assert kept.suffix == ".numba"
+        (entry,) = (tmp_path / folder).iterdir()
+        assert entry.suffix == ".numba"
     assert [path.name for path in (tmp_path / "numba").iterdir()] == ["moealign"]
-    (kept,) = (tmp_path / "own").iterdir()
-    kept.write_bytes(kept.read_bytes()[:-1])
+    (entry,) = (tmp_path / "own").iterdir()
+    entry.write_bytes(entry.read_bytes()[:-1])
     done = run_python(COLD, **rows["own"])
     assert "compiled by numba before" in done.stdout
     assert done.stderr.count("is damaged: compiling again") == 1
 
 
 @numba
-def test_a_relative_folder_is_taken_from_where_the_process_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from moealign.backend.cpu import align_kernels as kernels
+@pytest.mark.parametrize("name", ["align_kernels", "route_kernels"])
+def test_the_key_of_a_kernel_has_every_source_that_it_is_built_from(name: str) -> None:
+    module = importlib.import_module(f"moealign.backend.cpu.{name}")
+    sources = {inspect.getsource(module).encode()}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = importlib.import_module("." * node.level + (node.module or ""), module.__package__)
+            values = (getattr(base, alias.name) for alias in node.names)
+            sources |= {inspect.getsource(each if inspect.ismodule(each) else base).encode() for each in values}
+    variants = [
+        each for kernel in vars(module).values() for each in (kernel.values() if type(kernel) is dict else [kernel])
+    ]
+    kernels = [each for each in variants if hasattr(getattr(each, "_cache", None), "ingredients")]
+    assert len(sources) == 3
+    assert len(kernels) >= 3
+    for kernel in kernels:
+        assert sources <= set(kernel._cache.ingredients)
+
+
+@numba
+def test_a_relative_folder_is_relative_to_the_current_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from moealign.backend.cpu import intrinsics
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MOEALIGN_CACHE_DIR", "below/cache")
-    assert kernels.kept_in() == tmp_path / "below" / "cache"
+    assert intrinsics.kernel_folder() == tmp_path / "below" / "cache"
 
 
-# -------------------------------------------------------------------------------------------------- where numba fails
+# ---- Where numba fails ---------------------------------------------------------------------------------------------
 
 FAILING = {
     "import": ("numba/__init__.py", "raise ImportError('Numba needs NumPy 2.0 or less')", "Numba needs NumPy 2.0"),
@@ -623,8 +646,8 @@ def test_a_numba_that_does_not_run_makes_the_backend_unavailable(tmp_path: Path,
     code = """
 import torch, moealign
 ids = torch.zeros(4, 2, dtype=torch.int32)
-told = moealign.explain(ids, block_size=4, num_experts=2)
-assert told.backend == "reference" and told.reasons["cpu"] == moealign.backends()["cpu"]
+explanation = moealign.explain(ids, block_size=4, num_experts=2)
+assert explanation.backend == "reference" and explanation.reasons["cpu"] == moealign.backends()["cpu"]
 for _ in range(2):
     assert moealign.align(ids, block_size=4, num_experts=2).num_tokens_post_padded.item() == 8
 moealign.route(torch.eye(4), 2, block_size=4)
@@ -641,14 +664,14 @@ except moealign.BackendUnavailable as error:
         name, text, reason = FAILING[case]
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    said = printed(code, tmp_path, **environment)
-    assert "got 'cpu'" in said
-    assert reason in said
+    message = printed(code, tmp_path, **environment)
+    assert "got 'cpu'" in message
+    assert reason in message
 
 
 @numba
-def test_an_exception_of_others_while_numba_is_imported_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, raised = compiled._whole, []
+def test_an_exception_from_elsewhere_passes_through_the_import_of_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, raised = compiled._import, []
 
     def once(name: str) -> Any:
         if not raised:
@@ -658,20 +681,20 @@ def test_an_exception_of_others_while_numba_is_imported_is_theirs(monkeypatch: p
 
     cpu.unavailable.cache_clear()
     monkeypatch.setattr(compiled, "loaded", {})
-    monkeypatch.setattr(compiled, "_whole", once)
+    monkeypatch.setattr(compiled, "_import", once)
     with pytest.raises(TimeoutError):
         cpu.unavailable()
     assert cpu.unavailable() is None
 
 
 @numba
-def test_info_tells_where_the_cpu_backend_stands(tmp_path: Path) -> None:
+def test_info_shows_the_state_of_the_cpu_backend(tmp_path: Path) -> None:
     pytest.importorskip("typer")
     code = "from moealign.__main__ import main; import sys; sys.argv = ['moealign', 'info']; main()"
     rows: list[tuple[dict[str, str | None], str]] = [
         ({"MOEALIGN_CACHE_DIR": str(tmp_path)}, "ready; the first call compiles with numba"),
-        ({"NUMBA_DISABLE_JIT": "1"}, "not here: NUMBA_DISABLE_JIT is set"),
+        ({"NUMBA_DISABLE_JIT": "1"}, "unavailable: NUMBA_DISABLE_JIT is set"),
         ({"MOEALIGN_NUM_THREADS": "0"}, "ready; but calls are refused: MOEALIGN_NUM_THREADS"),
     ]
-    for environment, said in rows:
-        assert said in " ".join(printed(code, **environment).split())
+    for environment, text in rows:
+        assert text in " ".join(printed(code, **environment).split())

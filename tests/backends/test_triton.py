@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: interpreted on the CPU, and compiled ahead for machines that are not here."""
+"""The Triton backend without a GPU: interpreted on the CPU, and compiled ahead for other machines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_compiles_ahead_within_every_targets_shared_memory(release):
     assert_passes(__file__, release, interpreted=False)
 
 
-def test_says_why_it_is_not_here(monkeypatch):
+def test_says_why_it_is_unavailable(monkeypatch):
     launching.unavailable.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -64,8 +64,8 @@ def test_alignments_of_the_layout_compile_nothing():
         keys, tiles = set(), set()
         for n in range(low, high):
             sizes = capacity(n, block_size=16, num_experts=60)
-            wanted = [name for name in EXTRAS if name != "scatter_idx"]
-            names = ["sorted_token_ids", "expert_ids", "num_tokens_post_padded", *wanted]
+            extras = [name for name in EXTRAS if name != "scatter_idx"]
+            names = ["sorted_token_ids", "expert_ids", "num_tokens_post_padded", *extras]
             for shift in range(4):
                 out = BlockLayout(
                     **dict(zip(names, cut(*(getattr(sizes, name) for name in names), shift=shift), strict=True))
@@ -78,7 +78,7 @@ def test_alignments_of_the_layout_compile_nothing():
         assert len(keys) == len(tiles), (low, high)
 
 
-def test_outputs_for_engines_are_allocated_apart():
+def test_outputs_for_engines_are_allocated_separately():
     """An engine's kernels are compiled for the alignment that they see; an allocation of its own is always aligned."""
     from moealign.integrations import vllm_ops
 
@@ -119,12 +119,12 @@ def plan(routes, experts=256, block_size=128, dtype=torch.int32, extras=(), mapp
     return backend.launches(problem, ids, expert_map, word, word, out)
 
 
-def plan_batched(batches, most, block_size, dtype=torch.int32, extras=()):
+def plan_batched(batches, max_tokens, block_size, dtype=torch.int32, extras=()):
     counts = torch.empty(batches, dtype=dtype)
     problem = AlignProblem(
-        "align_batched", counts.device, dtype, batches * most, most, batches, block_size, extras=extras
+        "align_batched", counts.device, dtype, batches * max_tokens, max_tokens, batches, block_size, extras=extras
     )
-    out = poisoned(capacity_batched(most, block_size=block_size, num_batches=batches), extras, "cpu", 0)
+    out = poisoned(capacity_batched(max_tokens, block_size=block_size, num_batches=batches), extras, "cpu", 0)
     return backend.launches_batched(problem, counts, torch.empty(1, dtype=torch.int32), out)
 
 

@@ -170,8 +170,8 @@ def test_neither_tokens_nor_alignments_compile_a_router():
             floats = (each.view(torch.float32) for each in (logits.view(tokens, 60), bias, weights))
             logits, bias, weights = floats
             arguments, constants, warps = routing.launch_of(facts, logits, bias, valid, weights, ids, None)
-            one = experts.GemmLaunch("choose", (tokens,), arguments, constants, warps, 3, False)
-            keys.add(specialisation(routing_kernels.choose, one))
+            one = experts.GemmLaunch("topk", (tokens,), arguments, constants, warps, 3, False)
+            keys.add(specialisation(routing_kernels.topk, one))
     assert len(keys) == 1
 
 

@@ -15,7 +15,7 @@ from enum import Enum
 import pytest
 import torch
 from cases.engines import LORA, assert_lora, lora_case, rows_of, sglang_oracle
-from helpers import ROOT, TARGETS, WORKERS, assert_passes, compile_ahead
+from helpers import ROOT, TARGETS, WORKERS, assert_passes, compile_ahead, cut, specialisation
 
 from moealign.errors import BackendUnavailable, InvalidInput
 from moealign.integrations import engines, sglang, vllm, vllm_ops
@@ -321,6 +321,46 @@ def test_the_triton_steps_compile_ahead(target, ids, mapped):
         )
         assert set(signature) == set(function.arg_names)
         list(compile_ahead(function, signature, constants, targets=[(*target[:3], 64 * 1024)]))
+
+
+def test_another_number_of_tokens_compiles_no_new_step(monkeypatch):
+    pytest.importorskip("triton")
+    from moealign.integrations import vllm_kernels as kernels
+
+    keys = set()
+
+    class Recorder:
+        """A kernel that notes what it would be compiled for."""
+
+        def __init__(self, name):
+            self.name, self.function = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: keys.add(
+                specialisation(
+                    self.function,
+                    types.SimpleNamespace(kernel=self.name, arguments=arguments, constants=constants, num_warps=4),
+                )
+            )
+
+    for name in ("_virtual_ids", "_segments", "_globalize"):
+        monkeypatch.setattr(kernels, name, Recorder(name))
+    slots, experts = 3, 8
+    for tokens in range(1, 41):
+        for shift in range(4):
+            length = tokens + experts * 15
+            ids, mapping, enabled, active, expert_map, rows, blocks, totals, offsets = cut(
+                tokens, tokens, slots, slots + 1, experts, slots * length, slots * length, slots, 25, shift=shift
+            )
+            packed = types.SimpleNamespace(
+                sorted_token_ids=rows, expert_ids=blocks, expert_offsets=offsets, block_size=16, num_routes=tokens
+            )
+            kernels.virtual_ids(ids.view(tokens, 1), mapping, enabled, active, expert_map, experts, slots)
+            kernels.segments(
+                packed, rows.view(slots, length), blocks.view(slots, length), totals, experts, enabled, active
+            )
+            kernels.globalize(ids.to(torch.int64)[shift % 2 :], mapping, 90)
+    assert len(keys) == 3
 
 
 # ---- SGLang ------------------------------------------------------------------------------------------------------

@@ -50,11 +50,11 @@ def configurations():
 
 
 def compile_all():
-    from moealign.backend.triton.route_kernels import choose
+    from moealign.backend.triton.route_kernels import topk
 
     for arguments, constants, warps in configurations():
-        call = signature_of(choose, arguments, constants)
-        for arch, binary in compile_ahead(choose, *call, num_warps=warps, enable_fp_fusion=False):
+        call = signature_of(topk, arguments, constants)
+        for arch, binary in compile_ahead(topk, *call, num_warps=warps, enable_fp_fusion=False):
             # A product fused with what it is added to would be another number, and another expert.
             if "ptx" in binary.asm:
                 assert "fma.rn.f32" not in binary.asm["ptx"] or not constants["SIGMOID"], arch

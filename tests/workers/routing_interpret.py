@@ -17,27 +17,27 @@ SIZES = [(1, 4, 1), (12, 8, 2), (4, 60, 6), (2, 100, 32), (2, 260, 8)]  # tokens
 
 
 def cases():
-    """(what, ids, weights, mean) by the kernel and by the loops."""
+    """(case, results of the kernel, results of the loops)."""
     number = 0
     for kind in KINDS:
         for tokens, experts, top_k in SIZES:
             number += 1
             generator = torch.Generator().manual_seed(number)
-            given = arguments(kind, experts, top_k, generator)
+            options = arguments(kind, experts, top_k, generator)
             logits = awkward(tokens, experts, generator).to(FLOATS[number % 3])
             valid = max(tokens - 1, 1)
-            call = {"block_size": 4, "num_valid_tokens": torch.tensor([valid], dtype=torch.int32), **given}
+            call = {"block_size": 4, "num_valid_tokens": torch.tensor([valid], dtype=torch.int32), **options}
             weights, ids, _, mean = routed(logits, top_k, **call, mean_probability=True, backend="triton")
             yield (
                 f"{kind}, {tokens} x {experts}, {top_k}",
                 (ids, weights, mean),
-                oracle_route(logits, top_k, **given, num_valid_tokens=valid),
+                oracle_route(logits, top_k, **options, num_valid_tokens=valid),
             )
 
 
 def compared():
-    """(what, difference or None) of every case."""
-    for said, (ids, weights, mean), (want_ids, want_weights, want_mean) in cases():
+    """(case, difference or None)."""
+    for case, (ids, weights, mean), (want_ids, want_weights, want_mean) in cases():
         difference = None
         try:
             assert ids.tolist() == want_ids, "ids"
@@ -45,7 +45,7 @@ def compared():
             torch.testing.assert_close(mean, torch.tensor(want_mean), rtol=1e-5, atol=1e-8)
         except AssertionError as error:
             difference = str(error)
-        yield said, difference
+        yield case, difference
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from moealign.testing import check_backend, difference, oracle_align, oracle_ali
 SIZES = [
     (0, 8, 4, 16),  # no route
     (1, 1, 1, 1),  # one of everything
-    (16, 8, 256, 16),  # the most that one program takes
+    (16, 8, 256, 16),  # the maximum for one program
     (43, 3, 7, 16),  # one route more: the first of independent programs
     (17, 8, 256, 16),  # the last of them with a few routes, and others with none
     (64, 8, 1_000, 1),  # as many bins as they take, blocks of one row
@@ -34,15 +34,15 @@ BATCHED = [(0, 4, 4), (5, 8, 4), (3, 0, 16), (33, 17, 7), (300, 5, 64), (4_200, 
 
 
 def hand_made(generator):
-    """(what, layout, what it should be) of calls with all extras."""
-    wanted = dict.fromkeys(EXTRAS, True)
+    """(case, layout, error word, the oracle's layout) of calls with all extras."""
+    extras = dict.fromkeys(EXTRAS, True)
     for tokens, top_k, experts, size in SIZES:
         ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator, dtype=torch.int32)
         call = {"block_size": size, "num_experts": experts}
-        for say, values in (("random", ids), ("one expert", torch.full_like(ids, experts - 1))):
+        for what, values in (("random", ids), ("one expert", torch.full_like(ids, experts - 1))):
             word = moealign.new_error_word("cpu")
-            layout = moealign.align(values, **call, **wanted, error_word=word, backend="triton")
-            yield f"{say} {tokens} x {top_k}, {experts} experts, B {size}", layout, word, oracle_align(values, **call)
+            layout = moealign.align(values, **call, **extras, error_word=word, backend="triton")
+            yield f"{what} {tokens} x {top_k}, {experts} experts, B {size}", layout, word, oracle_align(values, **call)
     for size in (60, 500):
         far = torch.full((size, 1), 2**32 + 3)
         far[::3] = 3
@@ -50,22 +50,22 @@ def hand_made(generator):
         word = moealign.new_error_word("cpu")
         layout = moealign.align(far, **call, error_word=word, backend="triton")
         yield f"2**32 + 3 is no 3, {size}", layout, word, oracle_align(far, **call)
-    del wanted["scatter_idx"]
-    for batches, most, size in BATCHED:
-        counts = torch.randint(-1, most + 2, (batches,), generator=generator)
-        call = {"max_tokens_per_batch": most, "block_size": size}
+    del extras["scatter_idx"]
+    for batches, max_tokens, size in BATCHED:
+        counts = torch.randint(-1, max_tokens + 2, (batches,), generator=generator)
+        call = {"max_tokens_per_batch": max_tokens, "block_size": size}
         word = moealign.new_error_word("cpu")
-        layout = moealign.align_batched(counts, **call, **wanted, error_word=word, backend="triton")
-        yield f"{batches} batches of {most}, B {size}", layout, word, oracle_align_batched(counts, **call)
+        layout = moealign.align_batched(counts, **call, **extras, error_word=word, backend="triton")
+        yield f"{batches} batches of {max_tokens}, B {size}", layout, word, oracle_align_batched(counts, **call)
 
 
 def compared(cases: int):
-    """(what, difference or None) of every case."""
-    for said, layout, word, expected in hand_made(torch.Generator().manual_seed(0)):
-        found = difference(layout, expected)
-        if found is None and word.tolist() != expected["error_word"]:
-            found = f"error_word: expected {expected['error_word'][0]}, got {word.item()}"
-        yield said, found
+    """(case, difference or None)."""
+    for case, layout, word, expected in hand_made(torch.Generator().manual_seed(0)):
+        wrong = difference(layout, expected)
+        if wrong is None and word.tolist() != expected["error_word"]:
+            wrong = f"error_word: expected {expected['error_word'][0]}, got {word.item()}"
+        yield case, wrong
     yield from check_backend("triton", "cpu", cases=cases)
 
 

@@ -1,22 +1,21 @@
-"""The backends, in the order in which a call tries them: a row in the table below and a package beside this file each.
+"""The backends, in the order in which a call tries them: each is a row in the table below and a package beside it.
 
-A backend has the same rooms as every other: ``align.py``, ``route.py``, and its kernels.  Its package has these
-functions.  It fills outputs that it is given and allocates none:
+Every backend has the same modules: ``align.py``, ``route.py`` and their kernels.  It fills outputs and allocates none.
+Its package has these functions:
 
 ``unavailable() -> str | None``
-    Why it cannot run on this machine at all and what would make it run; None if it can.  Nothing heavy is imported
-    before this is asked.
+    Why it cannot run on this machine, and how to make it run; None if it can.  Imports nothing heavy until called.
 ``refuses(problem) -> str | None``
-    Why it cannot take this AlignProblem or RouteProblem on a machine where it runs; None if it can.  Depends on
-    nothing but the problem.
+    Why it cannot take this AlignProblem or RouteProblem although it is available; None if it can.  Depends on nothing
+    but the problem.
 ``note(problem) -> str``
-    What to expect of a first call (a compilation, a cache), in one line; may be empty.
+    What a first call involves (a compilation, a cache), in one line; may be empty.
 ``prepare(problem) -> Prepared``
-    What a call with this AlignProblem runs; done once for each signature.
+    What a call with this AlignProblem runs; prepared once per signature.
 ``prepare_route(route, layout=None) -> PreparedRoute``
-    The same for a RouteProblem, and for the layout of its ids where an AlignProblem is given.
+    The same for a RouteProblem, and for the layout of its ids if an AlignProblem is given.
 
-Prepared calls are called from any thread, also from inside each other.
+Prepared calls run on any thread, also inside each other.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ TABLE: dict[str, str] = {
 
 
 class Prepared(NamedTuple):
-    """One alignment, ready to run.  Both fill every output that is not None, to the last element."""
+    """One alignment, ready to run.  Both functions fill every output that is not None, to the last element."""
 
     #: ``(topk_ids, expert_map, num_valid_tokens, error_word, out)``; batched ``(expert_num_tokens, error_word, out)``
     run: Callable[..., None]
-    #: ``(topk_ids, sorted_token_ids, expert_ids, num_tokens_post_padded)``: a shorter way for a call without options
+    #: ``(topk_ids, sorted_token_ids, expert_ids, num_tokens_post_padded)``: faster, for a call without options
     required: Callable[..., None] | None = None
 
 

@@ -1,8 +1,8 @@
-"""Compiled kernels on disk, for every backend that compiles: which folder, and entries that are whole or not there.
+"""Compiled kernels on disk, for every backend that compiles: the folder and its entries.
 
-An entry is a SHA-256 over its key and its code, then the code; one whose hash does not fit is compiled again: that is
-for damage.  Against other users there are the folder's permissions: it is used only if its owner alone can write it.
-Nothing here raises for a folder or a file: a process without a cache compiles for itself, after one warning.
+An entry is a SHA-256 of its key and code, then the code.  The hash detects damage: such an entry is compiled again.
+Permissions protect against other users: the folder is used only if its owner alone can write it.  Nothing here raises
+for a folder or a file: a process without a cache compiles its own kernels, after one warning.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _log = logging.getLogger("moealign")
 
 
 def _folder(fallback: str | None = None) -> Path:
-    named = os.environ.get("MOEALIGN_CACHE_DIR")
-    if named:
-        return Path(named)
+    folder = os.environ.get("MOEALIGN_CACHE_DIR")
+    if folder:
+        return Path(folder)
     return Path(fallback or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moealign"
 
 
@@ -61,7 +61,7 @@ def cache_folder(fallback: str | None = None) -> Path | None:
 
 
 def key_of(*ingredients: str | bytes) -> str:
-    """Names one entry: it changes with every ingredient."""
+    """The key of an entry: it changes with every ingredient."""
     digest = hashlib.sha256()
     for each in ingredients:
         encoded = each if isinstance(each, bytes) else each.encode()
@@ -70,7 +70,7 @@ def key_of(*ingredients: str | bytes) -> str:
 
 
 def read(path: Path, key: str) -> bytes | None:
-    """The code at `path`, None if there is none or it is not what :func:`write` wrote for `key`."""
+    """The code at `path`; None if there is none, or not one that :func:`write` wrote for `key`."""
     try:
         entry = path.read_bytes()
     except OSError:
@@ -83,7 +83,7 @@ def read(path: Path, key: str) -> bytes | None:
 
 
 def write(path: Path, key: str, code: bytes) -> None:
-    """Whole or not at all: a reader sees no half-written entry, and of many writers the last one wins with the same."""
+    """Write an entry atomically: a reader never sees half of one, and concurrent writers write the same."""
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
@@ -95,4 +95,4 @@ def write(path: Path, key: str, code: bytes) -> None:
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)  # is there only if it was not renamed
+                os.unlink(temporary)  # exists only if it was not renamed

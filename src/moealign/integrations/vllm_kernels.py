@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The steps around the alignment in vLLM's operators, one Triton launch each.  Imported by the first call."""
+"""The steps around the alignment in vLLM's operators, one Triton launch each.  Only a first call imports it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ __all__ = ["globalize", "segments", "virtual_ids"]
 
 _ROUTES = 256
 _ROWS = 1024
-_SLOTS = 32  # of lora_ids compared at once
+_SLOTS = 32  # entries of lora_ids that are compared per step
 
 
-@triton.jit
+# Sizes change from call to call, and addresses with them: neither may recompile a kernel.
+@triton.jit(
+    do_not_specialize=["routes"],
+    do_not_specialize_on_alignment=["ids", "mapping", "enabled", "active", "expert_map", "out"],
+)
 def _virtual_ids(
     ids, mapping, enabled, active, expert_map, out, routes, top_k, num_experts, max_loras, num_active,
     MAP: tl.constexpr, ROUTES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    # One program per 256 routes: the bin of each route among the experts of all adapters.
+    """The bin of each route among the experts of all adapters, -1 if dropped.  Launch: a program per ROUTES routes.
+
+    Inputs: `ids` [routes]; `mapping`, the slot of each token; `enabled` [max_loras]; `active` [num_active], the slots
+    in use; with MAP, `expert_map` [num_experts].  Output: `out` int32 [routes].
+    """
     at = tl.program_id(0) * ROUTES + tl.arange(0, ROUTES)
     inside = at < routes
     expert = tl.load(ids + at, mask=inside, other=-1)
@@ -43,13 +51,23 @@ def _virtual_ids(
     tl.store(out + at, tl.where(kept, slot * num_experts + expert, -1), mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["length", "num_blocks", "routes"],
+    do_not_specialize_on_alignment=[
+        "packed_rows", "packed_experts", "offsets", "enabled", "active", "rows", "blocks", "totals",
+    ],
+)  # fmt: skip
 def _segments(
     packed_rows, packed_experts, offsets, enabled, active, rows, blocks, totals, num_experts, block_size, length,
     num_blocks, routes, num_active,
     ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    # Several programs per active slot: copy its segment of the packed layout to its own row, and fill the tail.
+    """Copy the segment of each active slot from the packed layout to its own row, and fill the tails.  Launch: for each
+    slot, a program per ROWS rows.
+
+    Inputs: `packed_rows`, `packed_experts` and `offsets`, a layout over max_loras * num_experts bins; `enabled` and
+    `active` as above.  Outputs of slot s: `rows` [s, length], `blocks` [s, num_blocks], `totals` [s].
+    """
     slot, part = tl.program_id(0), tl.program_id(1)
     listed = tl.zeros((SLOTS,), tl.int32)
     for one in range(0, num_active, SLOTS):
@@ -69,9 +87,9 @@ def _segments(
     tl.store(blocks + slot.to(tl.int64) * num_blocks + at, tl.where(at < used, expert, -1), mask=at < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["routes"], do_not_specialize_on_alignment=["ids", "scatter_idx"])
 def _globalize(ids, scatter_idx, offset, routes, ROWS: tl.constexpr):
-    # One program per 1024 routes: turn local expert ids into global ones, in place.
+    """Local `ids` [routes] to global ones in place, -1 if `scatter_idx` is.  Launch: a program per ROWS routes."""
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = at < routes
     local = tl.load(ids + at, mask=inside, other=0)
@@ -95,7 +113,7 @@ def virtual_ids(
     num_experts: int,
     max_loras: int,
 ) -> Tensor:
-    """int32 ``[tokens, top_k]``: ``slot * num_experts + expert``, -1 for a route that no active slot takes."""
+    """int32 ``[tokens, top_k]``: ``slot * num_experts + expert``, -1 for a route of no active slot."""
     out = torch.empty(topk_ids.shape, dtype=torch.int32, device=topk_ids.device)
     routes = topk_ids.numel()
     if routes:
@@ -117,7 +135,7 @@ def segments(
     adapter_enabled: Tensor,
     lora_ids: Tensor,
 ) -> None:
-    """Copy the part of each active slot from `packed` to its row of `rows` and `blocks`; tails are n and -1."""
+    """Copy the segment of each active slot from `packed` to its row of `rows` and `blocks`; tails are n and -1."""
     slots, length = rows.shape
     parts = max(1, triton.cdiv(max(length, blocks.shape[1]), _ROWS))
     with _current_device(rows):

@@ -1,6 +1,6 @@
-"""The layout and the router on the CPU: counting sort, compiled by numba at the first call and cached on disk.
+"""The layout and the router on the CPU: numba compiles them at the first call and caches them on disk.
 
-No import of numba before a call, or before somebody asks whether this backend runs here.
+numba is imported by a first call, or by :func:`unavailable`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def note(problem: AlignProblem) -> str:
     first, *others = [("batched_scan", 0)] if problem.op == "align_batched" else [("serial", width), ("shared", width)]
     if unavailable() is not None or not compiled.loaded or any(compiled.is_ready(*each) for each in (first, *others)):
         return ""
-    folder = compiled.loaded["align_kernels"].kept_in()
+    folder = compiled.folder()
     if folder is None:
         return "the first call compiles with numba, about 3 s, in every process: see the warning about the cache folder"
-    if compiled.is_kept("align_kernels", *first):
+    if compiled.is_cached("align_kernels", *first):
         return f"compiled by numba before, cached in {folder}: the first call loads it, about 0.5 s"
     return f"the first call compiles with numba, about 3 s, then it is cached in {folder}"
 

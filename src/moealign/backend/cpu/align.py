@@ -1,14 +1,11 @@
 """Counting sort on the CPU: the launcher of ``align_kernels.py``.
 
-Passes: count, scan, scatter, in one compiled call; from `PARALLEL_ROUTES` on several threads share it.  Bytes: ids are
-read twice, every output is written once; scratch is one int32 counter for each bin and chunk of routes, with at most
-`CHUNKS_A_THREAD` chunks a thread, and three tables.
+One compiled call counts, scans and scatters; from `PARALLEL_ROUTES` routes on several threads share it, in at most
+`CHUNKS_PER_THREAD` chunks each.  Ids of any integer dtype are read in place if their strides collapse to two
+dimensions, and are copied otherwise.
 
-Ids of any integer dtype and of any strides that collapse to two dimensions are read in place; only other strides are
-copied.
-
-A call shares nothing with another: what a kernel reads and writes belongs to the call that runs it, so that an
-exception, or a call from inside a call, leaves every table intact wherever it comes.
+Calls share nothing: a kernel reads and writes memory of its own call.  So an exception or a call from inside a call,
+wherever it comes, leaves every table intact.
 """
 
 from __future__ import annotations
@@ -34,11 +31,11 @@ from .threads import check_num_threads, helpers, num_threads
 __all__ = ["CODES", "align_batched", "prepare"]
 
 PARALLEL_ROUTES = 393_216  # fewer routes than this stay on one thread
-MIN_ROUTES_A_THREAD = 98_304  # and no thread gets fewer
-MIN_ROUTES_AN_EXPERT = 2  # a thread's counters must not cost more than its routes
-CHUNKS_A_THREAD = 8
-CHUNK_ROUTES_AN_EXPERT = 64  # four cache lines of rows: the first and the last are shared with other chunks
-HUGE_BYTES = 32 * 2**20  # glibc maps such buffers anew for every call, and each page is touched for the first time
+MIN_ROUTES_PER_THREAD = 98_304  # no thread gets fewer
+MIN_ROUTES_PER_EXPERT = 2  # a thread's counters must not cost more than its routes
+CHUNKS_PER_THREAD = 8
+CHUNK_ROUTES_PER_EXPERT = 64  # four cache lines of rows: a chunk shares its first and last with others
+HUGE_BYTES = 32 * 2**20  # glibc maps buffers of this size anew for every call, so each page faults
 _HUGE_PAGE = 2 * 2**20
 
 #: Width of an integer dtype in bytes, negative if unsigned.
@@ -47,14 +44,15 @@ CODES = {
     torch.uint8: -1, torch.uint16: -2, torch.uint32: -4, torch.uint64: -8,
 }  # fmt: skip
 
-_pack_shared = struct.Struct("29q").pack
+_pack_shared_args = struct.Struct("29q").pack
 _pack_address, _pack_outputs = struct.Struct("q").pack_into, struct.Struct("3q").pack_into
-_OUTPUTS_AT = 18 * 8  # of the arguments of `serial`
+_OUTPUTS_AT = 18 * 8  # bytes into the arguments of `serial`
 
 
 def _walk(ids: Tensor, routes: int) -> tuple[Tensor, int, int, int]:
-    """Route i lies at (i // cols) * row_stride + (i % cols) * col_stride; a copy if no such three numbers exist."""
-    axes: list[tuple[int, int]] = []  # (size, stride), outermost first, mergeable neighbours merged
+    """(ids, cols, row_stride, col_stride): route i is at (i // cols) * row_stride + (i % cols) * col_stride.  Copies
+    ids that have no such numbers."""
+    axes: list[tuple[int, int]] = []  # (size, stride), outermost first; neighbours that can be one axis are merged
     for size, stride in zip(ids.shape, ids.stride(), strict=True):
         if size == 1:
             continue
@@ -70,9 +68,9 @@ def _walk(ids: Tensor, routes: int) -> tuple[Tensor, int, int, int]:
 
 
 class _Counters:
-    """Three rows of counters of a bin each.  Kept for each thread: a call of a few routes is shorter than a malloc.
+    """Three rows of counters, one per bin.  Each thread reuses its own: a malloc costs more than a call of few routes.
 
-    A thread's calls may share them: a kernel expects nothing in them, and nothing else runs on its thread meanwhile."""
+    Calls inside each other may share them: a kernel expects nothing in them, and no Python runs during a kernel."""
 
     def __init__(self, ints: int) -> None:
         self.ints = ints
@@ -84,37 +82,37 @@ _thread = threading.local()
 
 
 def _counters(ints: int) -> _Counters:
-    held: _Counters | None = getattr(_thread, "counters", None)
-    if held is None or held.ints < ints:
-        held = _thread.counters = _Counters(ints)
-    return held
+    counters: _Counters | None = getattr(_thread, "counters", None)
+    if counters is None or counters.ints < ints:
+        counters = _thread.counters = _Counters(ints)
+    return counters
 
 
 class _Arguments:
-    """The arguments of one call of `serial` in memory: `address` is what the kernel is given."""
+    """The arguments of one call of `serial`, at `address`."""
 
     def __init__(self, count: int) -> None:
         self.buffer = ctypes.create_string_buffer(8 * count)
         self.address = ctypes.addressof(self.buffer)
         self.pack = struct.Struct(f"{count}q").pack_into
         self.kernel: Callable[[int], Any]
-        self.counters: _Counters  # named by the arguments, so they must live as long
+        self.counters: _Counters  # their address is among the arguments
 
 
 def _spare() -> list[_Arguments]:
-    """Arguments that no call of this thread uses.  A call takes its own out and puts them back at its end, so that a
-    call inside it has others, and one that ends by an exception leaves them to the garbage collector."""
+    """Arguments that no call of this thread uses.  A call takes one out and puts it back at its end: a call inside it
+    uses another, and after an exception the garbage collector takes it."""
     try:
         return _thread.spare  # type: ignore[no-any-return]
     except AttributeError:
-        made: list[_Arguments] = []
-        _thread.spare = made
-        return made
+        spare: list[_Arguments] = []
+        _thread.spare = spare
+        return spare
 
 
 @lru_cache(maxsize=1)
 def _madvise() -> Callable[[int, int], None]:
-    """Asks for huge pages in [start, stop), where the system has them; like numpy does for its own arrays."""
+    """A function that advises huge pages in [start, stop), as numpy does for its arrays; a no-op without madvise."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None:
         return lambda start, stop: None
@@ -124,8 +122,8 @@ def _madvise() -> Callable[[int, int], None]:
 
 
 def _ask_for_huge_pages(rows: Tensor) -> bool:
-    """Ask if `rows` are large, and say whether: one fault for 2 MiB instead of 512.  It is advice: where it is not
-    taken nothing changes, and no page is touched."""
+    """Advise huge pages for large `rows`: one page fault per 2 MiB instead of 512.  Touches no page.  Returns whether
+    `rows` are large."""
     if 4 * rows.numel() < HUGE_BYTES:
         return False
     start = -(-rows.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
@@ -142,8 +140,8 @@ def _address(tensor: Tensor | None) -> int:
 class _Alignment:
     """One prepared call.
 
-    `_local.packed` holds the arguments of earlier calls of this thread that had contiguous ids, three outputs and no
-    options: from one to the next only four addresses change.
+    `_local.packed` has the arguments of earlier calls of this thread with contiguous ids, three outputs and no options:
+    from one such call to the next only four addresses change.
     """
 
     def __init__(self, problem: AlignProblem) -> None:
@@ -161,18 +159,18 @@ class _Alignment:
         out: BlockLayout,
     ) -> None:
         """Fill `out`."""
-        if not self._plain or not self._again(
+        if not self._plain or not self._repeat(
             topk_ids, out.sorted_token_ids, out.expert_ids, out.num_tokens_post_padded
         ):
             self._run(topk_ids, expert_map, num_valid_tokens, error_word, out)
 
     def required(self, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> None:
         """:meth:`run` without options into the three required outputs."""
-        if not self._again(topk_ids, rows, blocks, total):
+        if not self._repeat(topk_ids, rows, blocks, total):
             self._run(topk_ids, None, None, None, BlockLayout(rows, blocks, total))
 
-    def _again(self, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> bool:
-        """Run with the arguments of an earlier call; False if there are none that fit."""
+    def _repeat(self, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> bool:
+        """Run with the arguments of an earlier call; False without a matching one."""
         try:
             packed: list[_Arguments] = self._local.packed
             arguments = packed.pop()
@@ -202,7 +200,7 @@ class _Alignment:
         code = CODES[problem.dtype]
         width = abs(code)
         if routes >= PARALLEL_ROUTES:
-            threads = min(num_threads(), int(routes // max(MIN_ROUTES_A_THREAD, experts * MIN_ROUTES_AN_EXPERT)))
+            threads = min(num_threads(), int(routes // max(MIN_ROUTES_PER_THREAD, experts * MIN_ROUTES_PER_EXPERT)))
         else:
             threads = 1
         kernel = compiled.find("align_kernels", "shared" if threads > 1 else "serial", width)
@@ -234,7 +232,7 @@ class _Alignment:
 
         length = sorted_ids.numel()
         huge = _ask_for_huge_pages(sorted_ids)
-        row_ints = (experts + 1 + 63) // 64 * 64  # two pairs of cache lines: threads must share none, nor its neighbour
+        row_ints = (experts + 1 + 63) // 64 * 64  # pairs of cache lines, which processors prefetch: threads share none
         if prepare is None:
             counters = _counters(row_ints)
             spare = _spare()
@@ -250,13 +248,13 @@ class _Alignment:
             )  # fmt: skip
             kernel(arguments.address)
             if self._plain and not huge and topk_ids.is_contiguous():
-                self._keep(arguments)
+                self._store(arguments)
             else:
                 spare.append(arguments)
             return
 
-        # More chunks than threads: a helper that wakes up late still finds some, and nobody waits long at the end.
-        chunks = max(threads, min(CHUNKS_A_THREAD * threads, int(routes // (experts * CHUNK_ROUTES_AN_EXPERT))))
+        # More chunks than threads: a helper that wakes up late still finds some, and the wait at the end is short.
+        chunks = max(threads, min(CHUNKS_PER_THREAD * threads, int(routes // (experts * CHUNK_ROUTES_PER_EXPERT))))
         rows = 3 + chunks
         head = (kernels.CONTROL_BYTES + 8 * kernels.SHARED_ARGUMENTS + 255) // 256 * 256
         memory = torch.empty((head + 256) // 4 + rows * row_ints, dtype=torch.int32)
@@ -265,7 +263,7 @@ class _Alignment:
         valid = prepare(
             map_address, map_code, map_stride, ignore, num_valid, error, routes, problem.row_length, experts, scratch
         )
-        shared = bytes(kernels.CONTROL_BYTES) + _pack_shared(
+        shared = bytes(kernels.CONTROL_BYTES) + _pack_shared_args(
             chunks, valid, scratch, row_ints,
             ids.data_ptr(), cols, row_stride, col_stride, bound, signed,
             map_address, map_code, map_stride, ignore, error,
@@ -277,7 +275,7 @@ class _Alignment:
         helpers.ask(threads - 1, kernel, (0, control), memory)
         kernel(1, control)
 
-    def _keep(self, arguments: _Arguments) -> None:
+    def _store(self, arguments: _Arguments) -> None:
         try:
             self._local.packed.append(arguments)
         except AttributeError:
@@ -295,7 +293,7 @@ def align_batched(
     error_word: Tensor | None,
     out: BlockLayout,
 ) -> None:
-    """Fill `out` from counts."""
+    """Fill `out` from the counts of the batches."""
     check_num_threads()
     scan, fill = compiled.find("align_kernels", "batched_scan"), compiled.find("align_kernels", "batched_fill")
     if scan is None or fill is None:
@@ -319,9 +317,9 @@ def align_batched(
     _ask_for_huge_pages(sorted_ids)
     threads = 1
     if length >= PARALLEL_ROUTES:
-        threads = max(min(num_threads(), length // MIN_ROUTES_A_THREAD, batches), 1)
+        threads = max(min(num_threads(), length // MIN_ROUTES_PER_THREAD, batches), 1)
     arguments = (
-        control, CHUNKS_A_THREAD * threads if threads > 1 else 1, slots, batches, problem.block_size, length,
+        control, CHUNKS_PER_THREAD * threads if threads > 1 else 1, slots, batches, problem.block_size, length,
         expert_ids.numel(), scratch,
         sorted_ids.data_ptr(), expert_ids.data_ptr(), _address(out.positions), _address(out.block_rows),
     )  # fmt: skip

@@ -1,36 +1,37 @@
-"""A stable counting sort of routes into padded bins, compiled by numba.  Plain integers in, nothing out.
+"""A stable counting sort of routes into padded bins, compiled by numba.  One file because the kernels for one thread,
+for several threads and for batches are made of the same passes.
 
-What it computes: every output of :class:`moealign.layout.BlockLayout`, to the last element.
-Passes: count the routes of each bin; scan the bins (offsets, blocks, padding); scatter the routes.  One thread does
-them in one call, `serial`.  Several run `shared` and take chunks of the routes, which have counters of their own: the
-bits depend neither on the number of threads nor on who took which chunk.
-Bytes: ids are read twice, every element of an output is written once; scratch is one counter a bin and chunk and
-three tables.
+They fill every output of :class:`moealign.layout.BlockLayout`, to the last element, in three passes: count the routes
+of each bin; scan the bins (offsets, blocks, padding); scatter the routes.  `serial` runs all three in one call.  In
+`shared`, several threads take chunks of the routes; each chunk has its own counters, so the result depends neither on
+the number of threads nor on who took which chunk.  Bytes: ids are read twice, every element of an output is written
+once; scratch is a counter per bin and chunk, and three tables.
 
-Arguments are addresses and sizes, not arrays: an array costs numba 0.3 us to unbox and torch 0.5 us to make.  An
-address of 0 means "not wanted".  Ids are read as unsigned integers of their width, and a signed dtype only lowers
-`bound`: whatever is not below it is dropped, so that four specialisations serve eight dtypes.  Dropped routes go to bin
-E, which lies behind the last one and is filled with the sentinel: there is always room for it, and no branch.
+Ids are read as unsigned integers of their width, and a signed dtype only lowers `bound`: an id that is not below it is
+dropped, so four specialisations serve eight dtypes.  Dropped routes go to bin E behind the last one, which needs no
+branch: the rows there are always allocated, and get the sentinel.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
-
-import llvmlite
-import numba
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.core.caching import NullCache
-from numba.core.compiler import CompileResult
-from numba.core.serialize import dumps
-from numba.extending import intrinsic
 
-from ..cache import cache_folder, key_of, read, write
+from ... import layout
+from ...layout import BAD_COUNT, BAD_ID, BAD_MAP, BAD_NUM_VALID
+from .intrinsics import (
+    ID_WIDTHS,
+    atomic_add,
+    atomic_load,
+    i32_ptr,
+    i64_ptr,
+    ids_ptr,
+    joins,
+    kernel,
+    load_int,
+    prefetch,
+    subroutine,
+    wait_for,
+)
 
 __all__ = [
     "CONTROL_BYTES",
@@ -39,257 +40,75 @@ __all__ = [
     "SHARED_ARGUMENTS",
     "batched_fill",
     "batched_scan",
-    "joins",
-    "kept_in",
-    "kernel",
     "prepare",
     "serial",
     "shared",
-    "text_of",
 ]
 
-# Up to here the count uses two tables of counters side by side.
+# Up to so many experts the count uses two tables of counters side by side.
 PAIRS_MAX_EXPERTS = 2048
-# The scatter asks for the cache line behind the one it writes: the hardware follows only a few bins by itself...
+# The scatter prefetches the cache line behind the one it writes: the hardware follows only a few bins by itself.
 LINE_BYTES = 64
-# ...or, where so many bins end before their next line, for the line of a route this many routes before it writes there.
+# With so many experts most bins end before their next line: then it prefetches for the route AHEAD routes later.
 AHEAD = 24
 AHEAD_MIN_EXPERTS = 3072
-# Up to so many routes a bin all rows are filled at once, before the scatter.
+# Up to so many routes per bin all rows are filled at once, before the scatter.
 FILL_FIRST = 32
 # int64 that `serial` reads.
 SERIAL_ARGUMENTS = 29
-# int64 that `shared` reads, behind what its threads tell each other.
+# int64 that `shared` reads, behind the counters of its threads.
 SHARED_ARGUMENTS = 29
-# What threads of a call tell each other: eight int64, each in a cache line of its own.
+# Counters that the threads of a call share: eight int64, each in a cache line of its own.
 CONTROL_BYTES = 512
-# A helper that is there before the leader looks for it so often, offering the processor in between: some milliseconds.
-PATIENCE = 4096
 
-_JIT = {"nogil": True, "error_model": "numpy"}
-_PART = {**_JIT, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}  # called from other kernels only
-_UNSIGNED = {1: types.uint8, 2: types.uint16, 4: types.uint32, 8: types.uint64}
+_kernel = kernel(globals(), vars(layout))
 
 
-def text_of(module):  # type: ignore[no-untyped-def]
-    """The source of a module, as the one who imported it reads it."""
-    return module["__loader__"].get_data(module["__file__"])
-
-
-class Kept(NullCache):
-    """Keeps what numba compiled in :func:`kept_in`, under a key of all that the machine code depends on."""
-
-    def __init__(self, function, *texts):  # type: ignore[no-untyped-def]
-        cells = [str(cell.cell_contents) for cell in function.__closure__ or ()]
-        versions = (numba.__version__, llvmlite.__version__, str(sys.implementation.cache_tag))
-        self.ingredients = (*texts, function.__module__, function.__qualname__, *cells, *versions)
-
-    def place(self, signature, codegen):  # type: ignore[no-untyped-def]
-        """Path and key of an entry, None if nothing is kept; `codegen` knows the processor."""
-        folder = kept_in()
-        if folder is None:
-            return None
-        key = key_of(*self.ingredients, str(signature), str(codegen.magic_tuple()))
-        return folder / f"{key}.numba", key
-
-    def load_overload(self, signature, target_context):  # type: ignore[no-untyped-def]
-        target_context.refresh()
-        place = self.place(signature, target_context.codegen())
-        code = place and read(*place)
-        return code and CompileResult._rebuild(target_context, *pickle.loads(code))
-
-    def save_overload(self, signature, result):  # type: ignore[no-untyped-def]
-        place = self.place(signature, result.codegen)
-        if place is not None:
-            write(*place, dumps(result._reduce()))
-
-
-def kept_in():  # type: ignore[no-untyped-def]
-    """The folder of compiled kernels, None if nothing is kept.  The user's NUMBA_CACHE_DIR holds it unless
-    MOEALIGN_CACHE_DIR is set."""
-    return cache_folder(os.environ.get("NUMBA_CACHE_DIR"))
-
-
-def kernel(*texts):  # type: ignore[no-untyped-def]
-    """The decorator of what Python calls; `texts` are the sources that it is made of."""
-
-    def decorate(function):  # type: ignore[no-untyped-def]
-        dispatcher = njit(**_JIT)(function)
-        dispatcher._cache = Kept(function, *texts)
-        return dispatcher
-
-    return decorate
-
-
-_kernel = kernel(text_of(globals()))
-
-
-@intrinsic(prefer_literal=True)
-def _ids_pointer(typingctx, address, width):  # type: ignore[no-untyped-def]
-    """`address` as a pointer to unsigned integers of `width` bytes; `width` is a constant."""
-    result = types.CPointer(_UNSIGNED[width.literal_value])
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], context.get_value_type(result))
-
-    return result(address, width), codegen
-
-
-def _pointer_to(dtype):  # type: ignore[no-untyped-def]
-    result = types.CPointer(dtype)
-
-    @intrinsic
-    def pointer(typingctx, address):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            return builder.inttoptr(args[0], context.get_value_type(result))
-
-        return result(address), codegen
-
-    return pointer
-
-
-@intrinsic
-def _prefetch(typingctx, address):  # type: ignore[no-untyped-def]
-    """A hint that the cache line at `address` is about to be written."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
-        builder.call(function, [builder.inttoptr(args[0], byte), word(1), word(3), word(1)])
-        return context.get_dummy_value()
-
-    return types.void(address), codegen
-
-
-@intrinsic
-def _add(typingctx, address, value):  # type: ignore[no-untyped-def]
-    """Adds to the int64 at `address`, atomically and in sequence; returns what was there."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _read(typingctx, address):  # type: ignore[no-untyped-def]
-    """The int64 at `address`, read anew; what was written before it was changed is seen after."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def _yield(typingctx):  # type: ignore[no-untyped-def]
-    """Offers the processor to whoever else wants it, where the system has sched_yield."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if hasattr(os, "sched_yield"):
-            kind = ir.FunctionType(ir.IntType(32), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, "sched_yield"), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-_i8, _i16, _i32, _i64 = (_pointer_to(t) for t in (types.int8, types.int16, types.int32, types.int64))
-_u8, _u16, _u32 = (_pointer_to(t) for t in (types.uint8, types.uint16, types.uint32))
-
-
-@njit(**_PART)
-def _wait(address, least):  # type: ignore[no-untyped-def]
-    """Until the int64 at `address` has grown to `least`."""
-    turns = 0
-    while _read(address) < least:
-        turns += 1
-        if turns % 64 == 0:
-            _yield()
-
-
-@njit(**_PART)
-def joins(begun, leader):  # type: ignore[no-untyped-def]
-    """Whether this thread takes part in a call.  A helper does only once the leader is inside, where no exception can
-    reach it: whoever takes a chunk is waited for.  Where the leader does not come, its helpers touch nothing."""
-    if leader != 0:
-        _add(begun, 1)
-        return True
-    for turn in range(64 * PATIENCE):
-        if _read(begun) > 0:
-            return True
-        if turn % 64 == 63:
-            _yield()
-    return False
-
-
-@njit(**_PART)
-def _load(address, index, code):  # type: ignore[no-untyped-def]
-    """One integer of any dtype, saturated to int64; `code` is its width in bytes, negative if unsigned."""
-    if code == 8:
-        return np.int64(_i64(address)[index])
-    if code == 4:
-        return np.int64(_i32(address)[index])
-    if code == 2:
-        return np.int64(_i16(address)[index])
-    if code == 1:
-        return np.int64(_i8(address)[index])
-    if code == -4:
-        return np.int64(_u32(address)[index])
-    if code == -2:
-        return np.int64(_u16(address)[index])
-    if code == -1:
-        return np.int64(_u8(address)[index])
-    value = np.int64(_i64(address)[index])
-    return value if value >= 0 else np.int64(0x7FFFFFFFFFFFFFFF)
-
-
-@njit(**_PART)
-def _fill(address, start, stop, value):  # type: ignore[no-untyped-def]
-    target = _i32(address)
+@subroutine
+def _fill(address, start, stop, value):
+    """`value` to the int32 elements [start, stop)."""
+    target = i32_ptr(address)
     for i in range(start, stop):
         target[i] = np.int32(value)
 
 
-@njit(**_PART)
-def _valid_routes(num_valid, error, routes, top_k):  # type: ignore[no-untyped-def]
-    """Routes that count under num_valid_tokens; error bit 4 if that lies outside the rows there are."""
+@subroutine
+def _valid_routes(num_valid, error, routes, top_k):
+    """Routes within num_valid_tokens, which is clamped to the number of tokens."""
     if num_valid == 0:
         return routes
     rows = routes // top_k if top_k > 0 else np.int64(0)
-    value = np.int64(_i32(num_valid)[0])
+    value = np.int64(i32_ptr(num_valid)[0])
     if (value < 0 or value > rows) and error != 0:
-        _i32(error)[0] |= np.int32(4)
+        i32_ptr(error)[0] |= np.int32(BAD_NUM_VALID)
     return min(max(value, np.int64(0)), rows) * top_k
 
 
-@njit(**_PART)
-def _load_map(map_address, map_code, map_stride, error, experts, wanted, table):  # type: ignore[no-untyped-def]
-    """table[id] = its bin, E if it has none; error bit 2 for a value that is neither -1 nor a bin."""
+@subroutine
+def _load_map(map_address, map_code, map_stride, error, experts, fill, table):
+    """Check the map; with `fill`, table[id] = the bin of an id, E if it has none."""
     bad = False
     for e in range(experts):
-        value = _load(map_address, e * map_stride, map_code)
+        value = load_int(map_address, e * map_stride, map_code)
         inside = value >= 0 and value < experts
         bad |= not inside and value != -1
-        if wanted:
+        if fill:
             table[e] = np.int32(value if inside else experts)
-    if wanted:
+    if fill:
         table[experts] = np.int32(experts)
     if bad and error != 0:
-        _i32(error)[0] |= np.int32(2)
+        i32_ptr(error)[0] |= np.int32(BAD_MAP)
 
 
-@njit(**_PART)
-def _missing(signed, width):  # type: ignore[no-untyped-def]
-    """The bit pattern of -1; for an unsigned dtype 0, which is always an id."""
+@subroutine
+def _minus_one(signed, width):
+    """The bit pattern of -1; 0 for an unsigned dtype, where it excludes nothing: 0 is always an id."""
     return np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * width) if signed != 0 else np.uint64(0)
 
 
-@njit(**_PART)
-def _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):  # type: ignore[no-untyped-def]
-    """Whether a route in [lo, hi) is neither below `bound` nor the bit pattern `missing` (-1, signed dtypes only)."""
+@subroutine
+def _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, minus_one):
+    """Whether an id of the routes [lo, hi) is neither below `bound` nor -1."""
     bad = False
     i = lo
     while i < hi:
@@ -299,16 +118,16 @@ def _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):  # ty
         at = row * row_stride + col * col_stride
         for _ in range(stop - i):
             value = np.uint64(ids[at])
-            bad |= (value >= bound) & (value != missing)
+            bad |= (value >= bound) & (value != minus_one)
             at += col_stride
         i = stop
     return bad
 
 
-@njit(**_PART)
-def _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters):  # type: ignore[no-untyped-def]
-    """Adds the routes [lo, hi) to counters[0 .. E]; bin E collects the dropped ones."""
-    nowhere = np.uint64(experts)
+@subroutine
+def _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters):
+    """Add the routes [lo, hi) to counters[0 .. E]; bin E collects the dropped ones."""
+    drop_bin = np.uint64(experts)
     i = lo
     while i < hi:
         row = i // cols
@@ -318,21 +137,21 @@ def _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, ta
         if mapped:
             for _ in range(stop - i):
                 value = np.uint64(ids[at])
-                counters[np.uint64(table[value if value < bound else nowhere])] += np.int32(1)
+                counters[np.uint64(table[value if value < bound else drop_bin])] += np.int32(1)
                 at += col_stride
         else:
             for _ in range(stop - i):
                 value = np.uint64(ids[at])
-                counters[value if value < bound else nowhere] += np.int32(1)
+                counters[value if value < bound else drop_bin] += np.int32(1)
                 at += col_stride
         i = stop
 
 
-@njit(**_PART)
-def _count_pairs(ids, lo, hi, stride, bound, experts, counters, second):  # type: ignore[no-untyped-def]
-    """_count for one long row without a map: two tables in turn, since a run of equal ids waits for its own stores;
-    four ids a step, with one branch.  The sum ends in `counters`."""
-    nowhere = np.uint64(experts)
+@subroutine
+def _count_pairs(ids, lo, hi, stride, bound, experts, counters, second):
+    """_count for one long row without a map, four ids per step with one branch.  Two tables alternate, since a run of
+    equal ids would wait for its own stores; their sum ends in `counters`."""
+    drop_bin = np.uint64(experts)
     for e in range(experts + 1):
         second[e] = 0
     at = lo * stride
@@ -347,21 +166,22 @@ def _count_pairs(ids, lo, hi, stride, bound, experts, counters, second):  # type
             counters[c] += np.int32(1)
             second[d] += np.int32(1)
         else:
-            counters[a if a < bound else nowhere] += np.int32(1)
-            second[b if b < bound else nowhere] += np.int32(1)
-            counters[c if c < bound else nowhere] += np.int32(1)
-            second[d if d < bound else nowhere] += np.int32(1)
+            counters[a if a < bound else drop_bin] += np.int32(1)
+            second[b if b < bound else drop_bin] += np.int32(1)
+            counters[c if c < bound else drop_bin] += np.int32(1)
+            second[d if d < bound else drop_bin] += np.int32(1)
         at += 4 * stride
     for _ in range((hi - lo) % 4):
         a = np.uint64(ids[at])
-        counters[a if a < bound else nowhere] += np.int32(1)
+        counters[a if a < bound else drop_bin] += np.int32(1)
         at += stride
     for e in range(experts + 1):
         counters[e] += second[e]
 
 
-@njit(**_PART)
-def _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters, second):  # type: ignore[no-untyped-def]
+@subroutine
+def _count_chunk(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters, second):
+    """counters[0 .. E] = routes [lo, hi) of each bin, by the faster of two ways."""
     for e in range(experts + 1):
         counters[e] = 0
     if not mapped and row_stride == 0 and cols >= hi and experts <= PAIRS_MAX_EXPERTS and hi - lo >= 4 * experts:
@@ -370,29 +190,29 @@ def _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mappe
         _count(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, counters)
 
 
-@njit(**_PART)
-def _take(value, cursor):  # type: ignore[no-untyped-def]
+@subroutine
+def _take(value, cursor):
     """The next free row of bin `value`."""
     place = cursor[value]
     cursor[value] = place + np.int32(1)
     return np.int64(place)
 
 
-@njit(**_PART)
-def _scatter(  # type: ignore[no-untyped-def]
+@subroutine
+def _scatter(
     ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, cursor,
     sorted_ids, positions, scatter_idx, routes, dropped,
 ):  # fmt: skip
-    """Routes [lo, hi) to their rows; cursor[bin] is the next free one.  Where none is dropped a branch is never wrong,
-    and cheaper than two selections."""
-    nowhere = np.uint64(experts)
-    target = _i32(sorted_ids)
+    """Write the routes [lo, hi) to their rows; cursor[bin] is the next free one.  If none is dropped, the branch on
+    `bound` is always predicted and cheaper than two selections."""
+    drop_bin = np.uint64(experts)
+    target = i32_ptr(sorted_ids)
     simple = not mapped and positions == 0 and scatter_idx == 0
     many = experts >= AHEAD_MIN_EXPERTS
     next_line = sorted_ids + LINE_BYTES
     if not many and hi - lo >= 4 * experts:
         for e in range(experts):
-            _prefetch(sorted_ids + 4 * np.int64(cursor[e]))
+            prefetch(sorted_ids + 4 * np.int64(cursor[e]))
     i = lo
     while i < hi:
         row = i // cols
@@ -404,89 +224,90 @@ def _scatter(  # type: ignore[no-untyped-def]
                 if many:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
                     if value < bound:
-                        _prefetch(sorted_ids + 4 * np.int64(cursor[value]))
+                        prefetch(sorted_ids + 4 * np.int64(cursor[value]))
                 value = np.uint64(ids[at])
                 if value < bound:
                     place = _take(value, cursor)
                     target[np.uint64(place)] = np.int32(route)
                     if not many:
-                        _prefetch(next_line + 4 * place)
+                        prefetch(next_line + 4 * place)
                 at += col_stride
         elif simple:
             for route in range(i, stop):
                 if many:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
-                    _prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else nowhere]))
+                    prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else drop_bin]))
                 value = np.uint64(ids[at])
                 kept = value < bound
-                place = _take(value if kept else nowhere, cursor)
+                place = _take(value if kept else drop_bin, cursor)
                 target[np.uint64(place)] = np.int32(route if kept else routes)
                 if not many:
-                    _prefetch(next_line + 4 * place)
+                    prefetch(next_line + 4 * place)
                 at += col_stride
         else:
             for route in range(i, stop):
                 if many:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
-                    value = value if value < bound else nowhere
+                    value = value if value < bound else drop_bin
                     if mapped:
                         value = np.uint64(table[value])
-                    _prefetch(sorted_ids + 4 * np.int64(cursor[value]))
+                    prefetch(sorted_ids + 4 * np.int64(cursor[value]))
                 value = np.uint64(ids[at])
-                value = value if value < bound else nowhere
+                value = value if value < bound else drop_bin
                 if mapped:
                     value = np.uint64(table[value])
-                kept = value != nowhere
+                kept = value != drop_bin
                 place = _take(value, cursor)
                 target[np.uint64(place)] = np.int32(route if kept else routes)
                 if not many:
-                    _prefetch(next_line + 4 * place)
+                    prefetch(next_line + 4 * place)
                 if positions != 0:
-                    _i32(positions)[route] = np.int32(place if kept else -1)
+                    i32_ptr(positions)[route] = np.int32(place if kept else -1)
                 if scatter_idx != 0:
-                    _i32(scatter_idx)[route] = np.int32(route if kept else -1)
+                    i32_ptr(scatter_idx)[route] = np.int32(route if kept else -1)
                 at += col_stride
         i = stop
 
 
-@njit(**_PART)
-def _fill_bin(  # type: ignore[no-untyped-def]
+@subroutine
+def _fill_bin(
     e, count, first, blocks, block_size, routes, map_address, map_code, map_stride, experts,
     sorted_ids, expert_ids, block_rows,
 ):  # fmt: skip
-    """The padding (unless sorted_ids is 0) and the blocks of a bin that has `count` > 0 routes from row `first` on."""
+    """The blocks, and unless sorted_ids is 0 the padding, of a bin with `count` > 0 routes from row `first` on."""
     block = first // block_size
     name = e
     if map_address != 0:
-        name = _load(map_address, e * map_stride, map_code)
+        name = load_int(map_address, e * map_stride, map_code)
         if name < 0 or name >= experts:
             name = np.int64(-1)
-    _i32(expert_ids)[block] = np.int32(name)
+    i32_ptr(expert_ids)[block] = np.int32(name)
     if blocks > 1:
         _fill(expert_ids, block + 1, block + blocks, name)
     if block_rows != 0:
         _fill(block_rows, block, block + blocks - 1, block_size)
-        _i32(block_rows)[block + blocks - 1] = np.int32(count - (blocks - 1) * block_size)
+        i32_ptr(block_rows)[block + blocks - 1] = np.int32(count - (blocks - 1) * block_size)
     if sorted_ids != 0:
         _fill(sorted_ids, first + count, first + blocks * block_size, routes)
 
 
-@njit(**_PART)
-def _blocks(count, block_size):  # type: ignore[no-untyped-def]
+@subroutine
+def _blocks(count, block_size):
+    """cdiv(count, block_size), by a 32-bit division."""
     if count <= block_size:
         return np.int64(count > 0)
     return np.int64((np.uint32(count) - np.uint32(1)) // np.uint32(block_size)) + 1
 
 
-@njit(**_PART)
-def _fill_rest(start, stop, value, part, parts, address):  # type: ignore[no-untyped-def]
-    """Part `part` of `parts` of the elements [start, stop)."""
+@subroutine
+def _fill_rest(start, stop, value, part, parts, address):
+    """`value` to part `part` of `parts` of the elements [start, stop)."""
     size = max(stop - start, np.int64(0))
     _fill(address, start + size * part // parts, start + size * (part + 1) // parts, value)
 
 
-@njit(**_PART)
-def _unwanted(positions, scatter_idx, valid, routes):  # type: ignore[no-untyped-def]
+@subroutine
+def _drop_invalid(positions, scatter_idx, valid, routes):
     """-1 for the routes past num_valid_tokens."""
     if positions != 0:
         _fill(positions, valid, routes, -1)
@@ -494,55 +315,58 @@ def _unwanted(positions, scatter_idx, valid, routes):  # type: ignore[no-untyped
         _fill(scatter_idx, valid, routes, -1)
 
 
-def _make_serial(width):  # type: ignore[no-untyped-def]
+def _make_serial(width):
     @_kernel
-    def serial(arguments):  # type: ignore[no-untyped-def]
-        """All of it on this thread.  `arguments`: address of SERIAL_ARGUMENTS int64, as numba takes 75 ns for each."""
-        given = _i64(arguments)
+    def serial(arguments):
+        """One alignment on this thread.  `arguments` is the address of SERIAL_ARGUMENTS int64: passed one by one, each
+        costs numba 75 ns."""
+        args = i64_ptr(arguments)
         ids_address, cols, row_stride, col_stride, bound_, signed = (
-            given[0], given[1], given[2], given[3], given[4], given[5],
+            args[0], args[1], args[2], args[3], args[4], args[5],
         )  # fmt: skip
         map_address, map_code, map_stride, ignore, num_valid, error = (
-            given[6], given[7], given[8], given[9], given[10], given[11],
+            args[6], args[7], args[8], args[9], args[10], args[11],
         )  # fmt: skip
         routes, top_k, experts, block_size, length, num_blocks = (
-            given[12], given[13], given[14], given[15], given[16], given[17],
+            args[12], args[13], args[14], args[15], args[16], args[17],
         )  # fmt: skip
-        sorted_ids, expert_ids, total_out = given[18], given[19], given[20]
-        counts_out, offsets_out, ends_out = given[21], given[22], given[23]
-        positions, block_rows, scatter_idx = given[24], given[25], given[26]
-        scratch, row_ints = given[27], given[28]
-        ids = _ids_pointer(ids_address, width)
-        bound, missing = np.uint64(bound_), _missing(signed, width)
+        sorted_ids, expert_ids, total_out = args[18], args[19], args[20]
+        counts_out, offsets_out, ends_out = args[21], args[22], args[23]
+        positions, block_rows, scatter_idx = args[24], args[25], args[26]
+        scratch, row_ints = args[27], args[28]
+        ids = ids_ptr(ids_address, width)
+        bound, minus_one = np.uint64(bound_), _minus_one(signed, width)
         valid = _valid_routes(num_valid, error, routes, top_k)
         mapped = map_address != 0 and ignore != 0
-        counters = _i32(scratch)
-        table = _i32(scratch + 4 * row_ints)
+        counters = i32_ptr(scratch)
+        table = i32_ptr(scratch + 4 * row_ints)
         work = scratch + 8 * row_ints
         if map_address != 0 and (mapped or error != 0):
             _load_map(map_address, map_code, map_stride, error, experts, mapped, table)
-        if error != 0 and _check_ids(ids, 0, valid, cols, row_stride, col_stride, bound, missing):
-            _i32(error)[0] |= np.int32(1)
+        if error != 0 and _check_ids(ids, 0, valid, cols, row_stride, col_stride, bound, minus_one):
+            i32_ptr(error)[0] |= np.int32(BAD_ID)
 
-        _count_best(ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters, _i32(work))
+        _count_chunk(
+            ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters, i32_ptr(work)
+        )
 
         names = np.int64(0) if mapped else map_address
         dropped = counters[experts] > 0
         first = np.int64(0)
         end = np.int64(0)
-        # Few routes a bin: one long fill of everything is cheaper than a short one behind each bin.
+        # With few routes per bin, one long fill of everything is cheaper than a short one behind each bin.
         filled = valid <= FILL_FIRST * min(experts, valid)
         if filled:
             _fill(sorted_ids, 0, length, routes)
         for e in range(experts):
             count = np.int64(counters[e])
             if counts_out != 0:
-                _i32(counts_out)[e] = np.int32(count)
+                i32_ptr(counts_out)[e] = np.int32(count)
             if offsets_out != 0:
-                _i32(offsets_out)[e] = np.int32(first)
+                i32_ptr(offsets_out)[e] = np.int32(first)
             end += count
             if ends_out != 0:
-                _i32(ends_out)[e] = np.int32(end)
+                i32_ptr(ends_out)[e] = np.int32(end)
             if count > 0:
                 counters[e] = np.int32(first)
                 blocks = _blocks(count, block_size)
@@ -553,8 +377,8 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
                 first += blocks * block_size
         counters[experts] = np.int32(first)
         if offsets_out != 0:
-            _i32(offsets_out)[experts] = np.int32(first)
-        _i32(total_out)[0] = np.int32(first)
+            i32_ptr(offsets_out)[experts] = np.int32(first)
+        i32_ptr(total_out)[0] = np.int32(first)
         if not filled:
             _fill(sorted_ids, first, length, routes)
         used = first // block_size
@@ -566,16 +390,16 @@ def _make_serial(width):  # type: ignore[no-untyped-def]
             ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters,
             sorted_ids, positions, scatter_idx, routes, dropped,
         )  # fmt: skip
-        _unwanted(positions, scatter_idx, valid, routes)
+        _drop_invalid(positions, scatter_idx, valid, routes)
 
     return serial
 
 
-@njit(**_PART)
-def _scan(  # type: ignore[no-untyped-def]
+@subroutine
+def _scan(
     chunks, experts, row_ints, block_size, counters, counts, offsets, total_out, counts_out, offsets_out, ends_out
 ):
-    """Counters of each chunk become its cursors; counts and offsets of the bins are kept for the scatter."""
+    """Turn the counters of each chunk into its cursors; write counts and offsets of the bins for the scatter."""
     first = np.int64(0)
     end = np.int64(0)
     for e in range(experts + 1):
@@ -590,81 +414,80 @@ def _scan(  # type: ignore[no-untyped-def]
         if e < experts:
             end += count
             if counts_out != 0:
-                _i32(counts_out)[e] = np.int32(count)
+                i32_ptr(counts_out)[e] = np.int32(count)
             if ends_out != 0:
-                _i32(ends_out)[e] = np.int32(end)
+                i32_ptr(ends_out)[e] = np.int32(end)
             if offsets_out != 0:
-                _i32(offsets_out)[e] = np.int32(first)
+                i32_ptr(offsets_out)[e] = np.int32(first)
             first += _blocks(count, block_size) * block_size
     if offsets_out != 0:
-        _i32(offsets_out)[experts] = np.int32(first)
-    _i32(total_out)[0] = np.int32(first)
+        i32_ptr(offsets_out)[experts] = np.int32(first)
+    i32_ptr(total_out)[0] = np.int32(first)
 
 
 @_kernel
-def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes, top_k, experts, table):  # type: ignore[no-untyped-def]
-    """Before `shared`: the map as a table of bins.  Returns how many routes count."""
+def prepare(map_address, map_code, map_stride, ignore, num_valid, error, routes, top_k, experts, table):
+    """Run before `shared`: write the map as a table of bins; returns the number of valid routes."""
     if map_address != 0:
-        _load_map(map_address, map_code, map_stride, error, experts, ignore != 0, _i32(table))
+        _load_map(map_address, map_code, map_stride, error, experts, ignore != 0, i32_ptr(table))
     return _valid_routes(num_valid, error, routes, top_k)
 
 
-def _make_shared(width):  # type: ignore[no-untyped-def]
+def _make_shared(width):
     @_kernel
-    def shared(leader, control):  # type: ignore[no-untyped-def]
-        """What every thread of a call runs: chunks are taken from counters at `control` until none is left.
+    def shared(leader, control):
+        """One alignment on several threads, each of which runs this and takes chunks until none is left.
 
-        Behind the counters, from CONTROL_BYTES on, stand SHARED_ARGUMENTS int64.  The leader can do all the work alone,
-        and nobody waits for a thread that has not taken a chunk.  A helper that comes too late finds none left: it
-        reads `control` and leaves.
+        At `control` are the counters, and from CONTROL_BYTES on SHARED_ARGUMENTS int64.  The leader can do all the work
+        alone: no thread waits for one that has not taken a chunk, and a helper that starts late finds none left.
         """
         if not joins(control + 448, leader):
             return
-        given = _i64(control + CONTROL_BYTES)
-        chunks, valid, scratch, row_ints = given[0], given[1], given[2], given[3]
+        args = i64_ptr(control + CONTROL_BYTES)
+        chunks, valid, scratch, row_ints = args[0], args[1], args[2], args[3]
         ids_address, cols, row_stride, col_stride, bound_, signed = (
-            given[4], given[5], given[6], given[7], given[8], given[9],
+            args[4], args[5], args[6], args[7], args[8], args[9],
         )  # fmt: skip
-        map_address, map_code, map_stride, ignore, error = given[10], given[11], given[12], given[13], given[14]
-        routes, experts, block_size, length, num_blocks = given[15], given[16], given[17], given[18], given[19]
-        sorted_ids, expert_ids, total_out = given[20], given[21], given[22]
-        counts_out, offsets_out, ends_out = given[23], given[24], given[25]
-        positions, block_rows, scatter_idx = given[26], given[27], given[28]
+        map_address, map_code, map_stride, ignore, error = args[10], args[11], args[12], args[13], args[14]
+        routes, experts, block_size, length, num_blocks = args[15], args[16], args[17], args[18], args[19]
+        sorted_ids, expert_ids, total_out = args[20], args[21], args[22]
+        counts_out, offsets_out, ends_out = args[23], args[24], args[25]
+        positions, block_rows, scatter_idx = args[26], args[27], args[28]
         count_next, count_done, scanned = control, control + 64, control + 128
-        fill_next, fill_done, bad_ids, threads_here = control + 192, control + 256, control + 320, control + 384
-        ids = _ids_pointer(ids_address, width)
-        bound, missing = np.uint64(bound_), _missing(signed, width)
+        fill_next, fill_done, bad_ids, threads_joined = control + 192, control + 256, control + 320, control + 384
+        ids = ids_ptr(ids_address, width)
+        bound, minus_one = np.uint64(bound_), _minus_one(signed, width)
         mapped = ignore != 0
         names = np.int64(0) if mapped else map_address
         step = 4 * row_ints
-        table, counts, offsets = _i32(scratch), _i32(scratch + step), _i32(scratch + 2 * step)
+        table, counts, offsets = i32_ptr(scratch), i32_ptr(scratch + step), i32_ptr(scratch + 2 * step)
         counters = scratch + 3 * step
-        # Nobody writes rows before all have counted: until then that memory holds each thread's further counters.
-        own_second = _i32(sorted_ids + step * _add(threads_here, 1))
+        # No row is written before all chunks are counted: until then that memory holds each thread's second table.
+        own_second = i32_ptr(sorted_ids + step * atomic_add(threads_joined, 1))
 
-        chunk = _add(count_next, 1)
+        chunk = atomic_add(count_next, 1)
         while chunk < chunks:
             lo, hi = valid * chunk // chunks, valid * (chunk + 1) // chunks
-            own = _i32(counters + chunk * step)
-            _count_best(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, own, own_second)
-            if error != 0 and _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, missing):
-                _add(bad_ids, 1)
-            _add(count_done, 1)
-            chunk = _add(count_next, 1)
+            own = i32_ptr(counters + chunk * step)
+            _count_chunk(ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, own, own_second)
+            if error != 0 and _check_ids(ids, lo, hi, cols, row_stride, col_stride, bound, minus_one):
+                atomic_add(bad_ids, 1)
+            atomic_add(count_done, 1)
+            chunk = atomic_add(count_next, 1)
 
         if leader != 0:
-            _wait(count_done, chunks)
-            if _read(bad_ids) > 0:
-                _i32(error)[0] |= np.int32(1)
+            wait_for(count_done, chunks)
+            if atomic_load(bad_ids) > 0:
+                i32_ptr(error)[0] |= np.int32(BAD_ID)
             _scan(
-                chunks, experts, row_ints, block_size, _i32(counters), counts, offsets,
+                chunks, experts, row_ints, block_size, i32_ptr(counters), counts, offsets,
                 total_out, counts_out, offsets_out, ends_out,
             )  # fmt: skip
-            _add(scanned, 1)
+            atomic_add(scanned, 1)
         else:
-            _wait(scanned, 1)
+            wait_for(scanned, 1)
 
-        chunk = _add(fill_next, 1)
+        chunk = atomic_add(fill_next, 1)
         while chunk < chunks:
             lo, hi = valid * chunk // chunks, valid * (chunk + 1) // chunks
             for e in range(experts * chunk // chunks, experts * (chunk + 1) // chunks):
@@ -680,91 +503,91 @@ def _make_shared(width):  # type: ignore[no-untyped-def]
             if block_rows != 0:
                 _fill_rest(total // block_size, num_blocks, 0, chunk, chunks, block_rows)
             _scatter(
-                ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table, _i32(counters + chunk * step),
-                sorted_ids, positions, scatter_idx, routes, counts[experts] > 0,
+                ids, lo, hi, cols, row_stride, col_stride, bound, experts, mapped, table,
+                i32_ptr(counters + chunk * step), sorted_ids, positions, scatter_idx, routes, counts[experts] > 0,
             )  # fmt: skip
-            _add(fill_done, 1)
-            chunk = _add(fill_next, 1)
+            atomic_add(fill_done, 1)
+            chunk = atomic_add(fill_next, 1)
 
         if leader != 0:
-            _unwanted(positions, scatter_idx, valid, routes)
-            _wait(fill_done, chunks)
+            _drop_invalid(positions, scatter_idx, valid, routes)
+            wait_for(fill_done, chunks)
 
     return shared
 
 
 @_kernel
-def batched_scan(  # type: ignore[no-untyped-def]
-    counts_in, code, stride, most, batches, block_size, error, scratch,
+def batched_scan(
+    counts_in, code, stride, slots, batches, block_size, error, scratch,
     total_out, counts_out, offsets_out, ends_out,
 ):  # fmt: skip
-    """Batched, pass 1: scratch[b] = clamped count, scratch[batches + 1 + b] = first row."""
-    kept = _i32(scratch)
+    """Batched, pass 1: scratch[b] = count, clamped to [0, slots]; scratch[batches + 1 + b] = first row."""
+    table = i32_ptr(scratch)
     first = np.int64(0)
     end = np.int64(0)
     bad = False
     for b in range(batches):
-        value = _load(counts_in, b * stride, code)
-        bad |= value < 0 or value > most
-        count = min(max(value, np.int64(0)), most)
-        kept[b] = np.int32(count)
-        kept[batches + 1 + b] = np.int32(first)
+        value = load_int(counts_in, b * stride, code)
+        bad |= value < 0 or value > slots
+        count = min(max(value, np.int64(0)), slots)
+        table[b] = np.int32(count)
+        table[batches + 1 + b] = np.int32(first)
         end += count
         if counts_out != 0:
-            _i32(counts_out)[b] = np.int32(count)
+            i32_ptr(counts_out)[b] = np.int32(count)
         if offsets_out != 0:
-            _i32(offsets_out)[b] = np.int32(first)
+            i32_ptr(offsets_out)[b] = np.int32(first)
         if ends_out != 0:
-            _i32(ends_out)[b] = np.int32(end)
+            i32_ptr(ends_out)[b] = np.int32(end)
         first += _blocks(count, block_size) * block_size
-    kept[2 * batches + 1] = np.int32(first)
+    table[2 * batches + 1] = np.int32(first)
     if offsets_out != 0:
-        _i32(offsets_out)[batches] = np.int32(first)
-    _i32(total_out)[0] = np.int32(first)
+        i32_ptr(offsets_out)[batches] = np.int32(first)
+    i32_ptr(total_out)[0] = np.int32(first)
     if bad and error != 0:
-        _i32(error)[0] |= np.int32(8)
+        i32_ptr(error)[0] |= np.int32(BAD_COUNT)
 
 
 @_kernel
-def batched_fill(  # type: ignore[no-untyped-def]
-    leader, control, parts, most, batches, block_size, length, num_blocks, scratch,
+def batched_fill(
+    leader, control, parts, slots, batches, block_size, length, num_blocks, scratch,
     sorted_ids, expert_ids, positions, block_rows,
 ):  # fmt: skip
-    """Batched, pass 2, what every thread runs: a share of the batches and of the tails, until none is left."""
+    """Batched, pass 2, run by every thread: take a part of the batches and of the tails until none is left."""
     if not joins(control + 128, leader):
         return
-    kept = _i32(scratch)
-    target = _i32(sorted_ids)
-    routes = batches * most
-    part = _add(control, 1)
+    table = i32_ptr(scratch)
+    target = i32_ptr(sorted_ids)
+    routes = batches * slots
+    part = atomic_add(control, 1)
     while part < parts:
         for b in range(batches * part // parts, batches * (part + 1) // parts):
-            count = np.int64(kept[b])
-            first = np.int64(kept[batches + 1 + b])
+            count = np.int64(table[b])
+            first = np.int64(table[batches + 1 + b])
             for j in range(count):
-                target[first + j] = np.int32(b * most + j)
+                target[first + j] = np.int32(b * slots + j)
             if positions != 0:
-                rows = _i32(positions)
+                rows = i32_ptr(positions)
                 for j in range(count):
-                    rows[b * most + j] = np.int32(first + j)
-                _fill(positions, b * most + count, (b + 1) * most, -1)
+                    rows[b * slots + j] = np.int32(first + j)
+                _fill(positions, b * slots + count, (b + 1) * slots, -1)
             if count > 0:
                 none = np.int64(0)
                 _fill_bin(
                     np.int64(b), count, first, _blocks(count, block_size), block_size, routes, none, none, none,
                     batches, sorted_ids, expert_ids, block_rows,
                 )  # fmt: skip
-        total = np.int64(kept[2 * batches + 1])
+        total = np.int64(table[2 * batches + 1])
         _fill_rest(total, length, routes, part, parts, sorted_ids)
         _fill_rest(total // block_size, num_blocks, -1, part, parts, expert_ids)
         if block_rows != 0:
             _fill_rest(total // block_size, num_blocks, 0, part, parts, block_rows)
-        _add(control + 64, 1)
-        part = _add(control, 1)
+        atomic_add(control + 64, 1)
+        part = atomic_add(control, 1)
     if leader != 0:
-        _wait(control + 64, parts)
+        wait_for(control + 64, parts)
 
 
 # By the width of an id in bytes; each compiles at its first call.
-serial = {width: _make_serial(width) for width in _UNSIGNED}
-shared = {width: _make_shared(width) for width in _UNSIGNED}
+serial = {width: _make_serial(width) for width in ID_WIDTHS}
+shared = {width: _make_shared(width) for width in ID_WIDTHS}

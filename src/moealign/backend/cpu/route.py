@@ -1,6 +1,8 @@
-"""The router on the CPU: one pass over the logits, on several threads where they are many.
+"""The router on the CPU: the launcher of ``route_kernels.py``.
 
-The mean share is a sum over the tokens in their order, which one thread adds."""
+One pass over the logits, on several threads if there are many.  With the mean it runs on one thread, which sums the
+shares in the order of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,10 @@ from .threads import check_num_threads, helpers, num_threads
 
 __all__ = ["route"]
 
-PARALLEL_LOGITS = 262_144  # fewer stay on one thread
-MIN_LOGITS_A_THREAD = 65_536
-CHUNKS_A_THREAD = 4
-_PACK = struct.Struct("14qd")
+PARALLEL_LOGITS = 262_144  # fewer logits than this stay on one thread
+MIN_LOGITS_PER_THREAD = 65_536
+CHUNKS_PER_THREAD = 4
+_ARGUMENTS = struct.Struct("14qd")
 
 
 def route(
@@ -32,7 +34,7 @@ def route(
     ids: Tensor,
     mean_probability: Tensor | None,
 ) -> None:
-    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` where it is wanted."""
+    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` unless that is None."""
     check_num_threads()
     kernel = compiled.find("route_kernels", "route")
     if kernel is None:
@@ -41,14 +43,17 @@ def route(
         return
     first = compiled.loaded["route_kernels"].ARGUMENTS_AT
     tokens, experts = routing.tokens, routing.num_experts
-    logits, bias = _plain(router_logits), None if correction_bias is None else _plain(correction_bias)
+    logits, bias = (
+        _contiguous_float32(router_logits),
+        None if correction_bias is None else _contiguous_float32(correction_bias),
+    )
     valid = tokens if num_valid_tokens is None else min(max(int(num_valid_tokens), 0), tokens)
     threads = chunks = 1
     if tokens * experts >= PARALLEL_LOGITS and mean_probability is None:
-        threads = min(num_threads(), tokens * experts // MIN_LOGITS_A_THREAD, tokens)
-        chunks = min(CHUNKS_A_THREAD * threads, tokens) if threads > 1 else 1
-    arguments = ctypes.create_string_buffer(first + _PACK.size)
-    _PACK.pack_into(
+        threads = min(num_threads(), tokens * experts // MIN_LOGITS_PER_THREAD, tokens)
+        chunks = min(CHUNKS_PER_THREAD * threads, tokens) if threads > 1 else 1
+    arguments = ctypes.create_string_buffer(first + _ARGUMENTS.size)
+    _ARGUMENTS.pack_into(
         arguments, first,
         chunks, tokens, experts, routing.top_k, valid,
         routing.scoring == "sigmoid", routing.renormalize, routing.num_groups, routing.topk_groups,
@@ -61,7 +66,7 @@ def route(
     kernel(1, address)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _contiguous_float32(tensor: Tensor) -> Tensor:
     if tensor.dtype is torch.float32 and tensor.is_contiguous():
         return tensor
     return tensor.detach().to(torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""The layout and the router in vectorised torch, on any device: the backend to read."""
+"""The layout and the router in vectorised torch, on any device: the backend to read first."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def align(
     ids = _signed(topk_ids.reshape(-1))
     routes = torch.arange(n, device=device)
 
-    # The bin of each route; num_bins for a dropped one.
+    # The bin of each route; num_bins if it is dropped.
     here = (ids >= 0) & (ids < num_bins)
     if num_valid_tokens is not None:
         rows = n // problem.row_length if n else 0
@@ -60,18 +60,18 @@ def align(
             mapped = local[bins.clamp(max=num_bins - 1)]
             bins = torch.where(here & (mapped >= 0), mapped, num_bins)
 
-    # Stable order by bin: the dropped ones sort to the end.
+    # Stable order by bin: dropped routes sort to the end.
     sorted_bins, order = torch.sort(bins, stable=True)
     counts = torch.zeros(num_bins + 1, dtype=torch.int64, device=device)
     counts.scatter_add_(0, bins, torch.ones_like(bins))
     counts = counts[:num_bins]
     offsets, ends = _scan(counts, problem.block_size)
 
-    # The row of the r-th kept route: first row of its bin, plus how far it stands into the bin.
+    # The row of the r-th sorted route: the first row of its bin, plus its rank in the bin.
     first = torch.cat([ends - counts, ends[-1:]])[sorted_bins]
     row = offsets[sorted_bins] + routes - first
     kept = sorted_bins < num_bins
-    # A sort by "kept" is not needed: dropped routes go to a row of their own past the end.
+    # Dropped routes go to an extra row past the end.
     length = out.sorted_token_ids.numel()
     padded = torch.full((length + 1,), n, dtype=torch.int32, device=device)
     padded.scatter_(0, torch.where(kept, row, length), order.to(torch.int32))
@@ -90,12 +90,12 @@ def align(
 def align_batched(
     problem: AlignProblem, expert_num_tokens: Tensor, error_word: Tensor | None, out: BlockLayout
 ) -> None:
-    batches, most = problem.num_experts, problem.row_length
+    batches, max_tokens = problem.num_experts, problem.row_length
     device = problem.device
     counts = _signed(expert_num_tokens)
     huge = _past_int64(expert_num_tokens)
-    _report(error_word, BAD_COUNT, (counts < 0) | (counts > most) | huge)
-    counts = torch.where(huge, most, counts.clamp(0, most))
+    _report(error_word, BAD_COUNT, (counts < 0) | (counts > max_tokens) | huge)
+    counts = torch.where(huge, max_tokens, counts.clamp(0, max_tokens))
     offsets, ends = _scan(counts, problem.block_size)
 
     sentinel = problem.routes
@@ -106,10 +106,10 @@ def align_batched(
         used = batch < batches
         batch = batch.clamp(max=batches - 1)
         slot = rows - offsets[batch]
-        out.sorted_token_ids.copy_(torch.where(used & (slot < counts[batch]), batch * most + slot, sentinel))
+        out.sorted_token_ids.copy_(torch.where(used & (slot < counts[batch]), batch * max_tokens + slot, sentinel))
     _fill_blocks(out, counts, offsets, ends, problem.block_size, None)
     if out.positions is not None and sentinel:
-        slots = torch.arange(most, device=device)
+        slots = torch.arange(max_tokens, device=device)
         grid = torch.where(slots < counts[:, None], offsets[:-1, None] + slots, -1)
         out.positions.copy_(grid.reshape(-1))
 
@@ -122,7 +122,7 @@ def _past_int64(values: Tensor) -> Tensor:
 
 
 def _scan(counts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """First rows of the bins with the total behind them `[E + 1]`, and cumulative ends of the counts `[E]`."""
+    """First rows of the bins, then the total `[E + 1]`; and cumulative counts `[E]`."""
     padded = (counts + block_size - 1) // block_size * block_size
     offsets = torch.zeros(counts.numel() + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum(padded, 0, out=offsets[1:])
@@ -132,7 +132,7 @@ def _scan(counts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 def _fill_blocks(
     out: BlockLayout, counts: Tensor, offsets: Tensor, ends: Tensor, block_size: int, labels: Tensor | None
 ) -> None:
-    """Everything that is a function of the counts alone."""
+    """Fill the outputs that depend on the counts alone."""
     num_bins = counts.numel()
     out.num_tokens_post_padded.copy_(offsets[-1:])
     first_rows = torch.arange(out.expert_ids.numel(), device=counts.device) * block_size

@@ -1,8 +1,8 @@
 """The router in vectorised torch, on any device: the version to read; docs/routing.md has the equations.
 
-What decides which expert is chosen is the same to the last bit on every backend: a float32 compared with a float32.
-Logits are compared as they are.  A sigmoid that a bias is added to is first computed by :func:`sigmoid32`, which uses
-nothing but additions, multiplications and one division, each rounded on its own.
+The scores that select experts are float32 and have the same bits on every backend.  Without a bias they are the logits
+themselves.  With one they are sums of the bias and :func:`sigmoid32`, which uses only additions, multiplications and
+one division, each rounded separately.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EXCLUDED = -(2**40)
 
 
 def exp32(x: Tensor) -> Tensor:
-    """exp of float32 `x` of at most FAR, to two units in the last place; 0 below -FAR."""
+    """exp of float32 `x` <= FAR, to two units in the last place; 0 below -FAR."""
     inside = x.clamp(-FAR, FAR)
     n = torch.floor(inside * INVERSE_LN2 + 0.5)
     r = inside - n * LN2_HIGH
@@ -69,26 +69,26 @@ def route(
     ids: Tensor,
     mean_probability: Tensor | None,
 ) -> None:
-    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` where it is wanted."""
+    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` unless that is None."""
     x = router_logits.to(torch.float32)
     tokens, k = routing.tokens, routing.top_k
     score = x if correction_bias is None else _biased(x, correction_bias)
     keys = order_of(score)
     if routing.num_groups > 1:
         keys = torch.where(_allowed(routing, score), keys, EXCLUDED)
-    # A stable sort: of equals the lower expert comes first.
+    # A stable sort: of equal scores the lower expert comes first.
     chosen = torch.sort(keys, dim=1, descending=True, stable=True).indices[:, :k]
 
     if routing.scoring == "softmax":
         highest = torch.where(x.isnan(), -torch.inf, x).amax(1, keepdim=True)
-        every = torch.where(x == highest, 1.0, exp32(x - highest))
-        every = torch.where(x.isnan(), 0.0, every)
-        picked = every.gather(1, chosen)
-        total = (picked if routing.renormalize else every).sum(1, keepdim=True)
+        parts = torch.where(x == highest, 1.0, exp32(x - highest))
+        parts = torch.where(x.isnan(), 0.0, parts)
+        picked = parts.gather(1, chosen)
+        total = (picked if routing.renormalize else parts).sum(1, keepdim=True)
         result = torch.where(total > 0, picked / total, 0.0)
     else:
-        every = sigmoid32(x)
-        picked = every.gather(1, chosen)
+        parts = sigmoid32(x)
+        picked = parts.gather(1, chosen)
         result = picked / (picked.sum(1, keepdim=True) + TINY) if routing.renormalize else picked
 
     live = torch.ones(tokens, 1, dtype=torch.bool, device=x.device)
@@ -97,22 +97,22 @@ def route(
     weights.copy_(torch.where(live, result * routing.scale, 0.0))
     ids.copy_(torch.where(live, chosen, -1))
     if mean_probability is not None:
-        total = every.sum(1, keepdim=True)
-        shares = torch.where(live & (total > 0), every / total, 0.0)
+        total = parts.sum(1, keepdim=True)
+        shares = torch.where(live & (total > 0), parts / total, 0.0)
         mean_probability.copy_(shares.sum(0) / live.sum().clamp(min=1))
 
 
 def _biased(x: Tensor, correction_bias: Tensor) -> Tensor:
-    """What chooses under a bias; NaN stays NaN, so that it is chosen last."""
+    """The scores with a bias; NaN stays NaN, so that it is selected last."""
     return torch.where(x.isnan(), torch.nan, sigmoid32(x) + correction_bias.to(torch.float32))
 
 
 def _allowed(routing: RouteProblem, score: Tensor) -> Tensor:
-    """[tokens, experts]: whether the expert's group is among the best."""
+    """[tokens, experts]: whether the expert's group is one of the best."""
     groups, size = routing.num_groups, routing.num_experts // routing.num_groups
-    parts = torch.where(score.isnan(), -torch.inf, score).view(-1, groups, size)
-    best = parts.topk(min(2, size), dim=2).values
+    scores = torch.where(score.isnan(), -torch.inf, score).view(-1, groups, size)
+    best = scores.topk(min(2, size), dim=2).values
     of_group = best.sum(2) if routing.has_bias and size > 1 else best[:, :, 0]
     top = torch.sort(order_of(of_group), dim=1, descending=True, stable=True).indices[:, : routing.topk_groups]
-    allowed = torch.zeros(parts.shape[:2], dtype=torch.bool, device=score.device).scatter_(1, top, True)
+    allowed = torch.zeros(scores.shape[:2], dtype=torch.bool, device=score.device).scatter_(1, top, True)
     return allowed.repeat_interleave(size, dim=1)

@@ -1,5 +1,5 @@
-"""The layout and the router in Triton, on any GPU that Triton reaches: NVIDIA, AMD, Intel.  No import of Triton before
-the first call."""
+"""The layout and the router in Triton, on every GPU that it supports: NVIDIA, AMD, Intel.  Only a first call imports
+Triton."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def refuses(problem: AlignProblem | RouteProblem) -> str | None:
 
 def note(problem: AlignProblem) -> str:
     if interpreted():
-        return "Triton's interpreter, milliseconds a program: for tests"
+        return "Triton's interpreter, milliseconds per program: for tests"
     folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
     return f"the first call for a dtype and block size compiles for a second or two, then it is cached in {folder}"
 

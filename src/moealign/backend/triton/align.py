@@ -1,10 +1,9 @@
-"""The layout in Triton: which kernels of ``align_kernels.py`` are launched, with which sizes.
+"""The layout in Triton: the launcher of ``align_kernels.py``, which describes the passes and their bytes.
 
-One launch up to `FEW_ROUTES` routes of up to `FEW_BINS` experts, three beyond; batched two.  See align_kernels.py for
-the passes and their bytes.  Scratch (three launches only) comes from torch's allocator on the current stream: n ranks
-and a table of chunks times bins.  Nothing waits for the device, so a CUDA graph can hold a call.  A configuration
-follows from the problem by the rules below, never from a measurement at run time.  The number of routes is no constant
-of a kernel: another number compiles nothing, except where a rule below changes.
+One launch up to `FEW_ROUTES` routes of up to `FEW_BINS` experts, three beyond; batched two.  The sizes of a launch
+follow from the problem by the rules below, never from a measurement at run time.  The number of routes is no constant
+of a kernel: another number compiles nothing, unless a rule changes.  Nothing waits for the device, so a CUDA graph can
+capture a call.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from .launch import on_device
 
 __all__ = ["Launch", "align", "align_batched", "launches", "launches_batched"]
 
-SMALL_ROUTES = 128  # more in a pairwise tile spill registers
-SMALL_LENGTH = 65_536  # rows that the small kernels can fill in passing
-SMALL_BINS = 1_024  # with expert_offsets or group_ends, which cost the small kernel bins times routes
-FEW_ROUTES = 2_048  # which every program of the one launch beyond SMALL_ROUTES counts
-FEW_BINS = 1_024  # in a register tile of each of its programs
-FEW_OWN = 8  # routes that such a program places at least, and blocks that it fills
-PAIRWISE = 64  # routes in a pairwise tile of a chunk: work a route grows with it, steps a chunk shrink
-CHUNKS = ((16_384, 64), (65_536, 128), (262_144, 256))  # (up to so many routes, so many in a chunk); then MAX_CHUNKS
+SMALL_ROUTES = 128  # a larger pairwise tile spills registers
+SMALL_LENGTH = 65_536  # rows that the kernels for few routes fill
+SMALL_BINS = 1_024  # with expert_offsets or group_ends, which cost `align_small` bins times routes
+FEW_ROUTES = 2_048  # every program of `align_few` counts all routes
+FEW_BINS = 1_024  # and holds all bins in registers
+FEW_OWN = 8  # min routes that it places, and blocks that it fills
+PAIRWISE = 64  # routes in a pairwise tile of a chunk: a larger one means more work per route and fewer steps
+CHUNKS = ((16_384, 64), (65_536, 128), (262_144, 256))  # (max routes, routes per chunk); beyond, MAX_CHUNKS
 MAX_CHUNKS = 1_024
-MAX_TABLE = 2**24  # entries, chunks times bins
-SCAN_TILE = 8_192  # elements, chunks times bins, that a scanning program holds
-SCAN_COLUMNS = ((4_096, 8), (2**31, 64))  # (up to so many bins, bins a scanning program)
+MAX_TABLE = 2**24  # chunks times bins
+SCAN_TILE = 8_192  # chunks times bins in one step of a scanning program
+SCAN_COLUMNS = ((4_096, 8), (2**31, 64))  # (max bins, bins per scanning program)
 MAX_SCAN = 4_096  # bins in one step of the last scan
-PLACE = 512  # routes a placing program
-FILL_TILE = 1_024  # rows a filling program writes at a time
+PLACE = 512  # routes per placing program
+FILL_TILE = 1_024  # rows that a filling program writes per step
 
 _SIGNED = {
     torch.uint8: torch.int8,
@@ -45,7 +44,7 @@ _SIGNED = {
 
 
 class Launch(NamedTuple):
-    """One launch, before it happens: what tests compile ahead for machines that are not there."""
+    """The description of one launch.  Tests compile it ahead for GPUs that they do not have."""
 
     kernel: str
     programs: int
@@ -55,13 +54,13 @@ class Launch(NamedTuple):
 
 
 def _as_signed(values: Tensor) -> tuple[Tensor, bool]:
-    """The same bits with a sign, and whether they had none: not every unsigned dtype reaches Triton."""
+    """The same bits as a signed dtype, and whether they were unsigned: Triton does not take every unsigned dtype."""
     signed = _SIGNED.get(values.dtype)
     return (values, False) if signed is None else (values.view(signed), True)
 
 
 def _walk(ids: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
-    """Ids, whether they lie one behind the other, and (columns, row stride, column stride) if not."""
+    """Ids, whether they are contiguous, and (columns, row stride, column stride) if not."""
     if ids.is_contiguous():
         return ids, True, (1, 0, 0)
     if ids.dim() == 1:
@@ -72,13 +71,13 @@ def _walk(ids: Tensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
 
 
 def _chunk(routes: int, bins: int) -> int:
-    """Routes of a chunk: a power of two, so that a new number of routes seldom compiles a new kernel."""
-    size = next((size for most, size in CHUNKS if routes <= most), PAIRWISE)
-    return max(size, power_of_two(cdiv(routes, MAX_CHUNKS)) if routes > CHUNKS[-1][0] else 0, _fits(routes, bins))
+    """Routes per chunk: a power of two, so that a new number of routes seldom compiles a new kernel."""
+    size = next((size for max_routes, size in CHUNKS if routes <= max_routes), PAIRWISE)
+    return max(size, power_of_two(cdiv(routes, MAX_CHUNKS)) if routes > CHUNKS[-1][0] else 0, _min_chunk(routes, bins))
 
 
-def _fits(routes: int, bins: int) -> int:
-    """The least chunk with which the table stays within MAX_TABLE."""
+def _min_chunk(routes: int, bins: int) -> int:
+    """The smallest chunk that keeps the table within MAX_TABLE."""
     return power_of_two(cdiv(routes, max(MAX_TABLE // bins, 1)))
 
 
@@ -95,10 +94,10 @@ def launches(
     error_word: Tensor | None,
     out: BlockLayout,
 ) -> list[Launch]:
-    """What :func:`align` launches, in order; allocates the scratch."""
+    """The launches of :func:`align`, in order.  Allocates scratch: n ranks and a table of chunks times bins."""
     n, bins = problem.routes, problem.num_experts
     length, blocks = out.sorted_token_ids.numel(), out.expert_ids.numel()
-    block_size = problem.block_size if n else 1  # without a route it changes nothing, and it may be any number
+    block_size = problem.block_size if n else 1  # without routes it has no effect, and may be any number
     ids, unsigned = _as_signed(topk_ids)
     ids, contiguous, walk = _walk(ids)
     if expert_map is None:
@@ -155,7 +154,7 @@ def launches(
     chunks = max(cdiv(n, chunk), 1)
     scratch = torch.empty(chunks * bins + n + 2 * bins + 2, dtype=torch.int32, device=problem.device)
     table, ranks, totals, offsets, arrived = scratch.split([chunks * bins, n, bins, bins + 1, 1])
-    columns = next(columns for most, columns in SCAN_COLUMNS if bins <= most)
+    columns = next(columns for max_bins, columns in SCAN_COLUMNS if bins <= max_bins)
     scan_rows = min(max(power_of_two(chunks), 32), SCAN_TILE // columns)
     placing, fill = cdiv(n, PLACE), _fill_shape(block_size)
     return [
@@ -202,8 +201,8 @@ def launches(
 def launches_batched(
     problem: AlignProblem, expert_num_tokens: Tensor, error_word: Tensor | None, out: BlockLayout
 ) -> list[Launch]:
-    """What :func:`align_batched` launches, in order; allocates the scratch."""
-    n, bins, most = problem.routes, problem.num_experts, problem.row_length
+    """The launches of :func:`align_batched`, in order.  Allocates scratch."""
+    n, bins, max_tokens = problem.routes, problem.num_experts, problem.row_length
     length, blocks = out.sorted_token_ids.numel(), out.expert_ids.numel()
     block_size = problem.block_size if length else 1
     counts, unsigned = _as_signed(expert_num_tokens)
@@ -221,7 +220,7 @@ def launches_batched(
                 counts, error_word,
                 totals, offsets,
                 out.num_tokens_post_padded, out.expert_counts, out.expert_offsets, out.group_ends,
-                bins, most, counts.stride(0),
+                bins, max_tokens, counts.stride(0),
             ),
             {"BLOCK_SIZE": block_size, "UNSIGNED": unsigned, "SCAN": scan},
             8 if scan > 512 else 4,
@@ -232,7 +231,7 @@ def launches_batched(
             (
                 totals, offsets,
                 out.sorted_token_ids, out.expert_ids, out.positions, out.block_rows,
-                n, bins, length, blocks, most, filling,
+                n, bins, length, blocks, max_tokens, filling,
             ),
             {"BLOCK_SIZE": block_size, "PLACE": PLACE, **fill, "STEPS": bins.bit_length()},
             4,
@@ -258,12 +257,12 @@ def align(
     error_word: Tensor | None,
     out: BlockLayout,
 ) -> None:
-    """Fill `out`; see align_kernels.py for how."""
+    """Fill `out`."""
     _run(problem, launches(problem, topk_ids, expert_map, num_valid_tokens, error_word, out))
 
 
 def align_batched(
     problem: AlignProblem, expert_num_tokens: Tensor, error_word: Tensor | None, out: BlockLayout
 ) -> None:
-    """Fill `out` from counts."""
+    """Fill `out` from the counts of the batches."""
     _run(problem, launches_batched(problem, expert_num_tokens, error_word, out))

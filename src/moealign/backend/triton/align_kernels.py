@@ -1,21 +1,29 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the block-aligned layout, in the order of their passes.  Imported at a first call only.
+"""Triton kernels of the block-aligned layout.  One file because all of them read ids and fill blocks by the same
+functions.  Only a first call imports it.
 
-Few routes: `align_small`, one program, all pairs of routes compared; the cost does not depend on the number of experts.
-Some more: `align_few`, programs that each count all routes, then place a few of them and fill a few blocks.
+Few routes: `align_small`, one program that compares all pairs of routes, whatever the number of experts.
+More: `align_few`, whose programs each count all routes, then place a few of them and fill a few blocks.
 Otherwise three launches, for n routes in C chunks and E bins:
 
-1. `rank_chunks`   a program a chunk: rank of each route among its chunk's routes of the same bin, counts a bin.
+1. `rank_chunks`   a program per chunk: the rank of each route among its chunk's routes of the same bin, and counts.
                    Reads n ids, writes n ranks and C*E counts.
-2. `scan_bins`     a program a few bins: prefix of the counts over chunks; the last program to finish turns the totals
-                   into offsets.  Reads and writes C*E counts.
-3. `place_routes`  routes to their rows, and everything that is no route: padding, tail, one entry a block.
+2. `scan_bins`     a program per few bins: prefix sums of the counts over chunks; the last program to finish turns the
+                   totals into offsets.  Reads and writes C*E counts.
+3. `place_routes`  routes to their rows, then everything else: padding, tail, entries of blocks.
                    Reads n ids and ranks, writes every output row once.
 
 Batched: `scan_counts` (one program), then `fill_batches`.
 
-A pairwise tile is reduced over its first axis: there the partners of a route lie in one thread's registers.
-Integer atomics add up flags and arrivals alone, so no order of execution shows in a result.
+A pairwise tile is reduced over its first axis, so that the partners of a route lie in one thread's registers.
+Integer atomics accumulate only flags and arrivals, so results do not depend on the order of execution.
+
+Arguments have the same names in every kernel.  Inputs, of which any but `ids` may be None: `ids`, `expert_map`,
+`num_valid` and `error_word`, or `batch_counts`.  Outputs: the fields of :class:`moealign.layout.BlockLayout`, with
+`total` for num_tokens_post_padded; extras may be None.  Scratch, int32: `table` [C, E], `ranks` [n], `totals` [E],
+`offsets` [E + 1], `arrived` [1].  Constants: CONTIGUOUS, whether route i is at ids[i], else at row i // `cols` and
+column i % `cols` of the strides; UNSIGNED and MAP_UNSIGNED, whether ids and the map are unsigned integers passed as
+signed; IGNORE, whether the map turns ids into bins; NAMED, whether it turns bins into entries of expert_ids.
 """
 
 from __future__ import annotations
@@ -23,22 +31,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...layout import BAD_COUNT, BAD_ID, BAD_MAP, BAD_NUM_VALID
+
 __all__ = ["align_few", "align_small", "fill_batches", "place_routes", "rank_chunks", "scan_bins", "scan_counts"]
 
-BAD_ID = tl.constexpr(1)
-BAD_MAP = tl.constexpr(2)
-BAD_VALID = tl.constexpr(4)
-BAD_COUNT = tl.constexpr(8)
-RANK_SHIFT = tl.constexpr(16)  # a rank above a count in one word: one reduction gives both
-RANK_AND_COUNT = tl.constexpr((1 << 16) + 1)
-COUNT_MASK = tl.constexpr((1 << 16) - 1)
+_BAD_ID, _BAD_MAP, _BAD_NUM_VALID, _BAD_COUNT = map(tl.constexpr, (BAD_ID, BAD_MAP, BAD_NUM_VALID, BAD_COUNT))
+_RANK_SHIFT = tl.constexpr(16)  # a rank above a count in one word: one reduction sums both
+_RANK_AND_COUNT = tl.constexpr((1 << 16) + 1)
+_COUNT_MASK = tl.constexpr((1 << 16) - 1)
 
-# Sizes change from call to call, addresses with them where outputs share a slab: neither may compile anything anew.
-SIZES = (
+# Sizes change from call to call, with them addresses if outputs share an allocation: neither may recompile a kernel.
+_SIZES = (
     "num_routes", "limit_rows", "top_k", "cols", "row_stride", "col_stride", "map_stride", "num_bins", "num_chunks",
     "length", "num_blocks", "num_placing", "num_filling", "max_tokens", "count_stride",
 )  # fmt: skip
-POINTERS = (
+_POINTERS = (
     "ids", "expert_map", "num_valid", "error_word", "table", "ranks", "arrived", "totals", "offsets", "sorted_ids",
     "expert_ids", "total", "expert_counts", "expert_offsets", "group_ends", "positions", "block_rows", "scatter_idx",
     "batch_counts",
@@ -49,18 +56,18 @@ def _kernel(function):  # type: ignore[no-untyped-def]
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(
         function,
-        do_not_specialize=[name for name in SIZES if name in names],
-        do_not_specialize_on_alignment=[name for name in POINTERS if name in names],
+        do_not_specialize=[name for name in _SIZES if name in names],
+        do_not_specialize_on_alignment=[name for name in _POINTERS if name in names],
     )
 
 
-# ---- What a route says --------------------------------------------------------------------------------------------
+# ---- Shared by the kernels ----------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _widened(values, UNSIGNED: tl.constexpr):
-    """Values to compare with a number of bins.  Unsigned ones come as signed of the same width; what does not fit the
-    result stays negative, which is out of range as well."""
+    """`values` as int32, or int64 if they are.  Unsigned ones, passed as signed of the same width, that do not fit the
+    result are negative, and so out of range as well."""
     wide = values
     if values.dtype != tl.int64:
         wide = values.to(tl.int32)
@@ -73,7 +80,7 @@ def _widened(values, UNSIGNED: tl.constexpr):
 
 @triton.jit
 def _local_bins(expert_map, map_stride, experts, mask, num_bins, MAP_UNSIGNED: tl.constexpr):
-    """The map's value for each expert, -1 where it is no bin; and whether it is neither a bin nor -1."""
+    """The map's value for each expert, -1 if it is no bin; and whether it is neither a bin nor -1."""
     value = _widened(tl.load(expert_map + experts.to(tl.int64) * map_stride, mask=mask, other=0), MAP_UNSIGNED)
     inside = (value >= 0) & (value < num_bins)
     wrong = ~inside & mask
@@ -97,16 +104,16 @@ def _bins(
     wrong = live & ~kept
     if not UNSIGNED:
         wrong = wrong & (expert != -1)
-    found = tl.where(kept, expert, num_bins).to(tl.int32)
+    bins = tl.where(kept, expert, num_bins).to(tl.int32)
     if IGNORE:
-        local, _ = _local_bins(expert_map, map_stride, found, kept, num_bins, MAP_UNSIGNED)
-        found = tl.where(kept & (local >= 0), local, num_bins)
-    return found, wrong
+        local, _ = _local_bins(expert_map, map_stride, bins, kept, num_bins, MAP_UNSIGNED)
+        bins = tl.where(kept & (local >= 0), local, num_bins)
+    return bins, wrong
 
 
 @triton.jit
 def _limit(num_valid, num_routes, limit_rows, top_k):
-    """Routes from this one on are dropped; and whether the count on the device is out of range."""
+    """The first route past the valid tokens; and whether num_valid is out of range."""
     limit = num_routes.to(tl.int64)
     wrong = num_routes < 0
     if num_valid is not None:
@@ -124,11 +131,11 @@ def _report(error_word, bits):
 
 @triton.jit
 def _ranks(bins, SIZE: tl.constexpr):
-    """For each of SIZE routes: how many earlier ones, and how many in all, share its bin."""
+    """For each of SIZE routes: the number of earlier ones, and of all, in its bin."""
     lane = tl.arange(0, SIZE)
-    weight = tl.where(lane[:, None] < lane[None, :], RANK_AND_COUNT, 1)
+    weight = tl.where(lane[:, None] < lane[None, :], _RANK_AND_COUNT, 1)
     both = tl.sum(tl.where(bins[:, None] == bins[None, :], weight, 0), axis=0)
-    return both >> RANK_SHIFT, both & COUNT_MASK
+    return both >> _RANK_SHIFT, both & _COUNT_MASK
 
 
 @triton.jit
@@ -138,7 +145,8 @@ def _write_blocks(
     BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr, NAMED: tl.constexpr, BATCHED: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Entries of blocks that hold `rows` rows of bin_ behind `skipped` ones, and the rows that no route takes."""
+    """Entries of blocks with `rows` routes of bin_, which are behind its first `skipped` ones; and the padding rows.
+    With BATCHED also the rows of routes."""
     live = block < num_blocks
     name = bin_
     if NAMED:
@@ -149,16 +157,16 @@ def _write_blocks(
     for first in range(0, BLOCK_SIZE, ROWS):
         inner = first + tl.arange(0, ROWS)
         at = (block * BLOCK_SIZE)[:, None] + inner[None, :]
-        here = live[:, None] & (inner < BLOCK_SIZE)[None, :] & (at < length)
+        inside = live[:, None] & (inner < BLOCK_SIZE)[None, :] & (at < length)
         padding = inner[None, :] >= rows[:, None]
         if BATCHED:
             slot = (bin_ * max_tokens + skipped)[:, None] + inner[None, :]
-            tl.store(sorted_ids + at, tl.where(padding, num_routes, slot), mask=here)
+            tl.store(sorted_ids + at, tl.where(padding, num_routes, slot), mask=inside)
         else:
-            tl.store(sorted_ids + at, num_routes, mask=here & padding)
+            tl.store(sorted_ids + at, num_routes, mask=inside & padding)
 
 
-# ---- A few routes: one program does it all ------------------------------------------------------------------------
+# ---- Few routes: one program -----------------------------------------------------------------------------------
 
 
 @_kernel
@@ -169,6 +177,10 @@ def align_small(
     BLOCK_SIZE: tl.constexpr, CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr,
     IGNORE: tl.constexpr, SIZE: tl.constexpr, FILL: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
+    """The whole alignment of at most SIZE routes.  Launch: one program.
+
+    SIZE is a power of two; FILL elements are stored, and BINS bins scanned, per step.
+    """
     limit, wrong_limit = _limit(num_valid, num_routes, limit_rows, top_k)
     lane = tl.arange(0, SIZE)
     route = lane.to(tl.int64)
@@ -177,7 +189,7 @@ def align_small(
         CONTIGUOUS, UNSIGNED, MAP_UNSIGNED, IGNORE,
     )  # fmt: skip
 
-    # The sentinel everywhere while the ids are on their way; the barrier puts the routes on top of it.
+    # Store sentinels everywhere while the ids are being loaded; after the barrier, routes overwrite them.
     fill = tl.arange(0, FILL)
     for first in range(0, length, FILL):
         tl.store(sorted_ids + first + fill, num_routes, mask=fill < length - first)
@@ -226,7 +238,7 @@ def align_small(
                 tl.store(group_ends + bin_ - 1, ended, mask=(bin_ <= num_bins) & (bin_ > 0))
 
     if error_word is not None:
-        bits = tl.max(wrong.to(tl.int32), axis=0) * BAD_ID + wrong_limit.to(tl.int32) * BAD_VALID
+        bits = tl.max(wrong.to(tl.int32), axis=0) * _BAD_ID + wrong_limit.to(tl.int32) * _BAD_NUM_VALID
         if expert_map is not None:
             seen = tl.zeros([FILL], tl.int32)
             for first in range(0, num_bins, FILL):
@@ -234,11 +246,11 @@ def align_small(
                     expert_map, map_stride, first + fill, fill < num_bins - first, num_bins, MAP_UNSIGNED
                 )
                 seen = seen | wrong_map.to(tl.int32)
-            bits = bits | (tl.max(seen, axis=0) * BAD_MAP)
+            bits = bits | (tl.max(seen, axis=0) * _BAD_MAP)
         _report(error_word, bits)
 
 
-# ---- Some more routes: programs that need nothing of each other ----------------------------------------------------
+# ---- More routes: independent programs --------------------------------------------------------------------------
 
 
 @_kernel
@@ -250,6 +262,11 @@ def align_few(
     IGNORE: tl.constexpr, NAMED: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
     OWN: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """The whole alignment by independent programs.  Launch: max(cdiv(n, OWN), cdiv(number of blocks, BLOCKS)) programs.
+
+    Each counts all of at most SIZE routes in at most BINS bins, both powers of two, then places OWN routes and fills
+    BLOCKS blocks, ROWS rows of each per step.  Program 0 also writes the outputs of bins and checks the inputs.
+    """
     part = tl.program_id(0)
     limit, wrong_limit = _limit(num_valid, num_routes, limit_rows, top_k)
     lane = tl.arange(0, SIZE)
@@ -282,7 +299,7 @@ def align_few(
 
     if part * BLOCKS < num_blocks:
         block = part * BLOCKS + tl.arange(0, BLOCKS)
-        bin_ = tl.sum((ends[:, None] <= block[None, :]).to(tl.int32), axis=0)  # so many end before it
+        bin_ = tl.sum((ends[:, None] <= block[None, :]).to(tl.int32), axis=0)  # the number of bins that end before it
         used = bin_ < BINS
         bin_ = tl.minimum(bin_, BINS - 1)
         skipped = (block - tl.gather(begins, bin_, 0)) * BLOCK_SIZE
@@ -304,10 +321,10 @@ def align_few(
         if group_ends is not None:
             tl.store(group_ends + bin_, tl.cumsum(counts, 0), mask=bin_ < num_bins)
         if error_word is not None:
-            bits = tl.max(wrong.to(tl.int32), axis=0) * BAD_ID + wrong_limit.to(tl.int32) * BAD_VALID
+            bits = tl.max(wrong.to(tl.int32), axis=0) * _BAD_ID + wrong_limit.to(tl.int32) * _BAD_NUM_VALID
             if expert_map is not None:
                 _, wrong_map = _local_bins(expert_map, map_stride, bin_, bin_ < num_bins, num_bins, MAP_UNSIGNED)
-                bits = bits | (tl.max(wrong_map.to(tl.int32), axis=0) * BAD_MAP)
+                bits = bits | (tl.max(wrong_map.to(tl.int32), axis=0) * _BAD_MAP)
             _report(error_word, bits)
 
 
@@ -322,8 +339,12 @@ def rank_chunks(
     CONTIGUOUS: tl.constexpr, UNSIGNED: tl.constexpr, MAP_UNSIGNED: tl.constexpr, IGNORE: tl.constexpr,
     CHUNK: tl.constexpr, SIZE: tl.constexpr, FILL: tl.constexpr,
 ):  # fmt: skip
+    """Ranks of each chunk's routes, -1 for dropped ones, and counts of its bins.  Launch: a program per CHUNK routes.
+
+    Writes `ranks`, `table` and arrived = 0.  SIZE routes are compared, and FILL counts zeroed, per step.
+    """
     chunk = tl.program_id(0).to(tl.int64)
-    counts = table + chunk * num_bins  # of this program alone until the next launch
+    counts = table + chunk * num_bins  # private to this program until the next launch
     fill = tl.arange(0, FILL)
     for first in range(0, num_bins, FILL):
         tl.store(counts + first + fill, 0, mask=fill < num_bins - first)
@@ -344,25 +365,25 @@ def rank_chunks(
         before = tl.load(counts + bins, mask=kept, other=0)
         rank, count = _ranks(bins, SIZE)
         tl.store(ranks + route, tl.where(kept, before + rank, -1), mask=route < num_routes)
-        tl.debug_barrier()  # all have read what comes before them
+        tl.debug_barrier()  # every thread has loaded `before`
         tl.store(counts + bins, before + count, mask=kept & (rank == 0))
         tl.debug_barrier()
 
     if error_word is not None:
-        bits = tl.max(seen, axis=0) * BAD_ID
+        bits = tl.max(seen, axis=0) * _BAD_ID
         if chunk == 0:
-            bits = bits | (wrong_limit.to(tl.int32) * BAD_VALID)
+            bits = bits | (wrong_limit.to(tl.int32) * _BAD_NUM_VALID)
         _report(error_word, bits)
 
 
-# ---- Launch 2 of 3: where each chunk's routes of a bin begin, and where each bin begins ----------------------------
+# ---- Launch 2 of 3: first rows of chunks and bins ------------------------------------------------------------------
 
 
 @triton.jit
 def _begin_bins(
     bin_, counts, begin, ended, num_bins, offsets, expert_counts, expert_offsets, group_ends, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
-    """Bins behind `begin` rows and `ended` routes: their first rows and ends, and both sums behind them."""
+    """Write the outputs of bins that follow `begin` rows and `ended` routes; returns both sums behind these bins."""
     live = bin_ < num_bins
     padded = (counts + (BLOCK_SIZE - 1)) // BLOCK_SIZE * BLOCK_SIZE
     first_row = begin + tl.cumsum(padded, 0) - padded
@@ -386,20 +407,25 @@ def scan_bins(
     BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
+    """Prefix sums over chunks, then over bins.  Launch: a program per COLUMNS bins.
+
+    Turns the counts in `table` into the number of routes in earlier chunks, ROWS chunks per step.  The last program to
+    arrive scans `totals`, SCAN bins per step, and writes `offsets` and the outputs of bins.
+    """
     mine = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     live = mine < num_bins
     before = tl.zeros([COLUMNS], tl.int32)
     for first in range(0, num_chunks, ROWS):
         chunk = first + tl.arange(0, ROWS)
         at = table + chunk[:, None].to(tl.int64) * num_bins + mine[None, :]
-        here = (chunk < num_chunks)[:, None] & live[None, :]
-        counts = tl.load(at, mask=here, other=0)
-        tl.store(at, before[None, :] + tl.cumsum(counts, 0) - counts, mask=here)
+        inside = (chunk < num_chunks)[:, None] & live[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(counts, 0) - counts, mask=inside)
         before += tl.sum(counts, axis=0)
     tl.store(totals + mine, before, mask=live)
     if error_word is not None and expert_map is not None:
         _, wrong_map = _local_bins(expert_map, map_stride, mine, live, num_bins, MAP_UNSIGNED)
-        _report(error_word, tl.max(wrong_map.to(tl.int32), axis=0) * BAD_MAP)
+        _report(error_word, tl.max(wrong_map.to(tl.int32), axis=0) * _BAD_MAP)
 
     tl.debug_barrier()
     if tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(0) - 1:
@@ -424,13 +450,13 @@ def scan_bins(
 @triton.jit
 def _bin_at(row, offsets, num_bins, STEPS: tl.constexpr):
     """The last bin that begins at or before each row; num_bins for a row past all bins."""
-    found = tl.zeros_like(row).to(tl.int32)
+    bin_ = tl.zeros_like(row).to(tl.int32)
     for step in tl.static_range(STEPS):
-        probe = found + (1 << (STEPS - 1 - step))
+        probe = bin_ + (1 << (STEPS - 1 - step))
         inside = probe <= num_bins
         begins = tl.load(offsets + probe, mask=inside, other=0)
-        found = tl.where(inside & (begins <= row), probe, found)
-    return found
+        bin_ = tl.where(inside & (begins <= row), probe, bin_)
+    return bin_
 
 
 @triton.jit
@@ -440,7 +466,7 @@ def _fill_blocks(
     BLOCK_SIZE: tl.constexpr, MAP_UNSIGNED: tl.constexpr, NAMED: tl.constexpr, BATCHED: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks, found in the table of offsets."""
+    """Part `part` of all blocks, BLOCKS of them; a search in `offsets` gives their bins."""
     block = part.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     row = block * BLOCK_SIZE
     bin_ = _bin_at(row, offsets, num_bins, STEPS)
@@ -465,6 +491,10 @@ def place_routes(
     IGNORE: tl.constexpr, NAMED: tl.constexpr, CHUNK: tl.constexpr, PLACE: tl.constexpr,
     BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """Every row of the outputs.  Launch: `num_placing` programs of PLACE routes, then one per BLOCKS blocks.
+
+    CHUNK is that of `rank_chunks`.  The search for a block's bin takes STEPS steps, the bits of the number of bins.
+    """
     part = tl.program_id(0)
     if part < num_placing:
         route = part.to(tl.int64) * PLACE + tl.arange(0, PLACE)
@@ -491,7 +521,7 @@ def place_routes(
         )  # fmt: skip
 
 
-# ---- Batched: counts are given ------------------------------------------------------------------------------------
+# ---- Batched ------------------------------------------------------------------------------------------------------
 
 
 @_kernel
@@ -502,17 +532,19 @@ def scan_counts(
     num_bins, max_tokens, count_stride,
     BLOCK_SIZE: tl.constexpr, UNSIGNED: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
+    """Clamped counts of batches to `totals`, their first rows to `offsets`, and the outputs of bins.  Launch: one
+    program, which scans SCAN batches per step."""
     begin = 0
     ended = 0
     seen = tl.zeros([SCAN], tl.int32)
     for first in range(0, num_bins, SCAN):
         bin_ = first + tl.arange(0, SCAN)
         live = bin_ < num_bins
-        given = _widened(tl.load(batch_counts + bin_.to(tl.int64) * count_stride, mask=live, other=0), UNSIGNED)
-        counts = tl.minimum(tl.maximum(given, 0), max_tokens).to(tl.int32)
+        raw = _widened(tl.load(batch_counts + bin_.to(tl.int64) * count_stride, mask=live, other=0), UNSIGNED)
+        counts = tl.minimum(tl.maximum(raw, 0), max_tokens).to(tl.int32)
         if UNSIGNED:
-            counts = tl.where(given < 0, max_tokens, counts)
-        seen = seen | ((given < 0) | (given > max_tokens)).to(tl.int32)
+            counts = tl.where(raw < 0, max_tokens, counts)
+        seen = seen | ((raw < 0) | (raw > max_tokens)).to(tl.int32)
         tl.store(totals + bin_, counts, mask=live)
         begin, ended = _begin_bins(
             bin_, counts, begin, ended, num_bins, offsets, expert_counts, expert_offsets, group_ends, BLOCK_SIZE
@@ -522,7 +554,7 @@ def scan_counts(
     if expert_offsets is not None:
         tl.store(expert_offsets + num_bins, begin)
     if error_word is not None:
-        _report(error_word, tl.max(seen, axis=0) * BAD_COUNT)
+        _report(error_word, tl.max(seen, axis=0) * _BAD_COUNT)
 
 
 @_kernel
@@ -532,6 +564,8 @@ def fill_batches(
     num_routes, num_bins, length, num_blocks, max_tokens, num_filling,
     BLOCK_SIZE: tl.constexpr, PLACE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
+    """Every row of the outputs.  Launch: `num_filling` programs of BLOCKS blocks, then, for `positions`, one per PLACE
+    routes."""
     part = tl.program_id(0)
     if part < num_filling:
         _fill_blocks(

@@ -1,4 +1,4 @@
-"""What every launcher of a Triton kernel needs: whether Triton runs here, and the right device around a launch.
+"""Shared by all launchers of Triton kernels: whether Triton runs here, and the current device of a launch.
 
 Under TRITON_INTERPRET=1 kernels take CPU tensors, for tests.  Nothing here imports Triton.
 """
@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["interpreted", "on_device", "unavailable"]
 
-_HERE: AbstractContextManager[None] = nullcontext()
+_UNCHANGED: AbstractContextManager[None] = nullcontext()
 
 
 def interpreted() -> bool:
@@ -28,11 +28,11 @@ def unavailable() -> str | None:
         return "triton is not installed; it comes with GPU builds of torch, or pip install triton"
     if interpreted() or torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return None
-    return "no GPU that Triton reaches; TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly, for tests"
+    return "no GPU that Triton supports; for tests, TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """A context in which `device` is current: Triton launches on the current device."""
     if device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
-    return _HERE
+    return _UNCHANGED

@@ -1,4 +1,4 @@
-"""The router in Triton, on any GPU that Triton reaches: one launch; with the mean, torch adds up shares behind it."""
+"""The router in Triton: the launcher of ``route_kernels.py``.  One launch; for the mean, torch then sums shares."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .launch import on_device
 
 __all__ = ["MAX_EXPERTS", "launch_of", "refuses", "route"]
 
-MAX_EXPERTS = 4096  #: what a program holds
+MAX_EXPERTS = 4096  #: of one program
 
 
 def refuses(routing: RouteProblem) -> str | None:
-    """Why there is no kernel for this router; None if there is."""
+    """Why no kernel takes this router; None if one does."""
     if routing.num_experts > MAX_EXPERTS:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     return None
@@ -37,7 +37,8 @@ def launch_of(
     constants = {
         "SIGMOID": routing.scoring == "sigmoid", "RENORM": routing.renormalize, "EXPERTS": routing.num_experts,
         "TOP_K": routing.top_k, "GROUPS": routing.num_groups, "TOP_GROUPS": routing.topk_groups,
-        "SIZE": size, "LIST": power_of_two(routing.top_k), "GROUP_ROOM": power_of_two(routing.num_groups),
+        "EXPERTS_POW2": size, "TOP_K_POW2": power_of_two(routing.top_k),
+        "GROUPS_POW2": power_of_two(routing.num_groups),
     }  # fmt: skip
     arguments = (logits, bias, num_valid_tokens, weights, ids, shares, routing.tokens, logits.stride(0), routing.scale)
     return arguments, constants, 1 if size <= 512 else 4
@@ -52,7 +53,7 @@ def route(
     ids: Tensor,
     mean_probability: Tensor | None,
 ) -> None:
-    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` where it is wanted."""
+    """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` unless that is None."""
     from . import route_kernels  # imports Triton
 
     logits = router_logits.detach()
@@ -61,10 +62,10 @@ def route(
     shares = None
     if mean_probability is not None:
         shares = torch.empty((routing.tokens, routing.num_experts), dtype=torch.float32, device=logits.device)
-    given, constants, warps = launch_of(routing, logits, bias, num_valid_tokens, weights, ids, shares)
+    arguments, constants, warps = launch_of(routing, logits, bias, num_valid_tokens, weights, ids, shares)
     if routing.tokens:
         with on_device(logits.device):
-            route_kernels.choose[(routing.tokens,)](*given, **constants, num_warps=warps, enable_fp_fusion=False)
+            route_kernels.topk[(routing.tokens,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
     if mean_probability is not None and shares is not None:
         torch.sum(shares, 0, out=mean_probability)
         if num_valid_tokens is None:
