@@ -114,7 +114,7 @@ def test_batched_is_the_oracles(batches, slots, block_size, dtype):
 
 @pytest.mark.parametrize("batches", [8, 64])
 def test_another_number_of_slots_compiles_nothing(batches):
-    compile_ = importlib.import_module("moealign.backend.cuda.compile")
+    launch = importlib.import_module("moealign.backend.cuda.launch")
     counts = torch.randint(0, 40, (batches,), dtype=torch.int32)
 
     def call(slots: int) -> None:
@@ -124,10 +124,10 @@ def test_another_number_of_slots_compiles_nothing(batches):
         assert_same_layout(layout, oracle_align_batched(counts, max_tokens_per_batch=slots, block_size=8))
 
     call(32)
-    compiled = len(compile_._kernels)
+    compiled = len(launch._kernels)
     for slots in (1, 2, 3, 7, 31, 33, 64, 100, 1000):
         call(slots)
-    assert len(compile_._kernels) == compiled
+    assert len(launch._kernels) == compiled
 
 
 def test_batched_rows_up_to_the_last_of_int32():
@@ -437,10 +437,10 @@ def test_no_call_waits_for_the_gpu(routes):
 
 
 def test_a_failed_launch_says_what_failed():
-    compile_ = importlib.import_module("moealign.backend.cuda.compile")
+    launch = importlib.import_module("moealign.backend.cuda.launch")
     batched = importlib.import_module("moealign.backend.cuda.batched")
-    found = compile_.kernel(batched.SOURCE, *batched.specialise(torch.int32, 4, 4, True), 0)
+    kernel = launch.kernel(batched.SOURCE, *batched.specialise(torch.int32, 4, 4, True), 0)
     with pytest.raises(
         RuntimeError, match=r"batched_few on cuda:0 with 1 CTAs of 4096 threads.*CUDA_ERROR_INVALID_VALUE"
     ):
-        found.launch(1, 4096, 0, *[0] * 15)
+        kernel.launch(1, 4096, 0, *[0] * 15)

@@ -1,4 +1,4 @@
-"""What of the CUDA backend can be tested without a GPU: every specialisation compiles, and the cache keeps its word."""
+"""What can be tested of the CUDA backend without a GPU: every specialisation compiles, and the cache is safe."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from moealign.problem import AlignProblem
 
 cuda = importlib.import_module("moealign.backend.cuda")
 compile_ = importlib.import_module("moealign.backend.cuda.compile")
+launch = importlib.import_module("moealign.backend.cuda.launch")
 
 
 def missing() -> str | None:
@@ -104,7 +105,7 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 def test_every_specialisation_compiles_and_spills_nothing(arch):
     wrong = []
     for source, name, defines in specialisations(int(arch[3:-1])):
-        found = resources(compile_.build(compile_._source(source), name, defines, arch), name)
+        found = resources(compile_.build(compile_.source(source), name, defines, arch), name)
         if found.stack or not 0 < found.registers <= min(255, 65536 // threads_of(defines)):
             wrong.append((source, name, defines, found))
         if set(found.parameters) != {8}:  # as Kernel.launch passes them
@@ -117,10 +118,10 @@ def test_every_specialisation_compiles_and_spills_nothing(arch):
 def test_nothing_is_touched_before_the_kernel_ahead_has_ended():
     """Not even what only reads and comes behind the wait in the text: the compiler moves loads of what it takes for
     constant."""
-    behind = [each for each in specialisations(9) if ("AFTER", 1) in each[2]]
+    behind = [each for each in specialisations(9) if ("PDL_WAIT", 1) in each[2]]
     assert {name for _, name, _ in behind} == {"pairwise", "independent"}
     for source, name, defines in behind:
-        cubin = compile_.build(compile_._source(source), name, defines, "sm_90")
+        cubin = compile_.build(compile_.source(source), name, defines, "sm_90")
         assert touched_before_the_wait(cubin) == [], defines
 
 
@@ -128,11 +129,16 @@ def test_nothing_is_touched_before_the_kernel_ahead_has_ended():
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm: Triton is not installed")
 def test_a_load_that_moved_ahead_of_the_wait_would_be_seen():
     wait = 'asm volatile("griddepcontrol.wait;"'
-    source = compile_._source("align.cu")
-    assert source.count(f'{wait} : "+l"(at) :: "memory");') == 1
-    moved = source.replace(f'{wait} : "+l"(at) :: "memory");', f'{wait} ::: "memory");')
-    behind = [each for each in specialisations(9) if ("AFTER", 1) in each[2]]
-    assert any(touched_before_the_wait(compile_.build(moved, name, defines, "sm_90")) for _, name, defines in behind)
+
+    def moved(file: str) -> str:
+        source = compile_.source(file)
+        assert source.count(f'{wait} : "+l"(at) :: "memory");') == 1
+        return source.replace(f'{wait} : "+l"(at) :: "memory");', f'{wait} ::: "memory");')
+
+    behind = [each for each in specialisations(9) if ("PDL_WAIT", 1) in each[2]]
+    assert any(
+        touched_before_the_wait(compile_.build(moved(file), name, defines, "sm_90")) for file, name, defines in behind
+    )
 
 
 def refusal_of(source: str, name: str, defines: tuple[tuple[str, int], ...], **changed: int) -> str:
@@ -140,7 +146,7 @@ def refusal_of(source: str, name: str, defines: tuple[tuple[str, int], ...], **c
     assert set(changed) <= set(dict(defines))
     macros = tuple({**dict(defines), **changed}.items())
     try:
-        compile_.build(compile_._source(source), name, macros, "sm_90")
+        compile_.build(compile_.source(source), name, macros, "sm_90")
     except Exception as error:
         return str(error)
     return ""
@@ -149,13 +155,13 @@ def refusal_of(source: str, name: str, defines: tuple[tuple[str, int], ...], **c
 @needs_nvrtc
 @pytest.mark.parametrize("experts", [1, 2, 61, 257, 1000, 1025, 2049, 5000, 20000, 40000])
 def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
-    """Sizes are reckoned in Python and again in align.cu; a byte less is refused by the compiler."""
+    """Python and the kernels compute the sizes separately; the compiler refuses a smaller one."""
     align_ = sys.modules["moealign.backend.cuda.align"]
     seen = set()
     for routes, clusters in ((300, 8), (4000, 8), (12000, 1), (12000, 8), (40000, 8), (2**21, 8)):
         problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
         path = align_.path_of(problem, 132, 227 * 1024, clusters)
-        kernel = ("align.cu", path.name, align_.defines_of(problem, path, vector_in=False))
+        kernel = (path.file, path.name, align_.defines_of(problem, path, vector_in=False))
         if kernel in seen:
             continue
         seen.add(kernel)
@@ -163,7 +169,7 @@ def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
         macros = dict(kernel[2])
         for name, step in (
             ("SHARED_BYTES", 16),
-            *((f"SCRATCH_{each}", 1) for each in ("EACH_CTA", "EACH_ROUTE", "BESIDES")),
+            *((f"SCRATCH_{each}", 1) for each in ("PER_CTA", "PER_ROUTE", "FIXED")),
         ):
             if macros[name]:
                 assert "static assertion failed" in refusal_of(*kernel, **{name: macros[name] - step})
@@ -175,9 +181,9 @@ def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
     [
         (64, {"THREADS": 100}, "whole warps"),
         (64, {"EXPERTS": 2**28 + 1}, "counted in 32 bits"),
-        (256, {"THREADS": 128}, "a thread a route"),
+        (256, {"THREADS": 128}, "a thread per route"),
         (256, {"WORDS": 6}, "within a warp"),
-        (2000, {"WORDS": 32}, "a thread a route of my chunk"),
+        (2000, {"WORDS": 32}, "a thread per route of my chunk"),
         (2000, {"STEPS": 128}, "counted in 16 bits"),
         (40000, {"STEPS": 32}, "eight rows at a time"),
         (40000, {"EXPERTS": 65537}, "a bin fits local_bin"),
@@ -189,7 +195,7 @@ def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, ch
     align_ = sys.modules["moealign.backend.cuda.align"]
     problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, 256, 16)
     path = align_.path_of(problem, 132, 227 * 1024, 8)
-    assert said in refusal_of("align.cu", path.name, align_.defines_of(problem, path), **changed)
+    assert said in refusal_of(path.file, path.name, align_.defines_of(problem, path), **changed)
 
 
 @needs_nvrtc
@@ -263,12 +269,12 @@ def test_without_rows_a_batched_block_is_of_one(slots, asked):
 
 
 def test_a_kernel_keeps_no_more_launches_than_it_says(monkeypatch):
-    kernel = object.__new__(compile_.Kernel)
+    kernel = object.__new__(launch.Kernel)
     kernel._launches = {}
-    monkeypatch.setattr(compile_, "Launch", lambda *facts: facts)
+    monkeypatch.setattr(launch, "Launch", lambda *facts: facts)
     for grid in range(3000):
-        assert kernel.prepare(grid, 32, 0) == (kernel, grid, 32, 0, compile_.PLAIN)
-        assert len(kernel._launches) <= compile_._MOST_LAUNCHES
+        assert kernel.prepare(grid, 32, 0) == (kernel, grid, 32, 0, launch.PLAIN)
+        assert len(kernel._launches) <= launch._MAX_LAUNCHES
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
@@ -419,7 +425,7 @@ def driver_of(version: int, *lacking: str, code: int = 0) -> types.SimpleNamespa
         at._obj.value = version
         return code
 
-    functions = dict.fromkeys(compile_._FUNCTIONS, lambda *args: 999) | {"cuDriverGetVersion": get_version}
+    functions = dict.fromkeys(launch._FUNCTIONS, lambda *args: 999) | {"cuDriverGetVersion": get_version}
     return types.SimpleNamespace(**{name: each for name, each in functions.items() if name not in lacking})
 
 
@@ -439,7 +445,7 @@ DRIVERS = {
     "newer than NVRTC": (lambda: driver_of(14010), "13.0", None),
     "of NVRTC's major": (lambda: driver_of(13000), "13.5", None),
 } | {
-    f"no {name}": (lambda name=name: driver_of(13000, name), "13.0", f"has no {name}: ") for name in compile_._FUNCTIONS
+    f"no {name}": (lambda name=name: driver_of(13000, name), "13.0", f"has no {name}: ") for name in launch._FUNCTIONS
 }  # fmt: skip
 
 
@@ -460,15 +466,15 @@ def fresh(monkeypatch):
 @pytest.mark.parametrize("which", DRIVERS)
 def test_a_driver_that_cannot_run_the_kernels_is_a_reason(which, fresh):
     driver, compiler, said = DRIVERS[which]
-    fresh.setattr(compile_, "_driver", driver)
-    for module in (compile_, cuda):
+    fresh.setattr(launch, "_driver", driver)
+    for module in (launch, cuda):
         fresh.setattr(module, "compiler_version", lambda: compiler)
     fresh.setattr(cuda, "architectures", lambda: ("sm_90",))
     fresh.setattr(cuda, "_installed", lambda module: True)
     fresh.setattr(torch.cuda, "is_available", lambda: True)
     fresh.setattr(torch.version, "hip", None)
     reason = cuda.unavailable()
-    assert reason == compile_.driver_refuses()
+    assert reason == launch.driver_refuses()
     if said is None:
         assert reason is None
     else:
@@ -495,9 +501,9 @@ def test_a_gpu_that_nothing_is_compiled_for_is_a_reason(capability, said, fresh)
 
 
 def test_every_function_of_the_driver_is_asked_for_before_a_call_is_taken():
-    with open(compile_.__file__, encoding="utf-8") as file:
+    with open(launch.__file__, encoding="utf-8") as file:
         used = set(re.findall(r"\bcu[A-Z][A-Za-z]+\b", file.read()))
-    assert used == set(compile_._FUNCTIONS)
+    assert used == set(launch._FUNCTIONS)
 
 
 @pytest.mark.parametrize("said", ["none", "green", "error", "no multiprocessors"])
@@ -515,8 +521,8 @@ def test_the_multiprocessors_of_a_stream_are_those_of_its_green_context(said, mo
         return 1 if said == "no multiprocessors" else 0
 
     driver = types.SimpleNamespace(cuStreamGetGreenCtx=get_green, cuGreenCtxGetDevResource=get_resource)
-    monkeypatch.setattr(compile_, "_driver", lambda: driver)
-    assert compile_._green_multiprocessors(1234) == (32 if said == "green" else 0)
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    assert launch._green_multiprocessors(1234) == (32 if said == "green" else 0)
     assert asked == [1234]
 
 
@@ -533,7 +539,7 @@ def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multipro
             if path.name in align_._COOPERATIVE:
                 assert path.grid <= multiprocessors
             else:
-                assert path.scratch.of(path.grid, routes) == 0  # by which a call tells them
+                assert path.scratch.elements(path.grid, routes) == 0  # a call relies on it
     assert "radix" in names
 
 

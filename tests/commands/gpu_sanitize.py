@@ -4,8 +4,8 @@
     compute-sanitizer --tool racecheck python3 tests/commands/gpu_sanitize.py
     python tests/commands/gpu_sanitize.py --device cpu --backends cpu,reference     # the program itself, without a GPU
 
-Inputs and poisoned buffers are made on the host, so that hardly a kernel runs but ours.  benchmarks/reliability.sh
-runs it under all four tools.
+Inputs and poisoned buffers are made on the host, so that few kernels run but ours.  benchmarks/reliability.sh runs it
+under all four tools.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCHED_EXTRAS = tuple(name for name in EXTRAS if name != "scatter_idx")
 
 
 class Case(NamedTuple):
-    path: str  # what it is here to reach
+    path: str  # that it takes on backend `cuda`
     tokens: int
     top_k: int
     num_experts: int
@@ -43,20 +43,20 @@ class Case(NamedTuple):
     extras: bool = True
     pad: bool = False
     strided: bool = False
-    shift: int = 0  # elements by which the buffers of out= start past a 16-byte boundary
+    shift: int = 0  # elements from a 16-byte boundary to the buffers of out=
 
 
 # fmt: off
 CASES = [
-    Case("no routes", 0, 8, 256, 16),
-    Case("pairwise, one route", 1, 1, 256, 16),
-    Case("pairwise", 1, 8, 256, 16, ids="bad"),
-    Case("pairwise, more than a warp", 5, 8, 256, 16, torch.int64, map=torch.int32, ignore=True, valid=4),
-    Case("pairwise, three outputs", 4, 8, 256, 16, extras=False, shift=1),
-    Case("pairwise, its upper sizes", 12, 8, 8, 7, torch.uint8, map=torch.int64),
-    Case("independent, few experts", 32, 2, 8, 16, ids="one-expert"),
-    Case("independent", 32, 8, 256, 16, ids="bad", valid=30),
-    Case("independent, three outputs", 32, 8, 256, 16, extras=False),
+    Case("warp, no routes", 0, 8, 256, 16),
+    Case("warp, one route", 1, 1, 256, 16),
+    Case("warp", 1, 8, 256, 16, ids="bad"),
+    Case("pairwise", 5, 8, 256, 16, torch.int64, map=torch.int32, ignore=True, valid=4),
+    Case("warp, three outputs", 4, 8, 256, 16, extras=False, shift=1),
+    Case("pairwise, few experts", 12, 8, 8, 7, torch.uint8, map=torch.int64),
+    Case("pairwise, one hot expert", 32, 2, 8, 16, ids="one-expert"),
+    Case("pairwise, 256 routes", 32, 8, 256, 16, ids="bad", valid=30),
+    Case("pairwise, three outputs", 32, 8, 256, 16, extras=False),
     Case("independent, 512 experts", 32, 10, 512, 16, torch.int16, pad=True),
     Case("independent, several chunks", 375, 8, 256, 64, torch.int64, map=torch.int32, ignore=True, valid=370),
     Case("independent, odd sizes", 333, 9, 160, 100, ids="one-expert", strided=True, shift=3),
@@ -65,18 +65,18 @@ CASES = [
     Case("cluster, three outputs", 1000, 8, 256, 128, extras=False, shift=1),
     Case("cluster, map and valid", 1500, 8, 256, 128, torch.int64, map=torch.int64, ignore=True, valid=1400),
     Case("cluster, odd sizes", 1777, 9, 161, 100, ids="one-expert", strided=True, shift=3),
-    Case("cluster, most routes", 4001, 8, 256, 128, ids="bad"),
+    Case("cluster, max routes", 4001, 8, 256, 128, ids="bad"),
     Case("cluster, few experts", 9001, 3, 7, 128, torch.int16, map=torch.int32),
     Case("grid", 4200, 8, 256, 128, ids="bad"),
     Case("grid, three outputs", 4200, 8, 256, 128, extras=False, shift=1),
     Case("grid, map and valid", 4200, 8, 256, 128, torch.int64, map=torch.int64, ignore=True, valid=4100),
     Case("grid, few experts", 17001, 2, 8, 128, torch.int16, ids="one-expert", map=torch.int32),
     Case("grid, nothing kept", 4200, 8, 128, 64, ids="none"),
-    Case("3,000 experts, few routes", 5, 8, 3000, 16, ids="bad"),
-    Case("3,000 experts", 64, 8, 3000, 16, map=torch.int32, ignore=True),
-    Case("3,000 experts, more routes than that", 2500, 8, 3000, 7, torch.int64, ids="bad", valid=2499),
-    Case("65,536 experts", 125, 8, 65536, 16, map=torch.int32),
-    Case("65,536 experts, three outputs", 2500, 8, 65536, 16, torch.int64, ids="bad", extras=False),
+    Case("pairwise, 3,000 experts", 5, 8, 3000, 16, ids="bad"),
+    Case("independent, 3,000 experts", 64, 8, 3000, 16, map=torch.int32, ignore=True),
+    Case("grid, 3,000 experts", 2500, 8, 3000, 7, torch.int64, ids="bad", valid=2499),
+    Case("radix, 65,536 experts", 125, 8, 65536, 16, map=torch.int32),
+    Case("radix, three outputs", 2500, 8, 65536, 16, torch.int64, ids="bad", extras=False),
 ]
 BATCHED = [  # batches, rows of a batch, block_size, dtype, extras
     (0, 16, 16, torch.int32, True),
@@ -103,7 +103,7 @@ def ids_of(case: Case, draw: random.Random) -> torch.Tensor:
 
 
 def on_device(out: moealign.BlockLayout, device: torch.device, shift: int) -> dict[str, torch.Tensor]:
-    """The buffers of `out` moved to `device`, each `shift` elements behind an aligned address."""
+    """The buffers of `out` on `device`, each `shift` elements past an aligned address."""
     moved = {}
     for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", *EXTRAS):
         tensor = getattr(out, name)
@@ -116,7 +116,7 @@ def on_device(out: moealign.BlockLayout, device: torch.device, shift: int) -> di
 def run_align(case: Case, backend: str, device: torch.device, draw: random.Random) -> str | None:
     ids = ids_of(case, draw)
     expert_map = None
-    if case.map is not None:  # local numbers for every second expert, and two values that must count as -1
+    if case.map is not None:  # every second expert is local; two values must count as -1
         expert_map = torch.tensor([e // 2 if e % 2 else -1 for e in range(case.num_experts)], dtype=case.map)
         expert_map[:2] = torch.tensor([-5, case.num_experts][: min(2, case.num_experts)])
     valid = None if case.valid is None else torch.tensor([case.valid], dtype=torch.int32)

@@ -1,6 +1,6 @@
-"""NVIDIA GPUs from sm_80 on: kernels of our own, compiled at first use with NVRTC and kept on disk.  One launch a call.
+"""NVIDIA GPUs from sm_80 on: CUDA kernels, compiled with NVRTC at first use and kept on disk.  One launch per call.
 
-Importing this module imports no cuda.core and makes no CUDA context.
+Importing this package neither imports cuda.core nor creates a CUDA context.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import torch
 
 from ...problem import AlignProblem, RouteProblem
 from .. import Prepared, PreparedRoute
+from ..cache import cache_folder
 from .align import Alignment
 from .batched import BatchedAlignment
-from .compile import architectures, cache_folder, compiler_version, driver_refuses
+from .compile import architectures, compiler_version
+from .launch import driver_refuses
 from .route import Router
 from .route import refuses as _refuses_route
 
 __all__ = ["note", "prepare", "prepare_route", "refuses", "unavailable"]
 
-_OLDEST = (8, 0)  # the oldest compute capability that the tests compile for
-_MAX_EXPERTS = 2**28  # kernels count eight times as many in 32 bits
+_MIN_CAPABILITY = (8, 0)  # the lowest compute capability that the tests compile for
+_MAX_EXPERTS = 2**28  # the kernels count eight times as many in 32 bits
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
@@ -44,7 +46,7 @@ def unavailable() -> str | None:
     try:
         compiler_version()
         architectures()
-    except Exception as error:  # whatever keeps NVRTC from loading is the reason
+    except Exception as error:  # any error while loading NVRTC is the reason
         return f"NVRTC cannot be loaded ({error}): pip install 'moealign[cuda]'"
     return driver_refuses()
 
@@ -52,11 +54,9 @@ def unavailable() -> str | None:
 @functools.cache
 def _unsupported(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < _OLDEST:
-        return (
-            f"needs compute capability {_OLDEST[0]}.{_OLDEST[1]} or later, {device} has {major}.{minor}: "
-            "use backend 'triton'"
-        )
+    if (major, minor) < _MIN_CAPABILITY:
+        minimum = f"{_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}"
+        return f"needs compute capability {minimum} or later, {device} has {major}.{minor}: use backend 'triton'"
     if f"sm_{major}{minor}" not in architectures():
         return (
             f"NVRTC {compiler_version()} does not know sm_{major}{minor}, which {device} is: "

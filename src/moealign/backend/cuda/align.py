@@ -1,4 +1,4 @@
-"""The layout on NVIDIA GPUs: which kernel, specialised how, with which grid.  Tuning is data, below."""
+"""The layout on NVIDIA GPUs: which kernel, its macros and its grid.  Tuning is data, below."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...layout import EXTRAS, BlockLayout, capacity, cdiv
+from ...layout import BAD_ID, BAD_MAP, BAD_NUM_VALID, EXTRAS, BlockLayout, capacity, cdiv
 from ...problem import AlignProblem
-from .compile import COOPERATIVE, OVERLAP, PLAIN, Launch, green_multiprocessors, kernel
+from .compile import Defines
+from .launch import COOPERATIVE, OVERLAP, PLAIN, Launch, green_multiprocessors, kernel
 
 __all__ = ["Alignment", "Path", "defines_of", "path_of", "pointers"]
 
 # -------------------------------------------------------------------------------------------------------------- tuning
 # Measured on an H200 by benchmarks/align.py, graph replay.
 
-_WARP_ROUTES = 32  #: what one warp ranks by itself
+_WARP_ROUTES = 32  #: that a warp ranks, one per lane
 _WARP_THREADS = 128
 _WARP_CTAS = 2
-_PAIRWISE_CTAS = (4, 8)  #: without and with the extras that have an element for each expert
+_PAIRWISE_CTAS = (4, 8)  #: minimum, without and with extras of one element per expert
 _PAIRWISE_WORDS = (2, 4, 8)  #: words of 32 routes that the pairwise kernel is compiled for
-#: independent: (up to this many routes, threads, words of 32 routes that a CTA ranks, CTAs of a cluster)
+#: independent: (max routes, threads, words of 32 routes that a CTA ranks, CTAs per cluster)
 _CLUSTERS = (
     (512, 256, 1, 1),
     (1024, 512, 1, 1),
@@ -33,9 +34,9 @@ _CLUSTERS = (
     (32768, 512, 16, 8),
 )
 _NO_CLUSTERS = ((512, 256, 1, 1), (1024, 512, 1, 1), (2048, 512, 1, 1), (4096, 512, 4, 1), (12000, 1024, 4, 1))
-_STEPS_OF_ONE = 4  #: up to this many ids a thread are read one by one: less code than vectors
-_INDEPENDENT_CTAS = 64  #: at least, where CTAs stand alone: they share the filling
-#: grid: (threads, routes a thread, CTAs at most); the first that takes all routes and whose tables fit shared memory
+_STEPS_OF_ONE = 4  #: max ids per thread that are read one by one: less code than vectors
+_INDEPENDENT_MIN_CTAS = 64  #: without clusters: more CTAs than the routes need, to share the filling
+#: grid: (threads, routes per thread, max CTAs); the first row applies that takes all routes and fits shared memory
 _GRID = (
     (512, 1, 64),
     (512, 2, 64),
@@ -45,13 +46,13 @@ _GRID = (
     (512, 8, 128),
     (256, 8, 128),
 )
-#: rows of the table that a thread reads, 16 at a time; the grid is rounded up to fit
+#: grid: rows of the table that a thread reads, 16 at a time; the number of CTAs is rounded up to fit
 _GRID_ROWS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 80, 96, 112, 128)
 _RADIX_THREADS = 1024
-_RADIX_EXPERTS = 4096  #: of a CTA, where routes are few
+_RADIX_EXPERTS = 4096  #: per CTA, with few routes
 _COOPERATIVE = ("grid", "radix")  #: paths whose CTAs wait for each other
 _PER_EXPERT = {"expert_counts", "expert_offsets", "group_ends"}
-_STATIC_SHARED = 2048  #: bytes that kernels may take besides
+_STATIC_SHARED = 2048  #: bytes set aside for static shared memory
 
 _TYPES = {
     dtype: code
@@ -62,20 +63,20 @@ _TYPES = {
 
 
 class Scratch(NamedTuple):
-    """int32 elements of device memory, in parts that no number of routes changes: align.cu is compiled with them."""
+    """int32 elements of device memory, as coefficients that do not depend on the number of routes: they are macros."""
 
-    each_cta: int = 0
-    each_route: int = 0
-    besides: int = 0
+    per_cta: int = 0
+    per_route: int = 0
+    fixed: int = 0
 
-    def of(self, grid: int, routes: int) -> int:
-        return self.each_cta * grid + self.each_route * routes + self.besides
+    def elements(self, grid: int, routes: int) -> int:
+        return self.per_cta * grid + self.per_route * routes + self.fixed
 
 
 class Path(NamedTuple):
-    """How one problem is launched; everything but the pointers."""
+    """How one problem is launched: everything but the pointers."""
 
-    name: str  # of the kernel in align.cu
+    name: str  # of the kernel, and of its file
     grid: int
     threads: int
     words: int
@@ -85,18 +86,22 @@ class Path(NamedTuple):
     cluster: int = 1  # CTAs
     compact: bool = False
 
+    @property
+    def file(self) -> str:
+        return f"{self.name}.cu"
+
 
 class Compiled(NamedTuple):
     """A path, compiled and ready to launch."""
 
     launch: Launch
-    scratch: int  # int32 elements; 0 if and only if CTAs do not wait for each other
-    short: bool  # three outputs from contiguous ids and no options: a kernel with few parameters
+    scratch: int  # int32 elements; 0 if and only if the CTAs do not wait for each other
+    common: bool  # three outputs of contiguous ids and no option: a kernel with few parameters
     cluster: int  # CTAs
 
 
 def _cluster_sizes(major: int) -> tuple[int, ...]:
-    """CTAs that a cluster may have at most, by the major compute capability; then what else to try."""
+    """Max CTAs per cluster for a major compute capability, then smaller sizes to try."""
     return (1,) if major < 9 else (8, 1) if major > 10 else (16, 8, 1)
 
 
@@ -112,36 +117,36 @@ def _segments(experts: int, threads: int) -> int:
 
 def _independent(problem: AlignProblem, max_shared: int, max_cluster: int) -> Path | None:
     n, experts = problem.routes, problem.num_experts
-    for most, threads, wanted, cluster in (*_CLUSTERS, *_NO_CLUSTERS) if max_cluster > 1 else _NO_CLUSTERS:
+    for max_routes, threads, max_words, cluster in (*_CLUSTERS, *_NO_CLUSTERS) if max_cluster > 1 else _NO_CLUSTERS:
         if experts > threads:
             threads = 512 if experts <= 512 else 1024
-        if n > most or cluster > max_cluster or (cluster > 1 and experts > 2 * threads):
+        if n > max_routes or cluster > max_cluster or (cluster > 1 and experts > 2 * threads):
             continue
-        for words in (wanted, 4, 2, 1):
+        for words in (max_words, 4, 2, 1):
             shared = _independent_shared_bytes(experts, threads, words, cluster)
-            if words <= wanted and shared <= max_shared:
+            if words <= max_words and shared <= max_shared:
                 chunk = 32 * words
-                steps = _steps(cdiv(most, cluster * chunk) * chunk, threads)
+                steps = _steps(cdiv(max_routes, cluster * chunk) * chunk, threads)
                 ctas = cluster * cdiv(n, cluster * chunk)
                 if cluster == 1:
-                    ctas = max(ctas, _INDEPENDENT_CTAS)
+                    ctas = max(ctas, _INDEPENDENT_MIN_CTAS)
                 return Path("independent", ctas, threads, words, steps, shared, cluster=cluster)
-    most, threads, words, _ = _NO_CLUSTERS[-1]
-    ctas = max(cdiv(n, 32 * words), _INDEPENDENT_CTAS)
-    shared = 4 * (_span(experts, threads) + 1 + cdiv(experts, _INDEPENDENT_CTAS))
-    if n > most or shared > max_shared:
+    max_routes, threads, words, _ = _NO_CLUSTERS[-1]
+    ctas = max(cdiv(n, 32 * words), _INDEPENDENT_MIN_CTAS)
+    shared = 4 * (_span(experts, threads) + 1 + cdiv(experts, _INDEPENDENT_MIN_CTAS))
+    if n > max_routes or shared > max_shared:
         return None
-    return Path("independent", ctas, threads, words, _steps(most, threads), cdiv(shared, 16) * 16, compact=True)
+    return Path("independent", ctas, threads, words, _steps(max_routes, threads), cdiv(shared, 16) * 16, compact=True)
 
 
 def _span(experts: int, threads: int) -> int:
-    """Words of a table of experts and one more, laid out so that threads with several each meet in no bank."""
-    each = cdiv(experts, threads)
-    return experts + (experts // each if each > 2 and each % 2 == 0 else 0) + 1
+    """Words of a table of `experts` + 1 entries, spaced so that threads with several entries have no bank conflicts."""
+    per_thread = cdiv(experts, threads)
+    return experts + (experts // per_thread if per_thread > 2 and per_thread % 2 == 0 else 0) + 1
 
 
 def _steps(routes: int, threads: int) -> int:
-    """Routes a thread: few, or fours of them, which are read as vectors."""
+    """Routes per thread: at most two, or a multiple of four, which are read as vectors."""
     steps = cdiv(routes, threads)
     return steps if steps <= 2 else cdiv(steps, 4) * 4
 
@@ -154,13 +159,13 @@ def _independent_shared_bytes(experts: int, threads: int, words: int, cluster: i
 
 def _grid(problem: AlignProblem, multiprocessors: int, max_shared: int) -> Path | None:
     n, experts = problem.routes, problem.num_experts
-    for threads, steps, most in _GRID:
+    for threads, steps, max_ctas in _GRID:
         segments = _segments(experts, threads)
-        need = cdiv(cdiv(n, threads * steps), segments)
-        rows = next((each for each in _GRID_ROWS if each >= need), None)
+        min_rows = cdiv(cdiv(n, threads * steps), segments)
+        rows = next((rows for rows in _GRID_ROWS if rows >= min_rows), None)
         shared = 4 * _grid_shared_words(experts, threads, steps)
-        if rows and rows * segments <= min(most, multiprocessors) and shared <= max_shared:
-            return Path("grid", rows * segments, threads, rows, steps, shared, Scratch(each_cta=(experts + 1) // 2))
+        if rows and rows * segments <= min(max_ctas, multiprocessors) and shared <= max_shared:
+            return Path("grid", rows * segments, threads, rows, steps, shared, Scratch(per_cta=(experts + 1) // 2))
     return None
 
 
@@ -173,7 +178,8 @@ def _radix(problem: AlignProblem, multiprocessors: int) -> Path:
 
 
 def path_of(problem: AlignProblem, multiprocessors: int, max_shared: int, max_cluster: int) -> Path:
-    """The path of `problem` on a device with so many multiprocessors, bytes of shared memory and CTAs a cluster."""
+    """The path of `problem` on a device with `multiprocessors`, `max_shared` bytes of shared memory per CTA and at most
+    `max_cluster` CTAs per cluster."""
     n = problem.routes
     length = capacity(n, block_size=problem.block_size, num_experts=problem.num_experts).sorted_token_ids
     max_shared -= _STATIC_SHARED
@@ -183,8 +189,8 @@ def path_of(problem: AlignProblem, multiprocessors: int, max_shared: int, max_cl
     for words in _PAIRWISE_WORDS:
         if n <= 32 * words:
             threads = max(32 * words, 64)
-            most = _PAIRWISE_CTAS[not _PER_EXPERT.isdisjoint(problem.extras)]
-            ctas = max(most, min(cdiv(length, 16 * threads), multiprocessors))
+            min_ctas = _PAIRWISE_CTAS[not _PER_EXPERT.isdisjoint(problem.extras)]
+            ctas = max(min_ctas, min(cdiv(length, 16 * threads), multiprocessors))
             return Path("pairwise", ctas, threads, words, 1, 0)
     return (
         _independent(problem, max_shared, max_cluster)
@@ -199,8 +205,9 @@ def _reads_vectors(path: Path) -> bool:
 
 def defines_of(
     problem: AlignProblem, path: Path, *, strided: bool = False, vector_in: bool = True, vector_out: bool = True
-) -> tuple[tuple[str, int], ...]:
-    """The macros of one specialisation.  The number of routes is not among them, only whether there are any."""
+) -> Defines:
+    """The macros of one specialisation.  They do not depend on the number of routes, except that it is not 0."""
+    error_bits = (("BAD_ID", BAD_ID), ("BAD_MAP", BAD_MAP), ("BAD_NUM_VALID", BAD_NUM_VALID))
     return (
         ("EXPERTS", problem.num_experts),
         ("BLOCK", problem.block_size if problem.routes else 1),  # without routes it may exceed 32 bits
@@ -218,28 +225,29 @@ def defines_of(
         ("STEPS", path.steps),
         ("CLUSTER", path.cluster),
         ("COMPACT", int(path.compact)),
-        # What the launch brings: align.cu asserts that it is enough.
+        # The memory of the launch: the kernels assert that it suffices.
         ("SHARED_BYTES", path.shared_bytes),
-        ("SCRATCH_EACH_CTA", path.scratch.each_cta),
-        ("SCRATCH_EACH_ROUTE", path.scratch.each_route),
-        ("SCRATCH_BESIDES", path.scratch.besides),
-        ("LEAST_CTAS", _INDEPENDENT_CTAS),
+        ("SCRATCH_PER_CTA", path.scratch.per_cta),
+        ("SCRATCH_PER_ROUTE", path.scratch.per_route),
+        ("SCRATCH_FIXED", path.scratch.fixed),
+        ("MIN_CTAS", _INDEPENDENT_MIN_CTAS),
         ("GRID_CTAS", path.grid if path.name == "grid" else 0),
+        *(error_bits if problem.has_error_word else ()),
     )
 
 
 # ------------------------------------------------------------------------------------------------------------ launching
 
-#: Whether ids are strided, whether ids and rows are aligned to 16 bytes, and the multiprocessors of the green context
-#: that the launch is for, 0 for the whole device.
+#: Whether ids are strided; whether ids and sorted_token_ids are aligned to 16 bytes; multiprocessors of the green
+#: context, 0 for the whole device.
 _Key = tuple[bool, bool, bool, int]
-_MAX_GREEN = 64  # launches kept for parts of a device
+_MAX_COMPILED = 64  # launches per prepared call; green contexts make their number unbounded
 
 
 class Alignment:
-    """One prepared call.  With `overlap` the launch begins before the kernel ahead of it ends, and waits on the device.
+    """One prepared call, with a launch for each alignment and stride of the tensors.
 
-    Holds a launch for each way in which ids and outputs may lie in memory.
+    With `overlap` the kernel starts before the one ahead of it has ended, and waits for it on the device.
     """
 
     def __init__(self, problem: AlignProblem, overlap: bool = False) -> None:
@@ -259,18 +267,18 @@ class Alignment:
             cooperative = path.name in _COOPERATIVE
             overlap = self._overlap and device.major >= 9 and not cooperative
             if overlap:
-                defines = (*defines, ("AFTER", 1))
-            compiled = kernel("align.cu", path.name, defines, index)
+                defines = (*defines, ("PDL_WAIT", 1))
+            compiled = kernel(path.file, path.name, defines, index)
             if path.cluster == 1 or compiled.max_clusters(path.cluster, path.threads, path.shared_bytes):
-                break  # part of a device may have no room for the largest clusters
+                break  # a green context may be too small for the largest clusters
         mode = COOPERATIVE if cooperative else OVERLAP if overlap else PLAIN
         options = (problem.map_dtype, problem.has_num_valid_tokens, problem.has_error_word, problem.extras, strided)
         launch = compiled.prepare(path.grid, path.threads, path.shared_bytes, mode)
-        made = Compiled(launch, path.scratch.of(path.grid, problem.routes), not any(options), path.cluster)
-        if len(self._compiled) >= _MAX_GREEN:
+        entry = Compiled(launch, path.scratch.elements(path.grid, problem.routes), not any(options), path.cluster)
+        if len(self._compiled) >= _MAX_COMPILED:
             self._compiled.clear()
-        self._compiled[key] = made
-        return made
+        self._compiled[key] = entry
+        return entry
 
     def run(
         self,
@@ -280,8 +288,8 @@ class Alignment:
         error_word: Tensor | None,
         out: BlockLayout,
     ) -> None:
-        """Fill `out`, on the current stream, in one launch.  Ids of more than two axes are copied unless they
-        collapse."""
+        """Fill `out` on the current stream, in one launch.  Ids of more than two axes that cannot be viewed as two are
+        copied."""
         s0 = s1 = 0
         strided = not topk_ids.is_contiguous()
         if strided:
@@ -303,12 +311,12 @@ class Alignment:
             if green:
                 key = (*key[:3], green)
                 compiled = self._compiled.get(key) or self._compile(key)
-            # Freed when this returns: the allocator hands it on to later work of the same stream only.
+            # Freed on return: the allocator reuses it only for later work on the same stream.
             scratch = torch.empty(compiled.scratch, dtype=torch.int32, device=topk_ids.device)
             scratch_at = scratch.data_ptr()
         blocks_at, total_at = out.expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr()
         sizes = (*self._sizes, rows.numel(), scratch_at)
-        if compiled.short:
+        if compiled.common:
             compiled.launch(ids, rows_at, blocks_at, total_at, *sizes)
             return
         compiled.launch(
@@ -327,44 +335,44 @@ class Alignment:
         )
 
     def required(self, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> None:
-        """:meth:`run` without options into the three required outputs."""
+        """:meth:`run` without options, into the three required outputs."""
         ids, rows_at = topk_ids.data_ptr(), rows.data_ptr()
         compiled = self._compiled.get((not topk_ids.is_contiguous(), not ids & 15, not rows_at & 15, 0))
-        if compiled is None or compiled.scratch or not compiled.short:
+        if compiled is None or compiled.scratch or not compiled.common:
             self.run(topk_ids, None, None, None, BlockLayout(rows, blocks, total))
             return
         compiled.launch(ids, rows_at, blocks.data_ptr(), total.data_ptr(), *self._sizes, rows.numel(), 0)
 
 
 def pointers(*tensors: Tensor | None) -> list[int]:
-    """Their addresses, 0 for None."""
+    """The addresses of `tensors`, 0 for None."""
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:
-    """(source, name, macros) of every path as models use it, and of every option, to be compiled without a GPU.
+def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
+    """(file, name, macros) of every path at models' sizes, and of every option, for tests that compile without a GPU.
 
-    `major` is that of the compute capability: devices from 9.0 on have clusters.
+    `major` is the major compute capability: devices have clusters from 9.0 on.
     """
     clusters = _cluster_sizes(major)[0]
 
-    def one(routes: int, experts: int, block_size: int, **facts: Any) -> tuple[str, str, tuple[tuple[str, int], ...]]:
+    def one(routes: int, experts: int, block_size: int, **facts: Any) -> tuple[str, str, Defines]:
         layout = {name: facts.pop(name) for name in ("strided", "vector_in", "vector_out") if name in facts}
         device, dtype = torch.device("cuda"), facts.pop("dtype", torch.int32)
         problem = AlignProblem("align", device, dtype, routes, 8, experts, block_size)._replace(**facts)
-        path = path_of(problem, 108, 99 * 1024, clusters)  # the least of what sm_80 to sm_120 have
+        path = path_of(problem, 108, 99 * 1024, clusters)  # the minimum over sm_80 to sm_120
         layout.setdefault("vector_in", _reads_vectors(path))
-        return "align.cu", path.name, defines_of(problem, path, **layout)
+        return path.file, path.name, defines_of(problem, path, **layout)
 
     sizes = (8, 64, 128, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 524288, 2**21)
     for routes in sizes:
         yield one(routes, 256, 16 if routes <= 1024 else 128)
         yield one(routes, 256, 128, extras=EXTRAS, has_num_valid_tokens=True, has_error_word=True)
-    if major >= 9:  # behind a router's kernel
+    if major >= 9:  # overlapping with the router
         for routes, experts in ((64, 256), (256, 128), (264, 8), (320, 512), *((n, 256) for n in sizes[4:])):
-            source, name, defines = one(routes, experts, 16 if routes <= 1024 else 128)
+            file, name, defines = one(routes, experts, 16 if routes <= 1024 else 128)
             if name not in _COOPERATIVE:
-                yield source, name, (*defines, ("AFTER", 1))
+                yield file, name, (*defines, ("PDL_WAIT", 1))
     for routes in (8, 100, 2000, 40000):
         yield one(routes, 512, 16, map_dtype=torch.int32, ignore_invalid_experts=True, extras=EXTRAS)
         yield one(routes, 8, 64, map_dtype=torch.int64, has_error_word=True)

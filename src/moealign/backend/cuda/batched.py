@@ -7,40 +7,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...layout import BlockLayout, cdiv
+from ...layout import BAD_COUNT, BlockLayout, cdiv
 from ...problem import AlignProblem
 from .align import pointers
-from .compile import Defines, Launch, kernel
+from .compile import Defines
+from .launch import Launch, kernel
 
 __all__ = ["BatchedAlignment", "specialisations"]
 
 SOURCE = "batched.cu"
-FEW = 32  # batches that one warp scans
+MAX_FEW = 32  # batches of batched_few: one per lane
 THREADS_FEW = 128
 THREADS_MANY = 128
-PER_THREAD = (1, 2, 4)  # counts that a thread of batched_many scans: the least that takes one tile, else the last
+PER_THREAD = (1, 2, 4)  # counts per thread of batched_many: the first that needs a single tile, else the last
 CTAS_PER_MULTIPROCESSOR = 8
 
 
 def specialise(dtype: torch.dtype, batches: int, block_size: int, aligned: bool) -> tuple[str, Defines]:
-    """Name and macros of the kernel for `batches` counts of `dtype`, whatever the slots of a batch."""
-    few = batches <= FEW
+    """Name and macros of the kernel for `batches` counts of `dtype`.  They do not depend on the slots per batch."""
+    few = batches <= MAX_FEW
     threads = THREADS_FEW if few else THREADS_MANY
-    defines = [
+    defines = (
         ("COUNT_BYTES", dtype.itemsize),
         ("COUNT_SIGNED", int(dtype.is_signed)),
         ("B", block_size),
         ("VECTOR", 4 if aligned and block_size % 4 == 0 else 1),
         ("THREADS", threads),
-    ]
+        ("BAD_COUNT", BAD_COUNT),
+    )
     if few:
-        return "batched_few", tuple(defines)
-    one_tile = (each for each in PER_THREAD if threads * each >= batches)
+        return "batched_few", (*defines, ("PER_THREAD", 0))
+    one_tile = (counts for counts in PER_THREAD if threads * counts >= batches)
     return "batched_many", (*defines, ("PER_THREAD", next(one_tile, PER_THREAD[-1])))
 
 
 def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
-    """(source, name, macros) of what models use and of every other path, to be compiled without a GPU."""
+    """(file, name, macros) at models' sizes, and of every other path, for tests that compile without a GPU."""
     for batches, block_size in ((8, 16), (32, 64), (64, 64), (256, 64), (256, 128), (32, 128)):
         yield (SOURCE, *specialise(torch.int32, batches, block_size, True))
     for dtype in (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.int64, torch.uint64):
@@ -51,14 +53,14 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
 
 
 def reciprocal(divisor: int) -> int:
-    """What batched.cu divides numbers below 2**31 with: a factor of 32 bits, and above it the bits to shift its product
-    by besides 31.  `divisor` is at most 2**31."""
+    """The packed constants with which batched.cu divides numbers below 2**31 by `divisor`, at most 2**31: a 32-bit
+    factor, and above it the shift of the product in excess of 31."""
     shift = (divisor - 1).bit_length()
     return -(-(1 << (31 + shift)) // divisor) | shift << 32
 
 
 class BatchedAlignment:
-    """One prepared call: a launch for rows that are aligned to 16 bytes, and one for others."""
+    """One prepared call: a launch for sorted_token_ids aligned to 16 bytes, and one for others."""
 
     def __init__(self, problem: AlignProblem) -> None:
         self._problem = problem
@@ -67,7 +69,7 @@ class BatchedAlignment:
 
     def _prepare(self, length: int, aligned: bool) -> Launch:
         problem = self._problem
-        block_size = problem.block_size if length else 1  # without rows it may exceed 32 bits
+        block_size = problem.block_size if length else 1  # without rows block_size may exceed 32 bits
         name, defines = specialise(problem.dtype, problem.num_experts, block_size, aligned)
         index = problem.device.index
         compiled = kernel(SOURCE, name, defines, torch.cuda.current_device() if index is None else index)
@@ -78,7 +80,7 @@ class BatchedAlignment:
         return launch
 
     def run(self, expert_num_tokens: Tensor, error_word: Tensor | None, out: BlockLayout) -> None:
-        """Fill `out`, on the current stream, in one launch."""
+        """Fill `out` on the current stream, in one launch."""
         rows, problem = out.sorted_token_ids, self._problem
         start, length = rows.data_ptr(), rows.numel()
         aligned = start % 16 == 0

@@ -1,6 +1,6 @@
 """The router on NVIDIA GPUs, alone or with the layout of its ids.
 
-Up to 256 routes one launch does both.  Beyond, the layout's launch begins while the router ends, and waits for its ids.
+For a few tokens one launch does both.  Otherwise the layout's kernel starts while the router's ends, and waits for it.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from torch import Tensor
 
 from ...layout import OUTPUTS, BlockLayout, cdiv
 from ...problem import AlignProblem, RouteProblem
+from ..reference.route import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
 from .align import Alignment, Path, defines_of, path_of, pointers
-from .compile import COOPERATIVE, PLAIN, Kernel, Launch, green_multiprocessors, kernel
+from .compile import Defines
+from .launch import COOPERATIVE, PLAIN, Kernel, Launch, green_multiprocessors, kernel
 
 __all__ = ["MAX_EXPERTS", "MAX_GROUPS", "Router", "refuses", "specialisations"]
 
-MAX_EXPERTS = 2048  #: 64 a lane
-MAX_GROUPS = 32  #: one a lane
+MAX_EXPERTS = 2048  #: 64 per lane
+MAX_GROUPS = 32  #: one per lane
 
 # -------------------------------------------------------------------------------------------------------------- tuning
 
-_WARPS = 4  #: tokens of a CTA of the router alone
-_MEAN_CTAS = 2  #: a multiprocessor, where the mean is wanted
-_FUSED_ROUTES = 256
-_FUSED_TOKENS = 8  #: every CTA chooses for all of them, a warp each; more are faster in two launches
-_FUSED_EXPERTS = 1024  #: beyond, a second launch is as fast
-_EARLY_TOKENS = 512  #: up to so many the next kernel may begin with the router, beyond only when CTAs of it end
+_WARPS = 4  #: tokens per CTA of the router alone
+_MEAN_CTAS = 2  #: per multiprocessor, with mean_probability
+_MAX_FUSED_ROUTES = 256
+_MAX_FUSED_TOKENS = 8  #: every CTA chooses for all tokens, a warp each; more tokens are faster in two launches
+_MAX_FUSED_EXPERTS = 1024  #: with more, two launches are as fast
+_MAX_EARLY_TOKENS = 512  #: up to here the next kernel may start with the router, beyond only when its CTAs end
 
 _LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def refuses(routing: RouteProblem) -> str | None:
-    """Why there is no kernel for this router; None if there is."""
+    """Why no kernel takes this router; None if one does."""
     if routing.num_experts > MAX_EXPERTS:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     if routing.num_groups > MAX_GROUPS:
@@ -43,8 +45,24 @@ def refuses(routing: RouteProblem) -> str | None:
     return None
 
 
-def _macros(routing: RouteProblem, vector: bool) -> tuple[tuple[str, int], ...]:
-    """The macros of choose.cuh but EXPERTS."""
+def _float_bits(value: float) -> int:
+    """The bits of a float32, as a signed int."""
+    bits: int = struct.unpack("<i", struct.pack("<f", value))[0]
+    return bits
+
+
+_CONSTANTS = (
+    ("EXP32_FAR", FAR),
+    ("EXP32_INVERSE_LN2", INVERSE_LN2),
+    ("EXP32_LN2_HIGH", LN2_HIGH),
+    ("EXP32_LN2_LOW", LN2_LOW),
+    *((f"EXP32_C{i}", coefficient) for i, coefficient in enumerate(POLYNOMIAL)),
+    ("TINY", TINY),
+)
+
+
+def _macros(routing: RouteProblem, vector: bool) -> Defines:
+    """The macros of router.cuh except EXPERTS."""
     return (
         ("TOP_K", routing.top_k),
         ("LOGITS", _LOGITS[routing.dtype]),
@@ -54,32 +72,33 @@ def _macros(routing: RouteProblem, vector: bool) -> tuple[tuple[str, int], ...]:
         ("BIAS", int(routing.has_bias)),
         ("GROUPS", routing.num_groups),
         ("TOP_GROUPS", routing.topk_groups),
+        *((name, _float_bits(value)) for name, value in _CONSTANTS),
     )
 
 
 def _vector(routing: RouteProblem, logits: Tensor) -> bool:
-    """Whether each lane may read its logits as vectors."""
-    each = routing.num_experts // 32 * logits.element_size()
-    wide = 16 if each % 16 == 0 else 8 if each % 8 == 0 else 0
+    """Whether each lane can read its logits as vectors."""
+    size = routing.num_experts // 32 * logits.element_size()
+    wide = 16 if size % 16 == 0 else 8 if size % 8 == 0 else 0
     pitch = logits.stride(0) * logits.element_size()
     return bool(wide) and routing.num_experts % 32 == 0 and not (logits.data_ptr() | pitch) % wide
 
 
 def fused_path(routing: RouteProblem, problem: AlignProblem, path: Path) -> Path | None:
-    """How `path` of the layout is launched with the router inside; None if that takes two launches."""
-    if routing.num_experts > _FUSED_EXPERTS or routing.tokens > _FUSED_TOKENS or problem.has_error_word:
+    """How the layout's `path` is launched with the router inside; None if router and layout take two launches."""
+    if routing.num_experts > _MAX_FUSED_EXPERTS or routing.tokens > _MAX_FUSED_TOKENS or problem.has_error_word:
         return None
     if path.name not in ("warp", "pairwise"):
         return None
     threads = max(path.threads, 32 * routing.tokens)
-    return path._replace(threads=threads, grid=path.grid + 1)  # one CTA writes weights and ids
+    return path._replace(threads=threads, grid=path.grid + 1)  # the last CTA writes weights and ids
 
 
-_MAX_GREEN = 64  # launches kept for parts of a device
+_MAX_LAUNCHES = 64  # per prepared router; green contexts make their number unbounded
 
 
 class _Inputs:
-    """Logits and bias as kernels take them."""
+    """Logits and bias in the form that the kernels read."""
 
     def __init__(self, routing: RouteProblem, logits: Tensor, bias: Tensor | None) -> None:
         self.logits = logits if logits.stride(1) == 1 or routing.num_experts == 1 else logits.contiguous()
@@ -88,34 +107,35 @@ class _Inputs:
 
 
 def _router(routing: RouteProblem, vector: bool, mean: bool, green: int, index: int) -> tuple[Launch, int]:
-    """The launch of the router alone, and the floats of scratch that it takes; the mean in a green context of `green`
-    multiprocessors, or if 0 on the whole device."""
+    """The launch of the router alone, and its floats of scratch memory.  `green` counts the multiprocessors of the
+    green context, 0 for the whole device; it matters for `mean` only."""
     macros = (
         ("EXPERTS", routing.num_experts),
         *_macros(routing, vector),
         ("NVALID", int(routing.has_num_valid_tokens)),
         ("THREADS", 32 * _WARPS),
-        ("EARLY", int(routing.tokens <= _EARLY_TOKENS)),
+        ("PDL_LAUNCH_EARLY", int(routing.tokens <= _MAX_EARLY_TOKENS)),
+        ("MEAN", int(mean)),
     )
-    compiled: Kernel = kernel("choose.cu", "choose_mean" if mean else "choose", macros, index)
+    compiled: Kernel = kernel("router.cu", "topk_with_mean" if mean else "topk", macros, index)
     grid = cdiv(routing.tokens, _WARPS)
     if not mean:
         return compiled.prepare(grid, 32 * _WARPS, 0, PLAIN), 0
-    each = min(_MEAN_CTAS, compiled.max_blocks(32 * _WARPS, 0))
-    grid = max(1, min(grid, each * (green or compiled.multiprocessors)))
+    resident = min(_MEAN_CTAS, compiled.max_blocks(32 * _WARPS, 0))
+    grid = max(1, min(grid, resident * (green or compiled.multiprocessors)))
     return compiled.prepare(grid, 32 * _WARPS, 0, COOPERATIVE), grid * routing.num_experts
 
 
 class Router:
-    """One prepared router, and the layout of its ids where `layout` is theirs."""
+    """One prepared router, with the layout of its ids unless `layout` is None."""
 
     def __init__(self, routing: RouteProblem, layout: AlignProblem | None) -> None:
         self._routing, self._layout, self._index = routing, layout, routing.device.index
-        self._scale = struct.unpack("<i", struct.pack("<f", routing.scale))[0]
+        self._scale = _float_bits(routing.scale)
         self._alone: dict[tuple[bool, bool, int], tuple[Launch, int]] = {}
         self._fused: dict[tuple[bool, bool], Launch | None] = {}
         if layout is not None:
-            self._align, self._align_after = Alignment(layout), Alignment(layout, overlap=True)
+            self._align, self._align_overlapped = Alignment(layout), Alignment(layout, overlap=True)
 
     def run(
         self,
@@ -126,8 +146,8 @@ class Router:
         ids: Tensor,
         mean_probability: Tensor | None,
     ) -> None:
-        """Fill `weights` and `ids` ``[tokens, top_k]``, and `mean_probability` ``[num_experts]`` unless it is None, in
-        one launch."""
+        """Fill `weights` and `ids` ``[tokens, top_k]``, and unless it is None `mean_probability` ``[num_experts]``, on
+        the current stream, in one launch."""
         if self._routing.tokens == 0:
             if mean_probability is not None:
                 mean_probability.zero_()
@@ -148,7 +168,7 @@ class Router:
         key = (inputs.vector, mean, green)
         prepared = self._alone.get(key)
         if prepared is None:
-            if len(self._alone) >= _MAX_GREEN:
+            if len(self._alone) >= _MAX_LAUNCHES:
                 self._alone.clear()
             prepared = self._alone[key] = _router(self._routing, *key, self._index)
         launch, floats = prepared
@@ -173,7 +193,7 @@ class Router:
         error_word: Tensor | None,
         out: BlockLayout,
     ) -> None:
-        """:meth:`run` and the layout of its ids, in one launch where that is possible, else in two."""
+        """:meth:`run`, and fill `out` with the layout of the ids, in one launch or two."""
         routing, layout = self._routing, self._layout
         assert layout is not None
         if routing.tokens == 0:
@@ -182,14 +202,14 @@ class Router:
             return
         inputs = _Inputs(routing, router_logits, correction_bias)
         launch = None
-        if mean_probability is None and layout.routes <= _FUSED_ROUTES:
+        if mean_probability is None and layout.routes <= _MAX_FUSED_ROUTES:
             key = (inputs.vector, not out.sorted_token_ids.data_ptr() & 15)
             if key not in self._fused:
                 self._fused[key] = _fused(routing, layout, *key, self._index)
             launch = self._fused[key]
         if launch is None:
             self._run(inputs, num_valid_tokens, weights, ids, mean_probability)
-            alignment = self._align if mean_probability is not None else self._align_after
+            alignment = self._align if mean_probability is not None else self._align_overlapped
             alignment.run(ids, expert_map, None, error_word, out)
             return
         launch(
@@ -208,12 +228,10 @@ class Router:
         )
 
 
-def _fused_defines(
-    routing: RouteProblem, problem: AlignProblem, path: Path, vector: bool, aligned: bool
-) -> tuple[tuple[str, int], ...]:
+def _fused_defines(routing: RouteProblem, problem: AlignProblem, path: Path, vector: bool, aligned: bool) -> Defines:
     problem = problem._replace(has_num_valid_tokens=routing.has_num_valid_tokens)
     defines = defines_of(problem, path, vector_in=False, vector_out=aligned)
-    return (*defines, ("ROUTE", 1), ("ONE_TOKEN", int(routing.tokens == 1)), *_macros(routing, vector))
+    return (*defines, ("FUSED_ROUTER", 1), ("ONE_TOKEN", int(routing.tokens == 1)), *_macros(routing, vector))
 
 
 def _fused(routing: RouteProblem, problem: AlignProblem, vector: bool, aligned: bool, index: int) -> Launch | None:
@@ -222,12 +240,12 @@ def _fused(routing: RouteProblem, problem: AlignProblem, vector: bool, aligned: 
     path = fused_path(routing, problem, path_of(problem, device.multi_processor_count, shared, 8))
     if path is None:
         return None
-    compiled = kernel("align.cu", path.name, _fused_defines(routing, problem, path, vector, aligned), index)
+    compiled = kernel(path.file, path.name, _fused_defines(routing, problem, path, vector, aligned), index)
     return compiled.prepare(path.grid, path.threads, path.shared_bytes, PLAIN)
 
 
-def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int], ...]]]:
-    """(source, name, macros) of the routers that models have, to be compiled without a GPU."""
+def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
+    """(file, name, macros) of models' routers, for tests that compile without a GPU."""
     device = torch.device("cuda")
 
     def routing(experts: int, top_k: int, dtype: torch.dtype = torch.float32, **facts: Any) -> RouteProblem:
@@ -250,11 +268,15 @@ def specialisations(major: int) -> Iterator[tuple[str, str, tuple[tuple[str, int
     for each in routers:
         vector = each.num_experts % 128 == 0
         macros = (("EXPERTS", each.num_experts), *_macros(each, vector), ("NVALID", int(each.has_num_valid_tokens)))
-        for name in ("choose", "choose_mean"):
-            yield "choose.cu", name, (*macros, ("THREADS", 32 * _WARPS), ("EARLY", int(vector)))
-        for tokens in (1, _FUSED_TOKENS):
+        for mean, name in enumerate(("topk", "topk_with_mean")):
+            yield (
+                "router.cu",
+                name,
+                (*macros, ("THREADS", 32 * _WARPS), ("PDL_LAUNCH_EARLY", int(vector)), ("MEAN", mean)),
+            )
+        for tokens in (1, _MAX_FUSED_TOKENS):
             of = each._replace(tokens=tokens)
             problem = AlignProblem("align", device, torch.int32, tokens * each.top_k, each.top_k, each.num_experts, 16)
             path = fused_path(of, problem, path_of(problem, 108, 99 * 1024, 8))
             if path is not None:
-                yield "align.cu", path.name, _fused_defines(of, problem, path, vector, True)
+                yield path.file, path.name, _fused_defines(of, problem, path, vector, True)

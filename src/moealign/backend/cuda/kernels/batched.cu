@@ -1,13 +1,15 @@
-// The batched layout in one plain launch.  Every CTA scans the counts for itself and fills its own share of every
-// output, so CTAs never wait for each other.  Bytes: the counts once a CTA (from L2), every output once.
+// The layout of batches whose routes come sorted, in one plain launch.  Every CTA scans the counts for itself and fills
+// its own share of every output, so CTAs never wait for each other.
 //
-// With M slots a batch, B rows a block, c[b] = clamp(counts[b], 0, M): batch b takes cdiv(c[b], B) blocks, packed.
-// batched_few: up to 32 batches, one a lane: every warp scans with shuffles; no barrier and no shared memory.
-// batched_many: any number, in tiles of THREADS * PER_THREAD batches; two barriers a tile.
+// With M slots per batch, B rows per block and c[b] = clamp(counts[b], 0, M), batch b takes cdiv(c[b], B) blocks.
 //
-// M is a parameter, so that no new M compiles a kernel.
-// Macros: COUNT_BYTES, COUNT_SIGNED (dtype of the counts), B, VECTOR (4: rows are stored in 16 bytes, which needs
-// B % 4 == 0 and an aligned sorted_token_ids; else 1), THREADS, and for batched_many PER_THREAD.
+//   COUNT_BYTES, COUNT_SIGNED  dtype of the counts      B  rows per block      THREADS  threads per CTA
+//   VECTOR      4: rows are stored in 16 bytes, which needs B % 4 == 0 and an aligned sorted_token_ids; otherwise 1
+//   PER_THREAD  0 compiles batched_few, otherwise batched_many with so many counts per thread
+//   BAD_COUNT   the error bit of a count outside [0, M]
+//
+// M is a parameter, so another M compiles no kernel.  Every parameter is 8 bytes.
+// Launch: any number of CTAs of THREADS threads; no dynamic shared memory.
 
 #if COUNT_BYTES == 1
 #define WIDTH char
@@ -26,7 +28,6 @@ typedef unsigned WIDTH Count;
 
 #define ALL 0xffffffffu
 #define WARPS (THREADS / 32)
-#define ERROR_COUNT 8  // a count outside [0, M]
 
 struct Outputs {
   int* __restrict__ sorted_token_ids;
@@ -34,7 +35,7 @@ struct Outputs {
   int* __restrict__ block_rows;  // may be null
 };
 
-// This CTA's share of `all` things.
+// This CTA's share of `all` items.
 struct Share {
   unsigned first, last;
   __device__ explicit Share(unsigned all) {
@@ -44,7 +45,7 @@ struct Share {
   }
 };
 
-// A number below 2^31, divided by M (by 1 if that is 0); batched.py has the arithmetic.
+// Division of a number below 2^31 by max(M, 1); `reciprocal` in batched.py makes the constants.
 struct Divisor {
   unsigned factor, shift;
   __device__ explicit Divisor(long long packed) : factor((unsigned)packed), shift((unsigned)(packed >> 32)) {}
@@ -53,18 +54,19 @@ struct Divisor {
   }
 };
 
-__device__ int clamped(const Count* counts, long long stride, int batch, int M, bool& wrong) {
+__device__ int clamped(const Count* counts, long long stride, int batch, int M, bool& bad) {
   Count value = counts[batch * stride];
   bool low = COUNT_SIGNED && value < 0;
   bool high = !low && (unsigned long long)value > (unsigned long long)M;
-  wrong |= low || high;
+  bad |= low || high;
   return low ? 0 : high ? M : (int)value;
 }
 
 __device__ int blocks_of(int count) { return count / B + (count % B != 0); }
 
-// Stores rows row .. row+VECTOR-1, which lie in one block of `batch`, whose rows begin at `start`; batch -1 is the tail.
-__device__ void put(const Outputs& out, unsigned row, int batch, unsigned start, int count, int M, int sentinel) {
+// Store rows row .. row + VECTOR - 1, all in one block of `batch`, whose rows begin at `start`.  Batch -1 is the tail.
+__device__ void store_rows(
+    const Outputs& out, unsigned row, int batch, unsigned start, int count, int M, int sentinel) {
   unsigned slot = row - start;
   int left = batch < 0 ? 0 : count - (int)slot;
   unsigned id = (unsigned)batch * M + slot;
@@ -81,9 +83,9 @@ __device__ void put(const Outputs& out, unsigned row, int batch, unsigned start,
   }
 }
 
-// ------------------------------------------------------------------------------------------------- up to 32 batches
+// ---- up to 32 batches -----------------------------------------------------------------------------------------------
 
-#ifdef KERNEL_batched_few
+#if PER_THREAD == 0
 
 __device__ int inclusive_scan(int value, int lane) {
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -93,33 +95,38 @@ __device__ int inclusive_scan(int value, int lane) {
   return value;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batched_few(const Count* __restrict__ counts, long long stride, long long batches, long long rows,
-                long long slots64, long long per_batch, int* sorted_token_ids, int* expert_ids, int* total,
-                int* expert_counts, int* expert_offsets, int* group_ends, int* positions, int* block_rows, int* error) {
+// Every warp scans the counts, one per lane, with shuffles: no barrier and no shared memory.
+extern "C" __global__ void __launch_bounds__(THREADS) batched_few(
+    // Inputs: [batches] of `stride`; sizes; the constants that divide by M.
+    const Count* __restrict__ counts, long long stride, long long batches, long long rows, long long slots64,
+    long long packed_reciprocal,
+    // Required outputs: [rows], [rows / B], [1].
+    int* sorted_token_ids, int* expert_ids, int* total,
+    // Extras, or null: [batches], [batches + 1], [batches], [batches * M], [rows / B]; and the error word, or null.
+    int* expert_counts, int* expert_offsets, int* group_ends, int* positions, int* block_rows, int* error_word) {
   const int lane = threadIdx.x % 32;
   const unsigned warp_start = threadIdx.x - lane;
   const int M = (int)slots64, sentinel = (int)batches * M;
-  const Divisor by_batch(per_batch);
+  const Divisor by_batch(packed_reciprocal);
   const Outputs out{sorted_token_ids, expert_ids, block_rows};
 
-  // Lane b holds batch b; lanes past the batches hold empty ones.
-  bool wrong = false;
-  const int count = lane < batches ? clamped(counts, stride, lane, M, wrong) : 0;
+  // Lane b holds batch b, or an empty one past the last batch.
+  bool bad = false;
+  const int count = lane < batches ? clamped(counts, stride, lane, M, bad) : 0;
   const int end = inclusive_scan(blocks_of(count), lane);  // in blocks
   const int start = end - blocks_of(count);
 
-  // Rows.  The ballots say how many batches end before the first and the last block of the warp's rows.
+  // Rows.  The ballots count the batches that end before the first and before the last block of the warp's rows.
   const Share mine((unsigned)rows / VECTOR);
   for (unsigned unit = mine.first + warp_start; unit < mine.last; unit += THREADS) {
     unsigned row = (unit + lane) * VECTOR;
     unsigned block = row / B;
     int batch = __popc(__ballot_sync(ALL, (unsigned)end <= unit * VECTOR / B));
-    int most = __popc(__ballot_sync(ALL, (unsigned)end <= (unit + 31) * VECTOR / B));
-    for (int other = batch; other < most; ++other) batch += (unsigned)__shfl_sync(ALL, end, other) <= block;
+    int last = __popc(__ballot_sync(ALL, (unsigned)end <= (unit + 31) * VECTOR / B));
+    for (int other = batch; other < last; ++other) batch += (unsigned)__shfl_sync(ALL, end, other) <= block;
     int from = __shfl_sync(ALL, start, batch % 32);
-    int held = __shfl_sync(ALL, count, batch % 32);
-    if (unit + lane < mine.last) put(out, row, batch < 32 ? batch : -1, (unsigned)from * B, held, M, sentinel);
+    int routes = __shfl_sync(ALL, count, batch % 32);
+    if (unit + lane < mine.last) store_rows(out, row, batch < 32 ? batch : -1, (unsigned)from * B, routes, M, sentinel);
   }
 
   if (positions) {
@@ -127,13 +134,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (unsigned slot = slots.first + warp_start; slot < slots.last; slot += THREADS) {
       unsigned batch = by_batch.divide(slot + lane), index = slot + lane - batch * M;
       int from = __shfl_sync(ALL, start, batch % 32);
-      int held = __shfl_sync(ALL, count, batch % 32);
-      if (slot + lane < slots.last) positions[slot + lane] = (int)index < held ? from * B + (int)index : -1;
+      int routes = __shfl_sync(ALL, count, batch % 32);
+      if (slot + lane < slots.last) positions[slot + lane] = (int)index < routes ? from * B + (int)index : -1;
     }
   }
 
   if (blockIdx.x == 0 && warp_start == 0) {
-    if (wrong && error) atomicOr(error, ERROR_COUNT);
+    if (bad && error_word) atomicOr(error_word, BAD_COUNT);
     if (lane == 31) *total = end * B;
     if (expert_offsets) {
       if (lane < batches) expert_offsets[lane] = start * B;
@@ -147,11 +154,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-#endif
+#else
 
-// --------------------------------------------------------------------------------------------- any number of batches
-
-#ifdef KERNEL_batched_many
+// ---- any number of batches ------------------------------------------------------------------------------------------
 
 #define TILE (THREADS * PER_THREAD)
 
@@ -161,35 +166,40 @@ struct Sum {
   __device__ Sum operator+(const Sum& other) const { return {blocks + other.blocks, counts + other.counts}; }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    batched_many(const Count* __restrict__ counts, long long stride, long long batches, long long rows,
-                 long long slots64, long long per_batch, int* sorted_token_ids, int* expert_ids, int* total,
-                 int* expert_counts, int* expert_offsets, int* group_ends, int* positions, int* block_rows, int* error) {
+// Every CTA scans the counts in tiles of THREADS * PER_THREAD batches: two barriers per tile.
+extern "C" __global__ void __launch_bounds__(THREADS) batched_many(
+    // Inputs: [batches] of `stride`; sizes; the constants that divide by M.
+    const Count* __restrict__ counts, long long stride, long long batches, long long rows, long long slots64,
+    long long packed_reciprocal,
+    // Required outputs: [rows], [rows / B], [1].
+    int* sorted_token_ids, int* expert_ids, int* total,
+    // Extras, or null: [batches], [batches + 1], [batches], [batches * M], [rows / B]; and the error word, or null.
+    int* expert_counts, int* expert_offsets, int* group_ends, int* positions, int* block_rows, int* error_word) {
   __shared__ int ends[TILE];  // in blocks
-  __shared__ int held[TILE];
+  __shared__ int routes[TILE];
   __shared__ Sum warp_sums[WARPS];
-  __shared__ int lowest, highest;  // the batches of the tile that this CTA's rows can belong to
+  __shared__ int lowest, highest;  // batches of the tile that this CTA's rows can belong to
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int M = (int)slots64, sentinel = (int)batches * M;
-  const Divisor by_batch(per_batch);
+  const Divisor by_batch(packed_reciprocal);
   const Outputs out{sorted_token_ids, expert_ids, block_rows};
   const Share mine((unsigned)rows / VECTOR), slots(positions ? sentinel : 0);
   const int first_block = mine.first * VECTOR / B;
   const int last_block = mine.last > mine.first ? (mine.last * VECTOR - 1) / B : first_block;
   Sum base{0, 0};
-  bool wrong = false;
+  bool bad = false;
 
   for (int tile = 0; tile < batches; tile += TILE) {
     const int here = min((int)batches - tile, TILE);
 
-    // The tile's counts, PER_THREAD consecutive ones a thread, and their sum.
+    // The tile's counts, PER_THREAD consecutive ones per thread, and their sum.
     int own[PER_THREAD];
     Sum sum{0, 0};
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) {
       int index = threadIdx.x * PER_THREAD + i;
-      own[i] = index < here ? clamped(counts, stride, tile + index, M, wrong) : 0;
+      own[i] = index < here ? clamped(counts, stride, tile + index, M, bad) : 0;
     }
 #pragma unroll
     for (int i = 0; i < PER_THREAD; ++i) sum = sum + Sum{blocks_of(own[i]), own[i]};
@@ -206,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
 
-    // Where each batch begins and ends.
+    // The first and last row of each batch.
     Sum before = base, after = base;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) {
@@ -221,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       before = before + Sum{blocks_of(own[i]), own[i]};
       if (index >= here) continue;
       ends[index] = before.blocks;
-      held[index] = own[i];
+      routes[index] = own[i];
       if (start <= first_block && first_block < before.blocks) lowest = index;
       if (start <= last_block && last_block < before.blocks) highest = index;
       if (blockIdx.x == 0) {
@@ -232,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
 
-    // Those of this CTA's rows that belong to the tile.
+    // This CTA's rows that belong to the tile.
     const unsigned unit_end = min((unsigned)after.blocks * (B / VECTOR), mine.last);
     const unsigned unit_begin = max((unsigned)base.blocks * (B / VECTOR), mine.first);
     for (unsigned unit = unit_begin + threadIdx.x; unit < unit_end; unit += THREADS) {
@@ -243,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (ends[middle] > block) high = middle; else low = middle + 1;
       }
       int start = low ? ends[low - 1] : base.blocks;
-      put(out, row, tile + low, (unsigned)start * B, held[low], M, sentinel);
+      store_rows(out, row, tile + low, (unsigned)start * B, routes[low], M, sentinel);
     }
 
     const unsigned slot_end = min((unsigned)(tile + here) * M, slots.last);
@@ -251,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       unsigned batch = by_batch.divide(slot);
       int index = (int)batch - tile, offset = (int)(slot - batch * M);
       int start = index ? ends[index - 1] : base.blocks;
-      positions[slot] = offset < held[index] ? start * B + offset : -1;
+      positions[slot] = offset < routes[index] ? start * B + offset : -1;
     }
 
     base = after;
@@ -260,8 +270,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   for (unsigned unit = max((unsigned)base.blocks * (B / VECTOR), mine.first) + threadIdx.x; unit < mine.last;
        unit += THREADS)
-    put(out, unit * VECTOR, -1, unit * VECTOR, 0, M, sentinel);
-  if (wrong && error && blockIdx.x == 0) atomicOr(error, ERROR_COUNT);
+    store_rows(out, unit * VECTOR, -1, unit * VECTOR, 0, M, sentinel);
+  if (bad && error_word && blockIdx.x == 0) atomicOr(error_word, BAD_COUNT);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     *total = base.blocks * B;
     if (expert_offsets) expert_offsets[batches] = base.blocks * B;

@@ -1,18 +1,15 @@
 // One warp chooses the experts of one token: scores, groups, top k, weights.  docs/routing.md has the equations.
 //
-//   EXPERTS   E, at most 2048; expert e belongs to lane e / PER_LANE       TOP_K  at most 32
-//   LOGITS    0 float32, 1 bfloat16, 2 float16      LOGITS_VECTOR  E = 32 * PER_LANE and rows may be read as vectors
-//   SIGMOID, RENORM, BIAS (0 none, 1 float32)       GROUPS, TOP_GROUPS  at most 32 groups
+//   EXPERTS, TOP_K  at most 2,048 and 32; expert e belongs to lane e / PER_LANE
+//   LOGITS  0 float32, 1 bfloat16, 2 float16      LOGITS_VECTOR  E = 32 * PER_LANE, and rows are aligned for vectors
+//   SIGMOID, RENORM  sigmoid instead of softmax; weights are divided by their sum      BIAS  0 none, 1 float32
+//   GROUPS, TOP_GROUPS  at most 32 groups
+//   EXP32_*, TINY  bits of the float32 constants in moealign.backend.reference.route
 //
-// Experts are compared by keys: a u32 that sorts as the float does, NaN being 1, below every number, and 0 what cannot be
-// chosen.  Where 16 bits hold the logit, the key's lower half is 0xffff - expert: one reduction gives value and expert.
+// Experts are compared by keys: a u32 that sorts as the float does.  NaN is 1, below every number; 0 cannot be chosen.
+// For 16-bit logits the key's lower half is 0xffff - expert, so one reduction gives value and expert.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-#define DEV static __device__ __forceinline__
-#define FULL 0xffffffffu
+#include "types.cuh"
 
 #define PER_LANE ((EXPERTS + 31) / 32)
 #define SHORT_KEYS (LOGITS != 0 && !BIAS)
@@ -24,7 +21,7 @@ typedef u32 raw_t;
 typedef u16 raw_t;
 #endif
 
-DEV float number_of(raw_t raw) {
+DEV float to_float(raw_t raw) {
 #if LOGITS == 0
     return __uint_as_float(raw);
 #elif LOGITS == 1
@@ -36,57 +33,60 @@ DEV float number_of(raw_t raw) {
 #endif
 }
 
-DEV u32 key_of(float x) {
+DEV u32 to_key(float x) {
     const u32 bits = __float_as_uint(__fadd_rn(x, 0.f));  // -0 becomes +0
     return x != x ? 1u : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-#define KEY_OF_MINUS_INFINITY 0x007fffffu
 
-DEV float number_of_key(u32 key) {  // not of 0 or 1
+DEV float key_to_float(u32 key) {  // the key is a number's: not 0 or 1
     return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
 #if SHORT_KEYS
-DEV u32 signs_of(u32 pair) {  // all bits of each half that has its sign bit
+DEV u32 sign_masks(u32 pair) {  // all bits of each 16-bit half whose sign bit is set
     u32 signs;
     asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(signs) : "r"(pair));
     return signs;
 }
-// Of two logits in a word, the upper halves of their keys: a number gets its sign bit flipped, one below zero all bits,
-// and one more, so that -0 is what +0 is.
+// The upper halves of the keys of two logits in a word.  A positive number has its sign bit flipped; a negative one has
+// all bits flipped and 1 added, so that -0 equals +0.
 DEV u32 short_keys(u32 pair) {
     constexpr u32 EACH = 0x00010001u, PAST_FINITE = 0x7fffu - (LOGITS == 1 ? 0x7f80u : 0x7c00u);
-    const u32 below_zero = signs_of(pair), nan = signs_of((pair & 0x7fff7fffu) + PAST_FINITE * EACH);
-    const u32 keys = (pair ^ (below_zero | 0x80008000u)) + (below_zero & EACH);
+    const u32 negative = sign_masks(pair), nan = sign_masks((pair & 0x7fff7fffu) + PAST_FINITE * EACH);
+    const u32 keys = (pair ^ (negative | 0x80008000u)) + (negative & EACH);
     return (keys & ~nan) | (nan & EACH);
 }
-DEV float number_of_short_key(u32 key) {
+DEV float short_key_to_float(u32 key) {
     const u32 half = key >> 16;
-    return number_of((raw_t)(half & 0x8000u ? half ^ 0x8000u : ~(half - 1u)));
+    return to_float((raw_t)(half & 0x8000u ? half ^ 0x8000u : ~(half - 1u)));
 }
 #endif
 
+#define FLOAT(bits) __int_as_float(bits)
+
 // moealign.backend.reference.route.exp32 and sigmoid32, operation for operation.
 DEV float exp32(float x) {
-    if (x < -87.f) return 0.f;
-    x = fminf(x, 87.f);
-    const float n = floorf(__fadd_rn(__fmul_rn(x, 1.4426950216293335f), .5f));
-    float r = __fsub_rn(x, __fmul_rn(n, .693359375f));
-    r = __fsub_rn(r, __fmul_rn(n, -2.1219444170128554e-4f));
-    float y = 1.9875691214110702e-4f;
-    y = __fadd_rn(__fmul_rn(y, r), 1.3981999363750219e-3f);
-    y = __fadd_rn(__fmul_rn(y, r), 8.333452045917511e-3f);
-    y = __fadd_rn(__fmul_rn(y, r), 4.166579619050026e-2f);
-    y = __fadd_rn(__fmul_rn(y, r), .16666665673255920f);
-    y = __fadd_rn(__fmul_rn(y, r), .5f);
+    if (x < -FLOAT(EXP32_FAR)) return 0.f;
+    x = fminf(x, FLOAT(EXP32_FAR));
+    const float n = floorf(__fadd_rn(__fmul_rn(x, FLOAT(EXP32_INVERSE_LN2)), .5f));
+    float r = __fsub_rn(x, __fmul_rn(n, FLOAT(EXP32_LN2_HIGH)));
+    r = __fsub_rn(r, __fmul_rn(n, FLOAT(EXP32_LN2_LOW)));
+    float y = FLOAT(EXP32_C0);
+    y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C1));
+    y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C2));
+    y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C3));
+    y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C4));
+    y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C5));
     y = __fadd_rn(__fadd_rn(__fmul_rn(y, __fmul_rn(r, r)), r), 1.f);
     return __fmul_rn(y, __uint_as_float((u32)((int)n + 127) << 23));
 }
 
-DEV float sigmoid32(float x) { return x >= -87.f ? __fdiv_rn(1.f, __fadd_rn(1.f, exp32(-x))) : 0.f; }
+DEV float sigmoid32(float x) {
+    return x >= -FLOAT(EXP32_FAR) ? __fdiv_rn(1.f, __fadd_rn(1.f, exp32(-x))) : 0.f;
+}
 
-// What a weight is before it is divided.
-DEV float part_of(float x, float highest) {
+// The numerator of a weight: of the softmax, or the sigmoid.
+DEV float numerator(float x, float highest) {
 #if SIGMOID
     return sigmoid32(x);
 #else
@@ -94,7 +94,7 @@ DEV float part_of(float x, float highest) {
 #endif
 }
 
-// Sum over LANES neighbouring lanes, a power of two.
+// The sum over LANES neighbouring lanes, a power of two.
 template <int LANES> DEV float sum_lanes(float x) {
 #pragma unroll
     for (int d = LANES / 2; d; d /= 2) x = __fadd_rn(x, __shfl_xor_sync(FULL, x, d));
@@ -102,7 +102,7 @@ template <int LANES> DEV float sum_lanes(float x) {
 }
 static __device__ constexpr int power_of_two(int v) { return v <= 1 ? 1 : 2 * power_of_two((v + 1) / 2); }
 
-// The PER_LANE logits of lane `lane`, into an array that is aligned to 16 bytes; what is past E does not count.
+// Load the PER_LANE logits of lane `lane` into an array that is aligned to 16 bytes; entries past E are 0.
 DEV void load_logits(const raw_t *row, u32 lane, raw_t raw[PER_LANE]) {
 #if LOGITS_VECTOR
     constexpr int BYTES = PER_LANE * sizeof(raw_t);
@@ -123,9 +123,9 @@ DEV void load_logits(const raw_t *row, u32 lane, raw_t raw[PER_LANE]) {
 }
 
 #if GROUPS > 1
-// A bit for each group that may be chosen from.
+// The best TOP_GROUPS groups, a bit each.
 DEV u32 best_groups(const float score[PER_LANE], u32 lane) {
-    u32 mine = 0;  // key of group `lane`
+    u32 mine = 0;  // the key of group `lane`
     constexpr int LANES = GROUP_SIZE / PER_LANE;
     constexpr bool WHOLE = GROUP_SIZE % PER_LANE == 0 && (LANES & (LANES - 1)) == 0 && EXPERTS == 32 * PER_LANE;
 #pragma unroll 1
@@ -145,7 +145,7 @@ DEV u32 best_groups(const float score[PER_LANE], u32 lane) {
             second = fmaxf(fmaxf(second, b), fminf(first, a));
             first = fmaxf(first, a);
         }
-        const u32 key = key_of(BIAS && GROUP_SIZE > 1 ? __fadd_rn(first, second) : first);
+        const u32 key = to_key(BIAS && GROUP_SIZE > 1 ? __fadd_rn(first, second) : first);
         if (WHOLE) mine = __shfl_sync(FULL, key, lane * LANES % 32);
         else if (lane == g) mine = key;
     }
@@ -160,7 +160,7 @@ DEV u32 best_groups(const float score[PER_LANE], u32 lane) {
 #endif
 
 // ---- the k best -----------------------------------------------------------------------------------------------------
-// Each lane sorts its experts in runs of at most eight; then the best head of all runs is taken, TOP_K times.
+// Each lane sorts its experts in runs of at most eight.  Then the best head of all runs is taken, TOP_K times.
 
 #define RUN (PER_LANE <= 1 ? 1 : PER_LANE == 2 ? 2 : PER_LANE <= 4 ? 4 : 8)
 #define RUNS ((PER_LANE + 7) / 8)
@@ -168,12 +168,12 @@ DEV u32 best_groups(const float score[PER_LANE], u32 lane) {
 struct Keys {
     u32 key[RUNS * RUN];
 #if !SHORT_KEYS
-    u32 low[RUNS * RUN];  // FULL - expert: of equal keys the lower expert is the better
+    u32 low[RUNS * RUN];  // FULL - expert: of equal keys the lower expert is better
 #endif
 };
 
-// The better one at `i`.
-DEV void order(Keys &keys, int i, int j) {
+// Put the better of two keys at `i`.
+DEV void sort_pair(Keys &keys, int i, int j) {
 #if SHORT_KEYS
     const u32 a = keys.key[i], b = keys.key[j];
     keys.key[i] = max(a, b), keys.key[j] = min(a, b);
@@ -185,27 +185,27 @@ DEV void order(Keys &keys, int i, int j) {
 #endif
 }
 
-// Batcher's odd-even merge sort of the run from `at` on, the best first.
+// Sort the run that starts at `at`, best first: Batcher's odd-even merge sort.
 DEV void sort_run(Keys &keys, int at) {
-#define ORDER(i, j) if (j < RUN) order(keys, at + (i < RUN ? i : 0), at + (j < RUN ? j : 0))
-    ORDER(0, 1); ORDER(2, 3); ORDER(4, 5); ORDER(6, 7);
-    ORDER(0, 2); ORDER(1, 3); ORDER(4, 6); ORDER(5, 7);
-    ORDER(1, 2); ORDER(5, 6);
-    ORDER(0, 4); ORDER(1, 5); ORDER(2, 6); ORDER(3, 7);
-    ORDER(2, 4); ORDER(3, 5);
-    if (RUN == 8) { ORDER(1, 2); ORDER(3, 4); ORDER(5, 6); }
-#undef ORDER
+#define SORT(i, j) if (j < RUN) sort_pair(keys, at + (i < RUN ? i : 0), at + (j < RUN ? j : 0))
+    SORT(0, 1); SORT(2, 3); SORT(4, 5); SORT(6, 7);
+    SORT(0, 2); SORT(1, 3); SORT(4, 6); SORT(5, 7);
+    SORT(1, 2); SORT(5, 6);
+    SORT(0, 4); SORT(1, 5); SORT(2, 6); SORT(3, 7);
+    SORT(2, 4); SORT(3, 5);
+    if (RUN == 8) { SORT(1, 2); SORT(3, 4); SORT(5, 6); }
+#undef SORT
 }
 
-// What was chosen for a token: lane j < TOP_K holds the j-th.
-struct Chosen {
+// The experts of a token: lane j < TOP_K holds the j-th.
+struct Selected {
     u32 key, expert;
-    u32 first;      // the best key of all
-    float highest;  // logit, where groups keep it from being the first
+    u32 first;      // the best key
+    float highest;  // the highest logit, with groups: it may lie in a group that was not selected
 };
 
-DEV void take_best(Keys &keys, u32 lane, Chosen &chosen) {
-    chosen.key = chosen.expert = 0;
+DEV void select_top_k(Keys &keys, u32 lane, Selected &selected) {
+    selected.key = selected.expert = 0;
 #pragma unroll (TOP_K <= 8 && RUNS <= 2 ? TOP_K : 1)
     for (u32 k = 0; k < TOP_K; k++) {
         u32 top = keys.key[0];
@@ -213,7 +213,7 @@ DEV void take_best(Keys &keys, u32 lane, Chosen &chosen) {
         for (int r = 1; r < RUNS; r++) top = max(top, keys.key[r * RUN]);
         const u32 best = __reduce_max_sync(FULL, top);
 #if !SHORT_KEYS
-        // Of equal keys the lowest lane's is that of the lowest expert, and in a lane the first run's.
+        // Of equal keys the lowest lane has the lowest expert, and within a lane the first run.
         u32 low = 0;
 #pragma unroll
         for (int r = RUNS - 1; r >= 0; r--)
@@ -237,22 +237,22 @@ DEV void take_best(Keys &keys, u32 lane, Chosen &chosen) {
             }
             keys.key[(r + 1) * RUN - 1] = 0;
         }
-        if (k == 0) chosen.first = best;
+        if (k == 0) selected.first = best;
         if (lane == k) {
-            chosen.key = best;
+            selected.key = best;
 #if SHORT_KEYS
-            chosen.expert = 0xffffu - (best & 0xffffu);
+            selected.expert = 0xffffu - (best & 0xffffu);
 #else
-            chosen.expert = FULL - best_low;
+            selected.expert = FULL - best_low;
 #endif
         }
     }
 }
 
-// The experts of the row that lies in `raw`.
-DEV Chosen choose_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane) {
+// The experts of the row in `raw`.
+DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane) {
     Keys keys;
-    Chosen chosen;
+    Selected selected;
 #if SHORT_KEYS
     u32 pair = 0;
 #endif
@@ -262,23 +262,23 @@ DEV Chosen choose_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane
 #pragma unroll
     for (int i = 0; i < RUNS * RUN; i++) {
         const u32 e = lane * PER_LANE + i;
-        const bool there = i < PER_LANE && (EXPERTS % 32 == 0 || e < EXPERTS);
-        const raw_t given = i < PER_LANE ? raw[i] : (raw_t)0;
+        const bool exists = i < PER_LANE && (EXPERTS % 32 == 0 || e < EXPERTS);
+        const raw_t value = i < PER_LANE ? raw[i] : (raw_t)0;
 #if BIAS || GROUPS > 1
-        float x = number_of(given);
+        float x = to_float(value);
 #if BIAS
-        if (there && x == x) x = __fadd_rn(sigmoid32(x), bias[e]);
+        if (exists && x == x) x = __fadd_rn(sigmoid32(x), bias[e]);
 #endif
         if (i < PER_LANE) score[i] = x;
 #endif
 #if BIAS
-        keys.key[i] = there ? key_of(x) : 0;
+        keys.key[i] = exists ? to_key(x) : 0;
 #elif !SHORT_KEYS
-        keys.key[i] = there ? key_of(number_of(given)) : 0;
+        keys.key[i] = exists ? to_key(to_float(value)) : 0;
 #else
         const u32 next = i + 1 < PER_LANE ? (u32)raw[i + 1] << 16 : 0;
-        if (i % 2 == 0) pair = short_keys(given | next);
-        keys.key[i] = there ? __byte_perm(0xffffu - e, pair, i % 2 == 0 ? 0x5410 : 0x7610) : 0;
+        if (i % 2 == 0) pair = short_keys(value | next);
+        keys.key[i] = exists ? __byte_perm(0xffffu - e, pair, i % 2 == 0 ? 0x5410 : 0x7610) : 0;
 #endif
 #if !SHORT_KEYS
         keys.low[i] = FULL - e;
@@ -293,55 +293,55 @@ DEV Chosen choose_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane
     float x = -__int_as_float(0x7f800000);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
-        if (EXPERTS % 32 == 0 || lane * PER_LANE + i < EXPERTS) x = fmaxf(x, number_of(raw[i]));  // past NaN
-    chosen.highest = number_of_key(__reduce_max_sync(FULL, key_of(x)));
+        if (EXPERTS % 32 == 0 || lane * PER_LANE + i < EXPERTS) x = fmaxf(x, to_float(raw[i]));  // ignores NaN
+    selected.highest = key_to_float(__reduce_max_sync(FULL, to_key(x)));
 #endif
 #endif
 #pragma unroll
     for (int r = 0; r < RUNS; r++) sort_run(keys, r * RUN);
-    take_best(keys, lane, chosen);
-    return chosen;
+    select_top_k(keys, lane, selected);
+    return selected;
 }
 
-// The weight of what the lane holds; with `every`, each lane also gets the shares of its experts.
-DEV float weigh(
-    const raw_t raw[PER_LANE], const raw_t *row, const Chosen &chosen, float scale, u32 lane, float *every) {
+// The weight of the lane's selected expert; in `shares`, unless it is null, the shares of all experts of the lane.
+DEV float weight_of(
+    const raw_t raw[PER_LANE], const raw_t *row, const Selected &selected, float scale, u32 lane, float *shares) {
 #if BIAS
-    const float x = lane < TOP_K ? number_of(row[chosen.expert]) : 0.f;
+    const float x = lane < TOP_K ? to_float(row[selected.expert]) : 0.f;
 #elif SHORT_KEYS
-    const float x = number_of_short_key(chosen.key);
+    const float x = short_key_to_float(selected.key);
 #else
-    const float x = chosen.key == 1 ? __int_as_float(0x7fffffff) : number_of_key(chosen.key);
+    const float x = selected.key == 1 ? __int_as_float(0x7fffffff) : key_to_float(selected.key);
 #endif
 #if SIGMOID
     const float highest = 0.f;
 #elif GROUPS > 1
-    const float highest = chosen.highest;
+    const float highest = selected.highest;
 #elif SHORT_KEYS
-    const float highest = number_of_short_key(chosen.first);
+    const float highest = short_key_to_float(selected.first);
 #else
-    const float highest = chosen.first == 1 ? -__int_as_float(0x7f800000) : number_of_key(chosen.first);
+    const float highest = selected.first == 1 ? -__int_as_float(0x7f800000) : key_to_float(selected.first);
 #endif
-    const float part = lane < TOP_K ? part_of(x, highest) : 0.f;
+    const float part = lane < TOP_K ? numerator(x, highest) : 0.f;
     float total = 1.f;
-    if (every || (!SIGMOID && !RENORM)) {
+    if (shares || (!SIGMOID && !RENORM)) {
         float sum = 0.f;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
-            const float f = lane * PER_LANE + i < EXPERTS ? part_of(number_of(raw[i]), highest) : 0.f;
-            if (every) every[i] = f;
+            const float f = lane * PER_LANE + i < EXPERTS ? numerator(to_float(raw[i]), highest) : 0.f;
+            if (shares) shares[i] = f;
             sum = __fadd_rn(sum, f);
         }
         sum = sum_lanes<32>(sum);
         if (!SIGMOID) total = sum;
-        if (every) {
+        if (shares) {
 #pragma unroll
-            for (int i = 0; i < PER_LANE; i++) every[i] = sum > 0.f ? __fdiv_rn(every[i], sum) : 0.f;
+            for (int i = 0; i < PER_LANE; i++) shares[i] = sum > 0.f ? __fdiv_rn(shares[i], sum) : 0.f;
         }
     }
     if (RENORM) {
         total = sum_lanes<power_of_two(TOP_K)>(part);
-        if (SIGMOID) total = __fadd_rn(total, 1e-20f);
+        if (SIGMOID) total = __fadd_rn(total, FLOAT(TINY));
     }
     return total > 0.f ? __fmul_rn(__fdiv_rn(part, total), scale) : 0.f;
 }

@@ -1,0 +1,45 @@
+// The router inside warp.cu and pairwise.cu, for a few tokens: one launch chooses experts and writes their layout.
+// Every CTA chooses for all tokens, a warp each, so no CTA waits for another.  All but the last write the layout; the
+// last one writes weights and ids.
+//
+//   FUSED_ROUTER  1, with the macros of router.cuh      ONE_TOKEN  there is one token, and every warp chooses for it
+
+#if FUSED_ROUTER
+#include "router.cuh"
+
+// logits: tokens x E, row_stride elements apart.  bias: E or null.  weights, ids_out: tokens x TOP_K.
+#define ROUTER_PARAMETERS , const raw_t *__restrict__ logits, const float *__restrict__ bias, \
+    float *__restrict__ weights, int *__restrict__ ids_out, i64 row_stride, i64 scale_bits
+#define LAYOUT_CTAS (gridDim.x - 1)
+
+// The token of a warp.
+struct Token {
+    const raw_t *row;
+    __align__(16) raw_t raw[PER_LANE];
+    u32 number;
+
+    __device__ __forceinline__ void load(const raw_t *logits, i64 row_stride, u32 tokens) {
+        number = ONE_TOKEN ? 0 : warp_id();
+        row = logits + (i64)number * row_stride;
+        if (number < tokens) load_logits(row, lane_id(), raw);
+    }
+
+    // Its experts: lane j < TOP_K returns the j-th, and -1 from route `limit` on.
+    __device__ __forceinline__ int route(
+        const float *bias, float *weights, int *ids_out, i64 scale_bits, u32 limit, bool writes) {
+        const u32 lane = lane_id(), i = number * TOP_K + lane;
+        const Selected selected = select_experts(raw, bias, lane);
+        const bool valid = number * TOP_K < limit;
+        const int e = valid ? (int)selected.expert : -1;
+        if (writes) {
+            const float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), lane, nullptr);
+            if (lane < TOP_K) weights[i] = valid ? weight : 0.f, ids_out[i] = e;
+        }
+        return e;
+    }
+};
+
+#else
+#define ROUTER_PARAMETERS
+#define LAYOUT_CTAS gridDim.x
+#endif
