@@ -47,14 +47,14 @@ SMALL = 'extern "C" __global__ void k(long long* a) { a[threadIdx.x] = VALUE; }'
 
 
 def specialisations(major: int) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
-    found = []
+    kernels = []
     for module in ("batched", "align", "route"):
-        found += importlib.import_module(f"moealign.backend.cuda.{module}").specialisations(major)
-    return list(dict.fromkeys(found))
+        kernels += importlib.import_module(f"moealign.backend.cuda.{module}").specialisations(major)
+    return list(dict.fromkeys(kernels))
 
 
 class Resources(NamedTuple):
-    """What the ELF file of a cubin says of one kernel.  Spilled registers live on the stack."""
+    """What a kernel needs, read from its cubin's ELF file.  Spilled registers live on the stack."""
 
     registers: int
     stack: int  # bytes
@@ -75,25 +75,25 @@ def resources(cubin: bytes, kernel: str) -> Resources:
         while at < end:
             form, attribute, size = struct.unpack_from("<BBH", cubin, at)
             at += 4
-            if form == 4:  # `size` bytes follow; in the other forms `size` is the value
+            if form == 4:  # `size` bytes follow; in other forms `size` is the value
                 yield attribute, cubin[at : at + size]
                 at += size
 
     symbol, registers = by_name[f".text.{kernel}"][7] & 0xFFFFFF, by_name[f".text.{kernel}"][7] >> 24
     stack = None
     for attribute, value in attributes(".nv.info"):
-        if attribute in (0x11, 0x2F):  # frame size; registers, where the section header has none
+        if attribute in (0x11, 0x2F):  # frame size; registers, if the section header has none
             which, number = struct.unpack("<II", value)
             if which == symbol and attribute == 0x11:
                 stack = number
             elif which == symbol:
                 registers = number
     # EIATTR_KPARAM_INFO: index, ordinal, offset, and flags whose upper bits are the size.
-    found = [
+    parameters = [
         struct.unpack("<IHHI", value) for attribute, value in attributes(f".nv.info.{kernel}") if attribute == 0x17
     ]
     assert stack is not None
-    return Resources(registers, stack, [flags >> 18 for _, _, _, flags in found])
+    return Resources(registers, stack, [flags >> 18 for _, _, _, flags in parameters])
 
 
 def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
@@ -104,30 +104,33 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_specialisation_compiles_and_spills_nothing(arch):
     wrong = []
-    for source, name, defines in specialisations(int(arch[3:-1])):
-        found = resources(compile_.build(compile_.source(source), name, defines, arch), name)
-        if found.stack or not 0 < found.registers <= min(255, 65536 // threads_of(defines)):
-            wrong.append((source, name, defines, found))
-        if set(found.parameters) != {8}:  # as Kernel.launch passes them
-            wrong.append((source, name, defines, found))
+    for file, name, defines in specialisations(int(arch[3:-1])):
+        needs = resources(compile_.build(compile_.source(file), name, defines, arch), name)
+        if needs.stack or not 0 < needs.registers <= min(255, 65536 // threads_of(defines)):
+            wrong.append((file, name, defines, needs))
+        if set(needs.parameters) != {8}:  # as Kernel.launch passes them
+            wrong.append((file, name, defines, needs))
     assert wrong == []
+
+
+def launched_early() -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
+    return [kernel for kernel in specialisations(9) if ("PDL_WAIT", 1) in kernel[2]]
 
 
 @needs_nvrtc
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm: Triton is not installed")
-def test_nothing_is_touched_before_the_kernel_ahead_has_ended():
-    """Not even what only reads and comes behind the wait in the text: the compiler moves loads of what it takes for
-    constant."""
-    behind = [each for each in specialisations(9) if ("PDL_WAIT", 1) in each[2]]
-    assert {name for _, name, _ in behind} == {"pairwise", "independent"}
-    for source, name, defines in behind:
-        cubin = compile_.build(compile_.source(source), name, defines, "sm_90")
+def test_no_global_memory_is_accessed_before_the_wait():
+    """Checked in machine code: the compiler may move loads of what it takes for constant ahead of the wait."""
+    kernels = launched_early()
+    assert {name for _, name, _ in kernels} == {"pairwise", "independent"}
+    for file, name, defines in kernels:
+        cubin = compile_.build(compile_.source(file), name, defines, "sm_90")
         assert touched_before_the_wait(cubin) == [], defines
 
 
 @needs_nvrtc
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm: Triton is not installed")
-def test_a_load_that_moved_ahead_of_the_wait_would_be_seen():
+def test_a_load_that_moves_ahead_of_the_wait_is_detected():
     wait = 'asm volatile("griddepcontrol.wait;"'
 
     def moved(file: str) -> str:
@@ -135,18 +138,18 @@ def test_a_load_that_moved_ahead_of_the_wait_would_be_seen():
         assert source.count(f'{wait} : "+l"(at) :: "memory");') == 1
         return source.replace(f'{wait} : "+l"(at) :: "memory");', f'{wait} ::: "memory");')
 
-    behind = [each for each in specialisations(9) if ("PDL_WAIT", 1) in each[2]]
     assert any(
-        touched_before_the_wait(compile_.build(moved(file), name, defines, "sm_90")) for file, name, defines in behind
+        touched_before_the_wait(compile_.build(moved(file), name, defines, "sm_90"))
+        for file, name, defines in launched_early()
     )
 
 
-def refusal_of(source: str, name: str, defines: tuple[tuple[str, int], ...], **changed: int) -> str:
-    """What NVRTC says of the kernel with some macros changed; "" if it compiles."""
+def refusal_of(file: str, name: str, defines: tuple[tuple[str, int], ...], **changed: int) -> str:
+    """NVRTC's error for the kernel with some macros changed; "" if it compiles."""
     assert set(changed) <= set(dict(defines))
     macros = tuple({**dict(defines), **changed}.items())
     try:
-        compile_.build(compile_.source(source), name, macros, "sm_90")
+        compile_.build(compile_.source(file), name, macros, "sm_90")
     except Exception as error:
         return str(error)
     return ""
@@ -177,7 +180,7 @@ def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("routes", "changed", "said"),
+    ("routes", "changed", "message"),
     [
         (64, {"THREADS": 100}, "whole warps"),
         (64, {"EXPERTS": 2**28 + 1}, "counted in 32 bits"),
@@ -191,21 +194,21 @@ def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
         (2**21, {"THREADS": 128}, "for each digit"),
     ],
 )
-def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, changed, said):
+def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, changed, message):
     align_ = sys.modules["moealign.backend.cuda.align"]
     problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, 256, 16)
     path = align_.path_of(problem, 132, 227 * 1024, 8)
-    assert said in refusal_of(path.file, path.name, align_.defines_of(problem, path), **changed)
+    assert message in refusal_of(path.file, path.name, align_.defines_of(problem, path), **changed)
 
 
 @needs_nvrtc
 def test_the_reader_of_resources_sees_a_stack_and_a_short_parameter():
     source = """extern "C" __global__ void k(long long* a, int b) {
       int local[64]; for (int i = 0; i < 64; ++i) local[i * b & 63] = a[i]; a[0] = local[a[b] & 63]; }"""
-    found = resources(compile_.build(source, "k", (), "sm_90"), "k")
-    assert found.stack >= 256
-    assert found.registers > 0
-    assert sorted(found.parameters) == [4, 8]
+    needs = resources(compile_.build(source, "k", (), "sm_90"), "k")
+    assert needs.stack >= 256
+    assert needs.registers > 0
+    assert sorted(needs.parameters) == [4, 8]
 
 
 @needs_nvrtc
@@ -218,8 +221,8 @@ def test_a_compile_error_says_what_nvrtc_says():
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """The batched kernels that are asked for, as (source, name, macros, device); none is compiled."""
+def requested(monkeypatch):
+    """Requests for batched kernels, as (file, name, macros, device); none is compiled."""
     batched, keys = sys.modules["moealign.backend.cuda.batched"], []
 
     def kernel(*key: object) -> types.SimpleNamespace:
@@ -230,15 +233,15 @@ def asked(monkeypatch):
     return keys
 
 
-def test_a_batched_kernel_serves_every_number_of_slots(asked):
+def test_a_batched_kernel_serves_every_number_of_slots(requested):
     batched = sys.modules["moealign.backend.cuda.batched"]
     for batches, block_size in ((8, 16), (300, 1)):
-        asked.clear()
+        requested.clear()
         for slots in (*range(1, 200), 2**20):
             problem = AlignProblem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, batches, block_size)
             batched.BatchedAlignment(problem)._prepare(batches * -(-slots // block_size) * block_size, True)
-        assert len(asked) == 200
-        assert len(set(asked)) == 1
+        assert len(requested) == 200
+        assert len(set(requested)) == 1
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 5, 7, 8, 100, 127, 128, 129, 641, 65535, 2**30 - 1, 2**30 + 1, 2**31 - 1])
@@ -251,7 +254,7 @@ def test_a_reciprocal_divides_every_number_of_31_bits(divisor):
 
 
 def test_without_routes_a_block_is_of_one():
-    """2**32 is no int of a kernel's, and without routes it is no number of rows."""
+    """2**32 does not fit an int of a kernel; without routes it is a valid block size."""
     align_ = sys.modules["moealign.backend.cuda.align"]
     problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 0, 8, 64, 2**32)
     path = align_.path_of(problem, 132, 227 * 1024, 8)
@@ -261,11 +264,11 @@ def test_without_routes_a_block_is_of_one():
 
 
 @pytest.mark.parametrize("slots", [0, 1])
-def test_without_rows_a_batched_block_is_of_one(slots, asked):
+def test_without_rows_a_batched_block_is_of_one(slots, requested):
     batched = sys.modules["moealign.backend.cuda.batched"]
     problem = AlignProblem("align_batched", torch.device("cuda", 0), torch.int32, 0, slots, 0, 2**32)
     batched.BatchedAlignment(problem)._prepare(0, True)
-    assert [dict(defines)["B"] for _, _, defines, _ in asked] == [1]
+    assert [dict(defines)["B"] for _, _, defines, _ in requested] == [1]
 
 
 def test_a_kernel_keeps_no_more_launches_than_it_says(monkeypatch):
@@ -418,15 +421,15 @@ def test_four_processes_at_once_end_with_one_good_entry(folder):
 # ------------------------------------------------------------------------------------------------------------- drivers
 
 
-def driver_of(version: int, *lacking: str, code: int = 0) -> types.SimpleNamespace:
-    """A driver that says it is of CUDA `version` (12040: 12.4), returns `code`, and has all functions but `lacking`."""
+def driver_of(version: int, *missing: str, code: int = 0) -> types.SimpleNamespace:
+    """A driver of CUDA `version` (12040: 12.4) whose version query returns `code`, without the functions `missing`."""
 
     def get_version(at: Any) -> int:
         at._obj.value = version
         return code
 
     functions = dict.fromkeys(launch._FUNCTIONS, lambda *args: 999) | {"cuDriverGetVersion": get_version}
-    return types.SimpleNamespace(**{name: each for name, each in functions.items() if name not in lacking})
+    return types.SimpleNamespace(**{name: each for name, each in functions.items() if name not in missing})
 
 
 def no_driver() -> None:
@@ -436,8 +439,8 @@ def no_driver() -> None:
 NEWEST = ("cuKernelGetParamInfo", "cuStreamGetGreenCtx", "cuGreenCtxGetDevResource")
 DRIVERS = {
     "none": (no_driver, "13.0", "cannot be loaded (libcuda.so.1"),
-    "11.4, with what it lacks": (lambda: driver_of(11040, "cuLaunchKernelEx", *NEWEST), "13.0", "of CUDA 11.4"),
-    "12.2, with what it lacks": (lambda: driver_of(12020, *NEWEST), "12.9", "needs a driver of CUDA 12.4 or later"),
+    "11.4, without newer": (lambda: driver_of(11040, "cuLaunchKernelEx", *NEWEST), "13.0", "of CUDA 11.4"),
+    "12.2, without newer": (lambda: driver_of(12020, *NEWEST), "12.9", "needs a driver of CUDA 12.4 or later"),
     "12.3, with everything": (lambda: driver_of(12030), "12.9", "this one is of CUDA 12.3"),
     "fails": (lambda: driver_of(13000, code=3), "13.0", "does not say its version (CUDA error 3)"),
     "older than NVRTC": (lambda: driver_of(12090), "13.0", "pip install 'cuda-core[cu12]'"),
@@ -451,7 +454,7 @@ DRIVERS = {
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """What is remembered of this machine is forgotten, before and after."""
+    """Clear the caches of facts about this machine, before and after."""
 
     def forget() -> None:
         for each in (cuda.unavailable, cuda._unsupported):
@@ -544,7 +547,7 @@ def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multipro
 
 
 def test_a_call_takes_the_grid_of_its_stream(monkeypatch):
-    """Call after call, whatever was planned for the whole device or for another part of it."""
+    """In every call, whichever launches exist for the whole device or for another part of it."""
     align_ = sys.modules["moealign.backend.cuda.align"]
     launched = []
 
