@@ -62,7 +62,7 @@ def build(source_text: str, name: str, defines: Defines, arch: str) -> bytes:
     from cuda.core import Program, ProgramOptions
 
     macros: list[str | tuple[str, str]] = [(key, str(value)) for key, value in defines]
-    options = ProgramOptions(name=name, arch=arch, std=_STANDARD, define_macro=macros)
+    options = ProgramOptions(name=name, arch=arch, std=_STANDARD, define_macro=macros or None)
     code = Program(source_text, "c++", options).compile("cubin").code
     assert isinstance(code, bytes)
     return code
