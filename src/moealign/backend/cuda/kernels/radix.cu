@@ -6,7 +6,7 @@
 // parameters.
 //
 // Scratch in words: PASSES tables of CTAs x 256; keys and routes (2n; 4n with several passes); begin, end and first row
-// of experts_per_cta expert (3E); two sums per CTA.
+// of each expert (3E); two sums per CTA.
 
 #include "common.cuh"
 #include "scan.cuh"
@@ -15,10 +15,10 @@
 DEV u32 load_l2(const u32 *p) { return __ldcg(p); }
 
 #define PASSES ((bits_of(E) + 7) / 8)
-static_assert(THREADS % 256 == 0, "a segment of threads has one for experts_per_cta digit");
+static_assert(THREADS % 256 == 0, "a segment of threads has one for each digit");
 static_assert(PASSES * 256 + 2 <= SCRATCH_PER_CTA, "tables and sums fit");
 static_assert((PASSES > 1 ? 4 : 2) <= SCRATCH_PER_ROUTE, "keys and routes fit");
-static_assert(3 * (long long)E <= SCRATCH_FIXED, "begin, end and first row of experts_per_cta expert fit");
+static_assert(3 * (long long)E <= SCRATCH_FIXED, "begin, end and first row of each expert fit");
 
 // Sort (key, route) pairs by key; then find the runs, scan their lengths, and write the outputs.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) radix(PARAMETERS) {
