@@ -49,7 +49,9 @@ from common import (
 )
 
 from moealign import bench, fused_moe
-from moealign.experts import launch as kernels
+from moealign.experts import launch
+from moealign.experts.records import ExpertWeights, Routes
+from moealign.experts.tiles import select_tiles, target_of
 from moealign.timing import device_us, graphs_in_turns
 
 OURS, VLLM, TUNED, HF = "moealign", "vllm-0.33.0", "vllm-0.33.0-tuned", "transformers-grouped_mm"
@@ -129,12 +131,14 @@ def compile_case(job: tuple[str, Shape, int, str, Path]) -> str | None:
                 for size in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
             )
             weights, ids = (torch.empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
-            target = kernels.target_of(torch.device("cuda", 0))
-            plan = kernels.plan(x, gate_up, down, ids, False, None, None, None, target)
-            layout = empty_layout(tokens, top_k, experts, plan.block_size) if plan.block_size else None
-            launches, _ = kernels.launches(
-                plan, x, gate_up, down, weights, ids, layout, "silu", None, None, False, target
+            layer, routes, target = (
+                ExpertWeights(gate_up, down),
+                Routes(weights, ids),
+                target_of(torch.device("cuda", 0)),
             )
+            tiles = select_tiles(x, layer, routes, target=target)
+            layout = empty_layout(tokens, top_k, experts, tiles.block_size) if tiles.block_size else None
+            launches, _ = launch.layer_launches(tiles, x, layer, routes, layout, "silu", target)
             compile_launches(launches)
             return None
         module = vllm_layer.load_kernel(folder)
@@ -244,8 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
                 on_failure=bench.log_capture_failure,
             )
             times["floor"] = [layer.floor_us(bytes_us, flops_us)]
-            plan = kernels.plan(layer.inputs[0][0], *layer.weights, layer.inputs[0][2], False, None, None, None)
-            size = (layer.tokens, top_k, experts, plan.block_size)
+            x, weights, ids = layer.inputs[0]
+            block_size = select_tiles(x, ExpertWeights(*layer.weights), Routes(weights, ids)).block_size
+            size = (layer.tokens, top_k, experts, block_size)
             case = bench.Case("experts", layer_name(layer.shape, layer.tokens), size, [layer.inputs[0][2]])
             for impl in IMPLS:
                 if impl in times:

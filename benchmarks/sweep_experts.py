@@ -31,9 +31,10 @@ from common import (
 )
 
 from moealign import align
-from moealign.experts import launch as rules
-from moealign.experts.launch import Plan, Target, Tile
+from moealign.experts import launch
 from moealign.experts.layer import fused_moe
+from moealign.experts.records import ExpertWeights, Routes
+from moealign.experts.tiles import NO_LAYOUT_EXPERTS_PER_ROUTE, LayerTiles, Target, Tile, target_of
 from moealign.timing import graph_us
 
 SHARED_MEMORY = 227 * 1024  # bytes
@@ -56,28 +57,28 @@ def tiles_for(routes: int, experts: int, gated: bool) -> list[Tile]:
                 tiles.append(Tile(m, n, k, 2, 4, stages, 1, 0, 1))
                 tiles.append(Tile(m, n, k, 2, 4, stages, 2 if m == 64 else 0))
     if rows > 24:
-        for group, ctas, short in product((2, 8), (0, 1), (0, 64)):
+        for group, ctas, half in product((2, 8), (0, 1), (0, 64)):
             if group == 8 and rows < 200:
                 continue
             for stages in (3, 4):
                 if gated:
-                    tiles.append(Tile(128, 128, 64, group, 8, stages, 1, ctas, 0, short))
+                    tiles.append(Tile(128, 128, 64, group, 8, stages, 1, ctas, 0, half))
                 else:
-                    tiles.append(Tile(128, 256, 64, group, 8, stages, 2, ctas, 0, short))
-                    tiles.append(Tile(128, 128, 64, group, 8, stages, 2, ctas, 0, short))
+                    tiles.append(Tile(128, 256, 64, group, 8, stages, 2, ctas, 0, half))
+                    tiles.append(Tile(128, 128, 64, group, 8, stages, 2, ctas, 0, half))
             if not gated:
-                tiles.append(Tile(128, 128, 64, group, 4, 3, 2, ctas, 0, short))
-            if rows < 200 and not short:
+                tiles.append(Tile(128, 128, 64, group, 4, 3, 2, ctas, 0, half))
+            if rows < 200 and not half:
                 for n, warps in ((128, 4), (128, 8), (64, 4)) if gated else ((256, 8), (128, 4), (256, 4)):
                     tiles.append(Tile(64, n, 64, group, warps, 4 if n < 256 else 3, 1 if gated else 2, ctas))
     return [tile for tile in dict.fromkeys(tiles) if fits(tile, gated)]
 
 
-def plans(shape: Shape, tokens: int) -> list[Plan]:
+def plans(shape: Shape, tokens: int) -> list[LayerTiles]:
     """Whole layers worth timing for a few tokens."""
     routes = tokens * shape[1]
     chosen = []
-    if routes * rules.ALONE <= shape[0]:
+    if routes * NO_LAYOUT_EXPERTS_PER_ROUTE <= shape[0]:
         firsts = [
             Tile(16, 64, 128, 1, 4, 4),
             Tile(16, 64, 128, 1, 4, 4, 1, 0, 1),
@@ -92,9 +93,9 @@ def plans(shape: Shape, tokens: int) -> list[Plan]:
             Tile(16, 32, 256, 1, 4, 3),
             Tile(16, 128, 128, 1, 4, 3),
         ]
-        chosen += [Plan(0, firsts[0], two) for two in seconds]
-        chosen += [Plan(0, one, seconds[0]) for one in firsts[1:]]
-        chosen.append(Plan(16, firsts[0], seconds[0]))
+        chosen += [LayerTiles(0, firsts[0], two) for two in seconds]
+        chosen += [LayerTiles(0, one, seconds[0]) for one in firsts[1:]]
+        chosen.append(LayerTiles(16, firsts[0], seconds[0]))
         return chosen
     rows = routes / shape[0]
     for m in (16, 32, 64):
@@ -102,8 +103,8 @@ def plans(shape: Shape, tokens: int) -> list[Plan]:
             continue
         firsts = [Tile(m, 64, 128, 2, 4, 3, 1, 0, 1), Tile(m, 128, 64, 2, 4, 4, 1, 0, 1), Tile(m, 64, 64, 2, 4, 4)]
         seconds = [Tile(m, 128, 128, 2, 4, 3, 1, 0, 1), Tile(m, 128, 64, 2, 4, 3, 1, 0, 1), Tile(m, 128, 128, 1, 4, 3)]
-        chosen += [Plan(m, one, two) for one, two in zip(firsts, seconds, strict=True)]
-        chosen.append(Plan(m, firsts[0], seconds[2]))
+        chosen += [LayerTiles(m, one, two) for one, two in zip(firsts, seconds, strict=True)]
+        chosen.append(LayerTiles(m, firsts[0], seconds[2]))
     return chosen
 
 
@@ -118,18 +119,19 @@ def compile_tile(job: tuple[Shape, int, Any, int, Target]) -> str | None:
     experts, top_k, hidden, inner = shape
     torch.set_num_threads(1)
     try:
-        if isinstance(tile, Plan):
+        if isinstance(tile, LayerTiles):
             plan = tile
         else:
-            block_size = 0 if tokens * top_k * rules.ALONE <= experts else tile.m
-            plan = Plan(block_size, safe(tile), tile) if product_index else Plan(block_size, tile, tile)
+            block_size = 0 if tokens * top_k * NO_LAYOUT_EXPERTS_PER_ROUTE <= experts else tile.m
+            plan = LayerTiles(block_size, safe(tile), tile) if product_index else LayerTiles(block_size, tile, tile)
         x, gate_up, down = (
             torch.empty(size, dtype=torch.bfloat16)
             for size in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
         )
         weights, ids = (torch.empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
         layout = empty_layout(tokens, top_k, experts, plan.first.m) if plan.block_size else None
-        launches, _ = rules.launches(plan, x, gate_up, down, weights, ids, layout, "silu", None, None, False, target)
+        layer, routes = ExpertWeights(gate_up, down), Routes(weights, ids)
+        launches, _ = launch.layer_launches(plan, x, layer, routes, layout, "silu", target)
         compile_launches(launches if product_index < 0 else launches[product_index : product_index + 1])
     except Exception as error:
         return f"{tile}: {type(error).__name__}: {str(error)[-120:]}"
@@ -154,12 +156,12 @@ def sweep_plans(shape: Shape, tokens: int, args: argparse.Namespace, weights: li
         if time.perf_counter() - args.started > args.budget:
             break
 
-        def call(one: tuple[torch.Tensor, ...], plan: Plan = plan) -> torch.Tensor:
+        def call(one: tuple[torch.Tensor, ...], plan: LayerTiles = plan) -> torch.Tensor:
             x, w, ids = one
             layout = None
             if plan.block_size:
                 layout = align(ids, block_size=plan.block_size, num_experts=shape[0], positions=True)
-            return rules.fused_moe(plan, x, *weights, w, ids, layout, "silu", None, None, False)
+            return launch.run_layer(plan, x, ExpertWeights(*weights), Routes(w, ids), layout, "silu")
 
         try:
             error = relative_error(call(inputs[0]).float(), expected)
@@ -182,7 +184,7 @@ def sweep(shape: Shape, tokens: int, args: argparse.Namespace, weights: list[tor
     experts, top_k, hidden, inner = shape
     inputs = inputs_of(shape, tokens)
     results = []
-    target = rules.target_of(torch.device("cuda", 0))
+    target = target_of(torch.device("cuda", 0))
     measured: dict[tuple[int, int], list[tuple[float, Tile]]] = {}
     for index in (0, 1):
         expected: torch.Tensor | None = None
@@ -192,16 +194,17 @@ def sweep(shape: Shape, tokens: int, args: argparse.Namespace, weights: list[tor
                 break
             if tile.m not in layouts:
                 layouts[tile.m] = [align(i[2], block_size=tile.m, num_experts=experts, positions=True) for i in inputs]
-            plan = Plan(tile.m, safe(tile), tile) if index else Plan(tile.m, tile, tile)
+            plan = LayerTiles(tile.m, safe(tile), tile) if index else LayerTiles(tile.m, tile, tile)
             calls, outs = [], []
             try:
                 for (x, w, ids), layout in zip(inputs, layouts[tile.m], strict=True):
-                    launches, _ = rules.launches(plan, x, *weights, w, ids, layout, "silu", None, None, False, target)
+                    layer, routes = ExpertWeights(*weights), Routes(w, ids)
+                    launches, _ = launch.layer_launches(plan, x, layer, routes, layout, "silu", target)
                     if index == 1:
-                        rules._run(launches[:1], x.device)
+                        launch.run(launches[:1], x.device)
                     one = launches[index]
                     outs.append(one.arguments[8])
-                    calls.append(lambda one=one: rules._run([one], torch.device("cuda", 0)))
+                    calls.append(lambda one=one: launch.run([one], torch.device("cuda", 0)))
                 micros = timed(calls)
             except Exception as problem:
                 print("failed", index, tuple(tile), f"{type(problem).__name__}: {str(problem)[:80]}", flush=True)
@@ -236,7 +239,7 @@ def main() -> int:
     args = parser.parse_args()
     args.started = time.perf_counter()
     shapes = [SHAPES[index] for index in args.shape]
-    target = rules.target_of(torch.device("cuda", 0))
+    target = target_of(torch.device("cuda", 0))
     jobs: dict[Any, Any] = {}
     for shape, count in product(shapes, args.tokens):
         if count * shape[1] < FEW * shape[0]:

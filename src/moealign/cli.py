@@ -21,7 +21,7 @@ from .alignment import align, explain
 from .calls.dispatch import backends
 from .errors import MoealignError
 from .experts import tune as tuning
-from .experts.launch import target_of, tuning_path
+from .experts.tiles import target_of, tuning_path
 from .integrations.engines import ENGINES, status
 from .layout import EXTRAS
 from .report import DARK, LIGHT, terminal
@@ -335,17 +335,17 @@ def tune(
     for name in ("tokens", "plans tried", "rule", "best", "gain", "block", "first product", "second product"):
         table.add_column(name, justify="right" if name in ("tokens", "plans tried", "rule", "best", "gain") else "left")
     results = []
+    target = target_of(device)
+    path = output or tuning_path(target)
     try:
         for one in tuning.tune(shape, counts, device):
             results.append(one)
             times = (f"{one.by_rule:,.1f} us", f"{one.microseconds:,.1f} us", f"{one.by_rule / one.microseconds:.2f}x")
-            tiles = (str(one.plan.block_size or "none"), str(list(one.plan.first)), str(list(one.plan.second)))
+            tiles = (str(one.tiles.block_size or "none"), str(list(one.tiles.first)), str(list(one.tiles.second)))
             table.add_row(str(one.tokens), str(one.tried), *times, *tiles)
             console.print(f"{one.tokens} tokens: {times[0]} by the rule, {times[1]} at best")
     except MoealignError as error:
         _fail(error)
-    target = target_of(device)
-    path = output or tuning_path(target)
     tuning.write(path, shape, results, {"device": target.name, "torch": torch.__version__, "moealign": __version__})
     console.print(table)
     console.print(f"[bold]Written[/]: {path}; set MOEALIGN_TUNING to its path to use it elsewhere")

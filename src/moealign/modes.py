@@ -192,7 +192,8 @@ def call(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return operator(*args, **kwargs)
     except (NotImplementedError, TypeError) as error:
-        kinds = sorted({type(each).__name__ for each in (*args, *kwargs.values()) if has_own_dispatch(each)})
+        values = [part for each in (*args, *kwargs.values()) for part in (each if isinstance(each, tuple) else (each,))]
+        kinds = sorted({type(each).__name__ for each in values if has_own_dispatch(each)})
         if not kinds or isinstance(error, errors.MoealignError):
             raise
         raise errors.InvalidType(

@@ -107,8 +107,8 @@ def test_a_bad_expert_without_routes_does_not_show():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_many_rows_an_expert_are_computed_one_expert_at_a_time(dtype, monkeypatch):
     taken = []
-    one_by_one = packed.one_by_one
-    monkeypatch.setattr(packed, "one_by_one", lambda *given: taken.append(one_by_one(*given)) or taken[-1])
+    original = packed.loops_over_experts
+    monkeypatch.setattr(packed, "loops_over_experts", lambda *args: taken.append(original(*args)) or taken[-1])
     x, gate_up, down, weights, ids, biases = random_layer(150, 3, 3, 8, 16, bias=True)
     ids[::7, 1] = -1
     extra = {"gate_up_bias": biases[0].to(dtype), "down_bias": biases[1].to(dtype)}

@@ -12,13 +12,15 @@ import torch
 from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, cut, kind_of, releases, signature_of, specialisation
 from sass import disassembler, touched_before_the_wait
 
+from moealign.experts import tiles
+from moealign.experts.records import ExpertWeights, Product, Routes
 from moealign.layout import BlockLayout, capacity
 
 pytest.importorskip("triton")
-experts = importlib.import_module("moealign.experts.launch")
+launch = importlib.import_module("moealign.experts.launch")
 
-H200 = experts.Target("NVIDIA H200", 132, True)
-A100 = experts.Target("NVIDIA A100", 108, False)
+H200 = tiles.Target("NVIDIA H200", 132, True)
+A100 = tiles.Target("NVIDIA A100", 108, False)
 # (experts, top_k, hidden, inner)
 SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (32, 4, 2880, 2880)]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -45,14 +47,15 @@ def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, 
     gate_up = new(count, hidden, 2 * inner) if transposed else new(count, 2 * inner, hidden)
     down = new(count, inner, hidden) if transposed else new(count, hidden, inner)
     weights = new(tokens, top_k, dtype=torch.float32)
-    how = experts.plan(x, gate_up, down, ids, transposed, options.get("block_size"), options.get("map"), None, target)
+    biases = (new(count, 2 * inner), new(count, hidden)) if bias else (None, None)
+    layer, routes = ExpertWeights(gate_up, down, *biases, transposed), Routes(weights, ids, options.get("map"))
+    how = tiles.select_tiles(x, layer, routes, options.get("block_size"), target)
     layout = None
     if how.block_size:
         sizes = capacity(tokens * top_k, block_size=how.block_size, num_experts=count)
         parts = [new(size, dtype=torch.int32) for size in (*sizes[:3], tokens * top_k)]
         layout = BlockLayout(*parts[:3], positions=parts[3], block_size=how.block_size)
-    biases = (new(count, 2 * inner), new(count, hidden)) if bias else (None, None)
-    launches, out = experts.launches(how, x, gate_up, down, weights, ids, layout, "silu", *biases, transposed, target)
+    launches, out = launch.layer_launches(how, x, layer, routes, layout, "silu", target)
     assert out.shape == x.shape
     return how, launches
 
@@ -71,9 +74,9 @@ def test_few_routes_are_aligned_where_a_map_or_a_block_size_asks_for_it():
 def test_tiles_of_a_given_block_size_fit_shared_memory():
     for tokens in (1, 4, 16, 64, 180, 256, 500, 1024, 4096):
         for shape in SHAPES:
-            for size in experts.BLOCK_SIZES:
+            for size in tiles.BLOCK_SIZES:
                 for tile, products in zip(planned(shape, tokens, block_size=size)[0][1:], (2, 1), strict=True):
-                    assert (tile.m, tile.short < size, tile.stages > 0) == (size, True, True)
+                    assert (tile.m, tile.half_tile_rows < size, tile.stages > 0) == (size, True, True)
                     assert tile.stages * (tile.m + products * tile.n) * tile.k * 2 <= 200 * 1024
 
 
@@ -97,19 +100,19 @@ def test_a_tuning_file_decides_and_a_broken_one_warns(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEALIGN_TUNING", str(path))
     rule = planned(SHAPES[0], 64)[0]
     other = rule._replace(block_size=64, first=rule.first._replace(m=64), second=rule.second._replace(m=64))
-    key = experts.tuning_key(*SHAPES[0], torch.bfloat16)
-    path.write_text(json.dumps({"plans": {key: {"64": experts.plan_to(other)}}}))
-    experts.tuned.cache_clear()
+    key = tiles.tuning_key(*SHAPES[0], torch.bfloat16)
+    path.write_text(json.dumps({"plans": {key: {"64": other.to_json()}}}))
+    tiles.tuned.cache_clear()
     try:
         assert planned(SHAPES[0], 64)[0] == other
         assert planned(SHAPES[1], 64)[0] != other
         path.write_text("{}")
-        experts.tuned.cache_clear()
+        tiles.tuned.cache_clear()
         with pytest.warns(UserWarning, match="expected a tuning file"):
             assert planned(SHAPES[0], 64)[0] == rule
     finally:
         monkeypatch.undo()
-        experts.tuned.cache_clear()
+        tiles.tuned.cache_clear()
 
 
 # ---- what is compiled ------------------------------------------------------------------------------------------------
@@ -132,24 +135,24 @@ def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, 
 
     count, top_k, hidden, inner = shape
     gate_up = torch.empty(count, 2 * inner, hidden, dtype=torch.bfloat16)
-    down = torch.empty(count, hidden, inner, dtype=torch.bfloat16)
-    keys, tiles = set(), set()
+    layer = ExpertWeights(gate_up, torch.empty(count, hidden, inner, dtype=torch.bfloat16))
+    keys, kernels = set(), set()
     for tokens in (1, 2, *range(16, 41)):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
         for block_size in (None, 64):
             ids = torch.empty(tokens, top_k, dtype=torch.int32)
-            how = experts.plan(x, gate_up, down, ids, False, block_size, None, None, target)
+            how = tiles.select_tiles(x, layer, Routes(ids, ids), block_size, target)
             for ids, weights, layout in layouts_of(tokens, top_k, count, how.block_size or 16):
-                call = (x, gate_up, down, weights, ids, layout if how.block_size else None)
-                planned, _ = experts.launches(how, *call, "silu", None, None, False, target)
+                call = (x, layer, Routes(weights, ids), layout if how.block_size else None)
+                planned, _ = launch.layer_launches(how, *call, "silu", target)
                 out = torch.empty(tokens * top_k, 2 * inner, dtype=torch.bfloat16)
-                product = (x, gate_up, layout, top_k, weights, None, None, False, False, out, target)
-                planned.append(experts.gemm_launch(*product))
+                product = Product(x, gate_up, layout, top_k, weights, None, None, False, False)
+                planned.append(launch.product_launch(product, out, target))
                 for one in planned:
                     keys.add(specialisation(getattr(gemm, one.kernel), one))
                     which = tuple(each is None for each in one.arguments), one.arguments[-1] == one.arguments[-2]
-                    tiles.add((one.kernel, one.num_warps, one.num_stages, which, widths(one), *one.constants.items()))
-    assert len(keys) == len(tiles)
+                    kernels.add((one.kernel, one.num_warps, one.num_stages, which, widths(one), *one.constants.items()))
+    assert len(keys) == len(kernels)
 
 
 def widths(one):
@@ -170,7 +173,7 @@ def test_neither_tokens_nor_alignments_compile_a_router():
             floats = (each.view(torch.float32) for each in (logits.view(tokens, 60), bias, weights))
             logits, bias, weights = floats
             arguments, constants, warps = routing.launch_of(facts, logits, bias, valid, weights, ids, None)
-            one = experts.GemmLaunch("topk", (tokens,), arguments, constants, warps, 3, False)
+            one = launch.GemmLaunch("topk", (tokens,), arguments, constants, warps, 3, False)
             keys.add(specialisation(routing_kernels.topk, one))
     assert len(keys) == 1
 
@@ -179,7 +182,7 @@ def test_a_layer_without_experts_or_tokens_has_a_plan():
     for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
         for target in (H200, A100):
             how, launches = planned(shape, tokens, target=target)
-            assert how.first.m in experts.BLOCK_SIZES
+            assert how.first.m in tiles.BLOCK_SIZES
             assert len(launches) == 3
 
 
@@ -212,7 +215,7 @@ def of_given_blocks(tokens, size, gated):
     a, b, out = new(tokens, hidden), new(count, 2 * inner, hidden), new(tokens * top_k, inner if gated else 2 * inner)
     weights = new(tokens, top_k, dtype=torch.float32)
     name = "silu" if gated else None
-    return experts.gemm_launch(a, b, layout, top_k, weights, None, name, gated, False, out, H200)
+    return launch.product_launch(Product(a, b, layout, top_k, weights, None, name, gated, False), out, H200)
 
 
 def distinct():
@@ -326,10 +329,11 @@ def test_gpu_each_route_a_tile_gives_the_bits_of_the_aligned_way():
     import moealign
 
     layer, ids, _ = layer_of(2, 8, 256, 512, 256)
-    how = experts.plan(layer[0], layer[1], layer[2], ids, False, None, None, None)
+    weights, routes = ExpertWeights(*layer[1:3]), Routes(layer[3], ids)
+    how = tiles.select_tiles(layer[0], weights, routes)
     assert how.block_size == 0
     layout = moealign.align(ids, block_size=16, num_experts=256, positions=True)
-    got = [experts.fused_moe(how, *layer, ids, each, "silu", None, None, False) for each in (None, layout)]
+    got = [launch.run_layer(how, layer[0], weights, routes, each, "silu") for each in (None, layout)]
     assert torch.equal(*got)
 
 
@@ -371,7 +375,7 @@ def test_gpu_a_server_that_is_warm_compiles_nothing():
     for tokens in range(16, 41):
         ids = torch.stack([torch.randperm(128, device="cuda")[:8] for _ in range(tokens)]).int()
         call = (layer[0][:tokens], *layer[1:3], layer[3][:tokens], ids)
-        plans.add(experts.plan(*call[:3], ids, False, None, None, None))
+        plans.add(tiles.select_tiles(call[0], ExpertWeights(*call[1:3]), Routes(call[3], ids)))
         fused_moe(*call)
         torch.cuda.synchronize()
         assert compiled() - before <= 3 * len(plans), tokens

@@ -10,23 +10,23 @@ from typer.testing import CliRunner
 
 from moealign import BackendUnavailable
 from moealign.cli import app
-from moealign.experts import launch as experts
-from moealign.experts import tune
+from moealign.experts import tiles, tune
+from moealign.experts.tiles import LayerTiles, Tile
 
 SHAPE = tune.Shape(128, 8, 2048, 768)
-H200 = experts.Target("NVIDIA H200", 132, True)
+H200 = tiles.Target("NVIDIA H200", 132, True)
 
 
 def test_begins_with_the_rules_plan_and_its_neighbours():
     for tokens in (1, 64, 4096):
-        plans = tune.bases(H200, SHAPE, tokens)
-        assert plans[0] == experts._rule(H200, tokens * 8, 8, 128, 2048, 768, 2)
+        plans = tune.starting_tiles(H200, SHAPE, tokens)
+        assert plans[0] == tiles.tiles_by_rule(H200, tokens * 8, 8, 128, 2048, 768, 2)
         assert len(plans) == len(set(plans)) >= 2
 
 
 def test_variations_differ_in_one_thing_and_keep_the_rows():
-    tile = experts.Tile(128, 128, 64, 8, 8, 4, 1)
-    found = tune.variations(tile)
+    tile = Tile(128, 128, 64, 8, 8, 4, 1)
+    found = tune.neighbours(tile)
     assert len(found) == len(set(found)) >= 8
     for other in found:
         assert sum(a != b for a, b in zip(tile, other, strict=True)) == 1
@@ -34,7 +34,7 @@ def test_variations_differ_in_one_thing_and_keep_the_rows():
 
 
 def test_finds_a_better_plan_and_passes_over_those_that_cannot_run():
-    first = tune.bases(H200, SHAPE, 1024)
+    first = tune.starting_tiles(H200, SHAPE, 1024)
 
     def measure(plan):
         """Least at three stages and columns of 256 in the second product; two plans cannot run."""
@@ -51,24 +51,24 @@ def test_finds_a_better_plan_and_passes_over_those_that_cannot_run():
 def test_the_file_keeps_what_it_held_and_is_read_back(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "mine.json"
     other = tune.Shape(8, 2, 64, 32, torch.float16)
-    plan = experts.Plan(64, experts.Tile(64, 64, 64, 1, 4, 3), experts.Tile(64, 64, 64, 1, 4, 3))
-    tune.write(path, SHAPE, [tune.Found(64, plan, 12.34, 20.0, 5)], {"device": "x"})
-    tune.write(path, other, [tune.Found(1, plan, 1.0, 2.0, 5)], {"device": "x"})
-    tune.write(path, SHAPE, [tune.Found(1, plan, 1.0, 2.0, 5)], {"device": "x"})
+    plan = LayerTiles(64, Tile(64, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3))
+    tune.write(path, SHAPE, [tune.TuningResult(64, plan, 12.34, 20.0, 5)], {"device": "x"})
+    tune.write(path, other, [tune.TuningResult(1, plan, 1.0, 2.0, 5)], {"device": "x"})
+    tune.write(path, SHAPE, [tune.TuningResult(1, plan, 1.0, 2.0, 5)], {"device": "x"})
     held = json.loads(path.read_text())["plans"]
     assert set(held) == {SHAPE.key, other.key}
     assert set(held[SHAPE.key]) == {"1", "64"}
     monkeypatch.setenv("MOEALIGN_TUNING", str(path))
-    experts.tuned.cache_clear()
-    assert experts.tuned(H200)[SHAPE.key][64] == plan
+    tiles.tuned.cache_clear()
+    assert tiles.tuned(H200)[SHAPE.key][64] == plan
     monkeypatch.undo()
-    experts.tuned.cache_clear()
+    tiles.tuned.cache_clear()
 
 
 def test_where_the_file_is(monkeypatch, tmp_path):
     monkeypatch.delenv("MOEALIGN_TUNING", raising=False)
     monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(tmp_path))
-    assert experts.tuning_path(H200) == tmp_path / "tuned" / "NVIDIA_H200.json"
+    assert tiles.tuning_path(H200) == tmp_path / "tuned" / "NVIDIA_H200.json"
 
 
 def test_refuses_a_machine_without_a_gpu():
@@ -102,8 +102,8 @@ def test_the_command_refuses(extra, said):
 
 def test_the_command_writes_and_shows(monkeypatch, tmp_path):
     """With the measurement replaced; the search behind it is tested above."""
-    plan = experts.Plan(16, experts.Tile(16, 64, 64, 1, 4, 3), experts.Tile(16, 64, 64, 1, 4, 3))
-    monkeypatch.setattr(tune, "tune", lambda shape, counts, device: iter([tune.Found(7, plan, 10.0, 12.0, 30)]))
+    plan = LayerTiles(16, Tile(16, 64, 64, 1, 4, 3), Tile(16, 64, 64, 1, 4, 3))
+    monkeypatch.setattr(tune, "tune", lambda shape, counts, device: iter([tune.TuningResult(7, plan, 10.0, 12.0, 30)]))
     path = tmp_path / "mine.json"
     done = CliRunner().invoke(app, ["tune", *SIZES, "--output", str(path)])
     assert done.exit_code == 0, done.output

@@ -16,8 +16,9 @@ from helpers import failures, patch_interpreter
 
 import moealign
 from moealign import fused_moe, grouped_gemm
-from moealign.experts import launch as experts
-from moealign.experts.launch import Plan, Tile
+from moealign.experts import launch
+from moealign.experts.records import ExpertWeights, Routes
+from moealign.experts.tiles import LayerTiles, Tile, target_of
 
 MOST = 2e-6
 
@@ -77,19 +78,18 @@ def plans():
     x, gate_up, down, weights, ids, _ = random_layer(9, 2, 3, 32, 16)
     layer = [each.float() for each in (x, gate_up, down)]
     want = expert_loop(x, gate_up, down, weights, ids)
-    target = experts.target_of(torch.device("cpu"))
+    routes = Routes(weights.float(), ids)
+    target = target_of(torch.device("cpu"))
     bits = []
     for how in (
-        Plan(0, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
-        Plan(16, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
-        Plan(32, Tile(32, 16, 16, 2, 4, 2, 0, 1), Tile(32, 16, 16, 2, 4, 2, 0, 1, 0, 16)),
-        Plan(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 1), Tile(32, 16, 16, 8, 4, 2, 0, 2, 1)),
-        Plan(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 0, 16), Tile(32, 16, 16, 8, 4, 2)),
+        LayerTiles(0, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
+        LayerTiles(16, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
+        LayerTiles(32, Tile(32, 16, 16, 2, 4, 2, 0, 1), Tile(32, 16, 16, 2, 4, 2, 0, 1, 0, 16)),
+        LayerTiles(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 1), Tile(32, 16, 16, 8, 4, 2, 0, 2, 1)),
+        LayerTiles(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 0, 16), Tile(32, 16, 16, 8, 4, 2)),
     ):
-        layout = None
-        if how.block_size:
-            layout = moealign.align(ids, block_size=how.block_size, num_experts=3, positions=True)
-        got = experts.fused_moe(how, *layer, weights.float(), ids, layout, "silu", None, None, False)
+        layout = routes.layout(how.block_size, 3) if how.block_size else None
+        got = launch.run_layer(how, layer[0], ExpertWeights(*layer[1:]), routes, layout, "silu")
         yield str(tuple(how)), relative_error(got, want)
         bits.append(got)
     yield "each route a tile, or aligned: the same bits", float(not torch.equal(bits[0], bits[1]))

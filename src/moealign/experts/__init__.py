@@ -1,1 +1,1 @@
-"""What a layout is for: one product an expert, and a layer of experts."""
+"""Expert computation over a layout: one product per expert, and a layer of experts."""

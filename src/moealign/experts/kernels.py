@@ -1,15 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Triton kernels of the experts' computation.  Imported at a first call only.
+"""Triton kernels of the experts.  Imported at the first launch.
 
-`gemm`      a tile of ``BLOCK_M`` rows times ``BLOCK_N`` output columns of one expert, accumulated in float32 over K.
-            Rows come through a layout.  Where routes are so few that two of them seldom share an expert there is no
-            layout: each route is a tile of its own.
-            The activation of the first product and the routing weight of the second are applied to the accumulator.
-            Reads each expert's weights once for each block of its rows (the others find them in L2), writes a row a
-            route, or a row a row of the layout.
-`sum_rows`  ``top_k`` rows of each token added in order; a dropped route's row is not read.
+`gemm`      one product per expert, accumulated in float32; an activation or a routing weight in its epilogue.
+`sum_rows`  the sum over each token's ``top_k`` rows, in order; rows of dropped routes are not read.
 
-With PDL a kernel may start while the one before it ends (Hopper and later): it waits before it reads or writes.
+With PDL (Hopper and later) a kernel may start before the previous one ends.  It waits before its first memory access.
 """
 
 from __future__ import annotations
@@ -20,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["gemm", "sum_rows"]
 
-# What an activation is called inside a kernel.
+# The activations, as `ACT` of a kernel.
 NONE = tl.constexpr(0)
 SILU = tl.constexpr(1)
 GELU = tl.constexpr(2)
@@ -31,6 +26,7 @@ RELU2 = tl.constexpr(5)
 
 @triton.jit
 def _activate(x, ACT: tl.constexpr):
+    """The activation of a block of any shape, in float32."""
     if ACT == SILU:
         x = x / (1 + tl.exp(-x))
     elif ACT == GELU:
@@ -48,13 +44,21 @@ def _activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def _product(
-    a, b, a_rows, a_first, kept, expert, column, N, K, steps, inner_rows,
+    a, b, a_rows, a_first, kept, expert, column, N, K, steps, outputs,
     a_stride, b_stride_e, b_stride_n, b_stride_k,
     GATED: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The accumulators of one tile: of the gate (or all there is) and of the up part."""
+    """Multiply one tile of rows by one expert: the accumulators ``[BLOCK_M, BLOCK_N]`` of the gate and the up part.
+
+    Without GATED the first one is the product, and the second is zero.
+
+    rows        a; a_rows, kept [BLOCK_M]: their numbers and a mask; a_first: the first one, for TMA
+    weights     b; expert; column: the first output column
+    sizes       N output columns; K; steps of BLOCK_K; outputs: rows of an expert's weights
+    strides     in elements, of a's rows and of b's experts, outputs and K
+    """
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     if SWAP:
@@ -66,10 +70,10 @@ def _product(
     if not A_TMA:
         a_at = a + a_rows[:, None] * a_stride + depth[None, :]
     if B_TMA:
-        b_row = (expert * inner_rows).to(tl.int32) + column
+        b_row = (expert * outputs).to(tl.int32) + column
     else:
-        held = tl.where(columns < N, columns, 0).to(tl.int64)  # columns past the end repeat the first, and go nowhere
-        b_at = b + expert * b_stride_e + held[:, None] * b_stride_n + (depth * b_stride_k)[None, :]
+        safe = tl.where(columns < N, columns, 0).to(tl.int64)  # columns past the end read the first; never stored
+        b_at = b + expert * b_stride_e + safe[:, None] * b_stride_n + (depth * b_stride_k)[None, :]
     for step in range(steps):
         start = step * BLOCK_K
         if A_TMA:
@@ -112,13 +116,16 @@ def _product(
 @triton.jit
 def _rows(
     a, b, bias, weights, routes, out,
-    expert, block_start, column, num_routes, N, K, num_local, inner_rows, top_k,
+    expert, block_start, column, num_routes, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Rows `routes` of one block, and ``BLOCK_N`` columns from `column` on."""
+    """Compute and store one tile: the rows of `routes` ``[BLOCK_M]`` and ``BLOCK_N`` columns from `column` on.
+
+    An `expert` outside ``[0, num_local)`` gives zeros.  `block_start` is the tile's first row of the layout.
+    """
     slot = tl.arange(0, BLOCK_M)
     kept = (routes >= 0) & (routes < num_routes)
     routes = routes.to(tl.int64)
@@ -133,41 +140,46 @@ def _rows(
         a_rows = (block_start + slot).to(tl.int64)
     else:
         a_rows = routes // top_k
-    # No condition around the steps, which a persistent launch makes one loop with those of the next tile.
-    here = (expert >= 0) & (expert < num_local)
-    steps = tl.where(here, tl.cdiv(K, BLOCK_K), 0)
-    held = tl.where(here, expert, 0)
+    # No condition around the steps: a persistent launch fuses their loop with that over tiles.
+    local = (expert >= 0) & (expert < num_local)
+    steps = tl.where(local, tl.cdiv(K, BLOCK_K), 0)
+    safe_expert = tl.where(local, expert, 0)
     x, up = _product(
-        a, b, a_rows, block_start, kept, held, column, N, K, steps, inner_rows,
+        a, b, a_rows, block_start, kept, safe_expert, column, N, K, steps, outputs,
         a_stride, b_stride_e, b_stride_n, b_stride_k,
         GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     if bias is not None:
-        at = bias + held * bias_stride + columns
-        there = columns < tl.where(here, N, 0)  # a scalar and a block make no mask in Triton 3.9's interpreter
-        x += tl.load(at, mask=there, other=0.0).to(tl.float32)[None, :]
+        at = bias + safe_expert * bias_stride + columns
+        # Triton 3.9's interpreter cannot combine a scalar and a block into a mask.
+        bounds = columns < tl.where(local, N, 0)
+        x += tl.load(at, mask=bounds, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            up += tl.load(at + N, mask=there, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(at + N, mask=bounds, other=0.0).to(tl.float32)[None, :]
     x = _activate(x, ACT)
     if GATED:
         x = x * up
     if weights is not None:
-        weighted = kept & (slot < tl.where(here, BLOCK_M, 0))
+        weighted = kept & (slot < tl.where(local, BLOCK_M, 0))
         x = x * tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
     tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def _tile(
-    a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
-    tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
+    a, a_half, b, bias, weights, sorted_ids, expert_ids, out,
+    tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Tile number `tile`: neighbours share the columns of GROUP_M blocks, so that L2 serves their weights."""
+    """Compute tile number `tile` of ``num_m * num_n``.
+
+    Consecutive tiles are of GROUP_M blocks and the same columns, whose weights stay in L2.
+    With HALF_ROWS, a block with at most that many routes takes a tile of HALF_ROWS rows.
+    """
     width = GROUP_M * num_n
     group = tile // width
     first_m = group * GROUP_M
@@ -176,84 +188,98 @@ def _tile(
     column = (tile % width) // height * BLOCK_N
     start = block * BLOCK_M
     expert = tl.load(expert_ids + block).to(tl.int64)
-    if SHORT > 0:
-        # Kept rows come first, so this one says whether a tile of half the rows is enough.
-        whole = tl.load(sorted_ids + start + SHORT) < num_routes
+    if HALF_ROWS > 0:
+        # Routes come before padding, so this row tells whether the block needs the whole tile.
+        whole = tl.load(sorted_ids + start + HALF_ROWS) < num_routes
         if whole:
             _rows(
                 a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), out,
-                expert, start, column, num_routes, N, K, num_local, inner_rows, top_k,
+                expert, start, column, num_routes, N, K, num_local, outputs, top_k,
                 a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
                 ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _rows(
-                a_short, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, SHORT)), out,
-                expert, start, column, num_routes, N, K, num_local, inner_rows, top_k,
+                a_half, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, HALF_ROWS)), out,
+                expert, start, column, num_routes, N, K, num_local, outputs, top_k,
                 a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, SHORT, BLOCK_N, BLOCK_K,
+                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, HALF_ROWS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _rows(
             a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), out,
-            expert, start, column, num_routes, N, K, num_local, inner_rows, top_k,
+            expert, start, column, num_routes, N, K, num_local, outputs, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
             ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
-# What changes from call to call compiles nothing anew: numbers of rows, and addresses of tensors with an element a
-# route or a block, which may be cut from others.  They are read one by one.
+# What changes from call to call must not compile another kernel: numbers of rows, and the alignment of tensors with
+# one element per route or block, which may be slices of others.
 @triton.jit(
     do_not_specialize=["num_routes", "num_blocks", "num_local"],
     do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total"],
 )
 def gemm(
-    a, a_short, b, bias, weights, sorted_ids, expert_ids, total, out,
-    num_routes, num_blocks, N, K, num_local, inner_rows, top_k,
+    a, a_half, b, bias, weights, sorted_ids, expert_ids, total, out,
+    num_routes, num_blocks, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
-    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, SHORT: tl.constexpr,
-    ALONE: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
+    A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
+    NO_LAYOUT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """`N` output columns; with GATED the weights have 2 N rows an expert, the gate's first.
+    """``out[i] = weights[i] * act(b[e] @ a[i // top_k] + bias[e])`` for each route i of expert e.
 
-    With ALONE each route is a tile, and ids stand in the place of `sorted_ids`.
+    One program per tile of ``BLOCK_M`` rows and ``BLOCK_N`` columns.  With PERSISTENT, a fixed number of programs that
+    loop over the tiles.  An expert's weights are read once per block of its rows; tiles of the same group share them
+    in L2.
+
+    inputs      a [rows, K], a_half: its descriptor with HALF_ROWS rows; b [experts, outputs, K]; bias [experts,
+                outputs] or None; weights [num_routes] or None.  a and b are TMA descriptors with A_TMA and B_TMA
+    layout      sorted_ids, expert_ids, total.  With NO_LAYOUT each route is a tile, and sorted_ids are its experts
+    output      out, a row per route, or with OUT_LAYOUT a row per row of the layout
+    sizes       num_routes; num_blocks: those that the layout's tensors hold; N output columns; K; num_local experts;
+                outputs: rows of an expert's weights, N or with GATED 2 N, the gate's first; top_k
+    strides     in elements; K is contiguous in a, N in out
+    options     ACT, GATED: the epilogue; A_LAYOUT: a is in layout order; EVEN_K: BLOCK_K divides K; PRECISION of
+                float32 products
+    tunable     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, HALF_ROWS, PERSISTENT, A_TMA, B_TMA; SWAP: weights are the left
+                operand
     """
     num_n = tl.cdiv(N, BLOCK_N)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if ALONE:
+    if NO_LAYOUT:
         block = tl.program_id(0) // num_n
         expert = tl.load(sorted_ids + block).to(tl.int64)
         routes = tl.where(tl.arange(0, BLOCK_M) == 0, block, num_routes)
         _rows(
             a, b, bias, weights, routes, out,
-            expert, 0, tl.program_id(0) % num_n * BLOCK_N, num_routes, N, K, num_local, inner_rows, top_k,
+            expert, 0, tl.program_id(0) % num_n * BLOCK_N, num_routes, N, K, num_local, outputs, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
             ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # `total` cannot lead past the tensors
+        num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # a wrong `total` must not lead past the tensors
         if PERSISTENT:
-            for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=SHORT == 0):
+            for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=HALF_ROWS == 0):
                 _tile(
-                    a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
-                    tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
+                    a, a_half, b, bias, weights, sorted_ids, expert_ids, out,
+                    tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
                     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, SHORT, PRECISION,
+                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
                 )  # fmt: skip
         else:
             tile = tl.program_id(0)
             if tile < num_m * num_n:
                 _tile(
-                    a, a_short, b, bias, weights, sorted_ids, expert_ids, out,
-                    tile, num_m, num_n, num_routes, N, K, num_local, inner_rows, top_k,
+                    a, a_half, b, bias, weights, sorted_ids, expert_ids, out,
+                    tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
                     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, SHORT, PRECISION,
+                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
                 )  # fmt: skip
 
@@ -263,7 +289,13 @@ def sum_rows(
     rows, kept, out, width, limit,
     TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``out[t] = sum_j rows[t * k + j]`` over routes with ``0 <= kept < limit``: positions, or ids and their number."""
+    """``out[t] = sum_j rows[t * TOP_K + j]``, over j in order.  Launched over (tokens, blocks of columns).
+
+    inputs      rows [tokens * TOP_K, width]; kept [tokens * TOP_K], positions or ids: a route is dropped, and its row
+                not read, unless 0 <= kept < limit
+    output      out [tokens, width]
+    tunable     BLOCK columns per program
+    """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -273,6 +305,6 @@ def sum_rows(
     for j in tl.static_range(TOP_K):
         route = token * TOP_K + j
         at = tl.load(kept + route).to(tl.int64)
-        there = columns < tl.where((at >= 0) & (at < limit), width, 0)
-        total += tl.load(rows + route * width + columns, mask=there, other=0.0).to(tl.float32)
+        bounds = columns < tl.where((at >= 0) & (at < limit), width, 0)
+        total += tl.load(rows + route * width + columns, mask=bounds, other=0.0).to(tl.float32)
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)

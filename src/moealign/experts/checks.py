@@ -1,0 +1,203 @@
+"""Every refusal of :func:`moealign.fused_moe` and :func:`moealign.grouped_gemm`, and which path takes a call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import modes
+from ..calls.checks import check_align, check_index, check_plain
+from ..errors import BackendUnavailable, InvalidInput, InvalidType
+from ..layout import REQUIRED, BlockLayout
+from . import launch, packed
+from .records import ExpertWeights, Product, Routes, product_columns
+from .tiles import BLOCK_SIZES
+
+__all__ = ["PATHS", "check_layer", "check_out", "check_product", "select_path"]
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+PATHS = ("triton", "packed")
+
+
+def select_path(rows: Tensor, backend: str | None, gradients: bool, block_size: int | None = None) -> str:
+    """``triton`` where it runs, takes the dtype and the blocks, and no gradients are needed; else ``packed``.
+
+    Raises:
+        BackendUnavailable: `backend` names no path, or one that cannot take this call.
+    """
+    if backend is not None and backend not in PATHS:
+        raise BackendUnavailable(f"backend: expected one of {', '.join(PATHS)}, got {backend!r}")
+    if backend == "packed":
+        return backend
+    reason = "it gives no gradients; call it under torch.no_grad()" if gradients else launch.refuses(rows)
+    if reason is None and block_size is not None and block_size not in BLOCK_SIZES:
+        reason = f"it takes blocks of {', '.join(map(str, BLOCK_SIZES))} rows, these are of {block_size}"
+    if reason is None:
+        return "triton"
+    if backend is not None:
+        raise BackendUnavailable(f"backend: expected one that can take this call, got {backend!r}: {reason}")
+    return "packed"
+
+
+# ---- fused_moe -------------------------------------------------------------------------------------------------------
+
+
+def check_layer(
+    hidden_states: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    activation: object,
+    output_rows: object,
+    block_size: int | None,
+) -> bool:
+    """Refuse what :func:`moealign.fused_moe` does not take; return whether a named activation has a gate."""
+    gate_up, down, gate_up_bias, down_bias, transposed = weights
+    floats = {
+        "hidden_states": hidden_states,
+        "gate_up_proj": gate_up,
+        "down_proj": down,
+        "gate_up_bias": gate_up_bias,
+        "down_bias": down_bias,
+    }
+    _check_floats(floats, hidden_states, same_dtype=True)
+    _check_floats({"topk_weights": routes.weights}, hidden_states, same_dtype=False)
+    _check_ids(routes, gate_up)
+    if hidden_states.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
+        raise InvalidInput(
+            "hidden_states, gate_up_proj, down_proj: expected [T, H], [E, 2I, H] and [E, H, I], got "
+            f"{list(hidden_states.shape)}, {list(gate_up.shape)} and {list(down.shape)}"
+        )
+    tokens, hidden = hidden_states.shape
+    experts = gate_up.shape[0]
+    columns, depth = (gate_up.shape[2], gate_up.shape[1]) if transposed else gate_up.shape[1:]
+    named = activation is None or isinstance(activation, str)
+    if depth != hidden or weights.hidden != hidden or down.shape[0] != experts:
+        raise InvalidInput(
+            f"gate_up_proj, down_proj: expected [E, 2I, {hidden}] and [E, {hidden}, I], got {list(gate_up.shape)} "
+            f"and {list(down.shape)}; transposed=True takes [E, {hidden}, 2I] and [E, I, {hidden}]"
+        )
+    inner = weights.inner
+    if named and columns not in (inner, 2 * inner):
+        raise InvalidInput(
+            f"gate_up_proj: expected 2I = {2 * inner} or I = {inner} outputs as down_proj takes {inner}, got {columns}"
+        )
+    if not named and not callable(activation):
+        raise InvalidType(f"activation: expected a name or a callable, got {type(activation).__name__}")
+    if output_rows is not None and not callable(output_rows):
+        raise InvalidType(f"output_rows: expected a callable, got {type(output_rows).__name__}")
+    ids = routes.ids
+    if ids.dim() != 2 or ids.shape[0] != tokens or routes.weights.shape != ids.shape:
+        raise InvalidInput(
+            f"topk_ids, topk_weights: expected [{tokens}, k] both, got {list(ids.shape)} and "
+            f"{list(routes.weights.shape)}"
+        )
+    for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
+        if bias is not None and list(bias.shape) != [experts, size]:
+            raise InvalidInput(f"{name}: expected [{experts}, {size}], got {list(bias.shape)}")
+    gated = named and weights.gated
+    if named:
+        _check_activation(activation, gated)
+    if block_size is not None and block_size not in BLOCK_SIZES:
+        raise InvalidInput(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    return gated
+
+
+def _check_ids(routes: Routes, gate_up: Tensor) -> None:
+    """Refuse ids on another device than `gate_up`, and those that :func:`moealign.align` refuses.
+
+    An eager call without options leaves the second check to `align`, which it calls first.
+    """
+    ids, expert_map, num_valid_tokens = routes.ids, routes.expert_map, routes.num_valid_tokens
+    if not isinstance(ids, Tensor) or ids.device != gate_up.device:
+        check_plain("topk_ids", ids)
+        raise InvalidInput(f"topk_ids: expected a tensor on {gate_up.device} like the rows, got {ids.device}")
+    if expert_map is None and num_valid_tokens is None and not modes.watched(ids, gate_up):
+        return
+    experts = gate_up.shape[0] if gate_up.dim() else 0
+    if isinstance(expert_map, Tensor) and expert_map.dim() == 1:
+        experts = expert_map.shape[0]
+    check_align(ids, 1, experts, expert_map, False, True, num_valid_tokens, None, ())
+
+
+# ---- grouped_gemm ----------------------------------------------------------------------------------------------------
+
+
+def check_product(product: Product, activation: str | None) -> tuple[str | None, bool, int, int]:
+    """Refuse what :func:`moealign.grouped_gemm` does not take.
+
+    Returns:
+        The activation without ``_mul``, whether it has a gate, the number of routes, the columns of the output.
+    """
+    a, b, bias, row_weights, top_k, layout = (
+        product.a, product.b, product.bias, product.row_weights, product.top_k, product.layout,
+    )  # fmt: skip
+    _check_floats({"a": a, "b": b, "bias": bias}, a, same_dtype=True)
+    _check_floats({"row_weights": row_weights}, a, same_dtype=False)
+    if not isinstance(layout, BlockLayout):
+        raise InvalidType(f"layout: expected a BlockLayout, got {type(layout).__name__}; moealign.align makes one")
+    if layout.block_size < 1:
+        raise InvalidInput("layout: expected its block_size, got none; BlockLayout(..., block_size=B) says it")
+    for field in REQUIRED:
+        check_index("layout." + field, getattr(layout, field), a.device)
+    if a.dim() != 2 or b.dim() != 3:
+        raise InvalidInput(f"a, b: expected [T, K] and [E, N, K], got {list(a.shape)} and {list(b.shape)}")
+    depth, columns = (b.shape[1], b.shape[2]) if product.transposed else (b.shape[2], b.shape[1])
+    if a.shape[1] != depth:
+        hint = "; transposed=True takes [E, K, N]" if b.shape[1] != b.shape[2] else ""
+        raise InvalidInput(f"b: expected [E, N, {a.shape[1]}] as a has so many columns, got {list(b.shape)}{hint}")
+    if type(top_k) is not int or top_k < 1:
+        raise InvalidInput(f"top_k: expected an int of at least 1, got {top_k!r}")
+    routes = a.shape[0] * top_k
+    if layout.num_routes and layout.num_routes != routes:
+        raise InvalidInput(
+            f"top_k: expected {layout.num_routes} routes as in the layout, got {a.shape[0]} rows times top_k = {top_k}"
+        )
+    if row_weights is not None and row_weights.numel() != routes:
+        raise InvalidInput(f"row_weights: expected {routes} elements, one a route, got {list(row_weights.shape)}")
+    if bias is not None and list(bias.shape) != [b.shape[0], columns]:
+        raise InvalidInput(f"bias: expected [E, N] = [{b.shape[0]}, {columns}], got {list(bias.shape)}")
+    name, gated = (activation.removesuffix("_mul"), activation.endswith("_mul")) if activation else (None, False)
+    if activation is not None:
+        _check_activation(name, gated)
+    if gated and columns % 2:
+        raise InvalidInput(f"activation: expected an even N for {activation}, got {columns}")
+    return name, gated, routes, product_columns(b, gated, product.transposed)
+
+
+def check_out(out: object, a: Tensor, routes: int, columns: int, gradients: bool) -> None:
+    """Refuse a buffer that cannot hold the result of :func:`moealign.grouped_gemm`."""
+    if not isinstance(out, Tensor):
+        raise InvalidType(f"out: expected a torch.Tensor, got {type(out).__name__}")
+    if list(out.shape) != [routes, columns] or out.dtype is not a.dtype or not out.is_contiguous():
+        raise InvalidInput(f"out: expected a contiguous [{routes}, {columns}] of {a.dtype}, got {list(out.shape)}")
+    if out.device != a.device:
+        raise InvalidInput(f"out: expected a buffer on {a.device} like the rows, got {out.device}")
+    if gradients:
+        raise InvalidInput("out: expected no buffer where gradients are wanted, got one; use torch.no_grad()")
+    if modes.transformed():
+        raise InvalidInput("out: expected no buffer inside torch.func transforms, got one; leave it out")
+
+
+# ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _check_floats(tensors: dict[str, Tensor | None], rows: Tensor, *, same_dtype: bool) -> None:
+    """Refuse anything but floating tensors on the device of `rows` and, if `same_dtype`, of its dtype."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_plain(name, tensor)
+        if tensor.dtype not in _FLOATS:
+            raise InvalidType(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
+        if same_dtype and tensor.dtype is not rows.dtype:
+            raise InvalidType(f"{name}: expected {rows.dtype} like the rows, got {tensor.dtype}; convert one of them")
+        if tensor.device != rows.device:
+            raise InvalidInput(f"{name}: expected a tensor on {rows.device} like the rows, got {tensor.device}")
+
+
+def _check_activation(name: object, gated: bool) -> None:
+    if (name, gated) not in packed.ACTIVATIONS:
+        raise InvalidInput(
+            f"activation: expected one of {packed.names(list(packed.ACTIVATIONS))}, got {name!r}; "
+            "moealign.fused_moe also takes a callable on the rows of the first product"
+        )

@@ -1,0 +1,225 @@
+"""Which tiles the kernels use: rules by the rows per expert, and tuning files, which override them.
+
+Tiles follow from shapes, dtype and device.  A tuning file is written by ``moealign tune`` or ships with the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .records import ExpertWeights, Routes
+
+__all__ = [
+    "BLOCK_SIZES",
+    "NO_LAYOUT_EXPERTS_PER_ROUTE",
+    "LayerTiles",
+    "Target",
+    "Tile",
+    "select_block_size",
+    "select_tiles",
+    "target_of",
+    "tiles_by_rule",
+    "tuned",
+    "tuning_key",
+    "tuning_path",
+    "with_block_size",
+]
+
+BLOCK_SIZES = (16, 32, 64, 128)
+#: From this many experts per route on, two tokens are not aligned: each route is a tile.  One token never is.
+NO_LAYOUT_EXPERTS_PER_ROUTE = 8
+#: Shared memory for the stages of a tile with TMA; 227 KiB are available.
+_STAGE_BYTES = 200 * 1024
+_SHIPPED = Path(__file__).parents[2] / "data" / "tuned"
+
+
+class Tile(NamedTuple):
+    """The tile of one product and its launch options.  Tuning files store the fields in this order."""
+
+    m: int  # rows: the block size of the layout
+    n: int  # output columns; a gate doubles the rows of weights
+    k: int  # depth of a step
+    group: int  # blocks of rows that share a pass over the columns, for L2
+    warps: int
+    stages: int
+    tma: int = 0  # 1: load weights by TMA; 2: also rows, where they are in layout order
+    ctas: int = 0  # programs per SM of a persistent launch; 0: one program per tile
+    swap: int = 0  # 1: weights are the left operand
+    half_tile_rows: int = 0  # rows of the smaller tile for blocks with few routes; 0: one tile for all blocks
+
+
+class LayerTiles(NamedTuple):
+    """The tiles of a layer."""
+
+    block_size: int  # of the layout; 0: no layout, each route is a tile
+    first: Tile
+    second: Tile
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LayerTiles:
+        """Read an entry of a tuning file."""
+        return cls(int(values["block_size"]), Tile(*values["first"]), Tile(*values["second"]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of a tuning file."""
+        return {"block_size": self.block_size, "first": list(self.first), "second": list(self.second)}
+
+
+class Target(NamedTuple):
+    """What the rules know about a device."""
+
+    name: str
+    multiprocessors: int
+    hopper: bool  # has TMA and programmatic dependent launch
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace(" ", "_").replace("/", "_")
+
+
+@functools.lru_cache(maxsize=16)
+def target_of(device: torch.device) -> Target:
+    """The facts of `device`; under Triton's interpreter, those of a small GPU without TMA."""
+    if device.type != "cuda":
+        return Target("interpreter", 4, False)
+    properties = torch.cuda.get_device_properties(device)
+    # Small Blackwell GPUs have less shared memory.
+    enough_memory = getattr(properties, "shared_memory_per_block_optin", 0) >= 227 * 1024
+    hopper = torch.version.hip is None and properties.major >= 9 and enough_memory
+    return Target(properties.name, properties.multi_processor_count, hopper)
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+def tiles_by_rule(
+    target: Target, routes: int, top_k: int, experts: int, hidden: int, inner: int, itemsize: int
+) -> LayerTiles:
+    """Tiles by the rows per expert, measured on an H200 by benchmarks/sweep_experts.py."""
+    rows = routes / max(experts, 1)
+    no_layout = routes == top_k or (routes <= 2 * top_k and routes * NO_LAYOUT_EXPERTS_PER_ROUTE <= experts)
+    if itemsize == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
+        m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
+        tile = Tile(m, 64, 32 if itemsize == 4 else 64, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
+        second = tile if itemsize == 4 or m == 128 else tile._replace(n=128)
+        return LayerTiles(0 if no_layout else m, tile._replace(n=32 if m < 64 else 64), second)
+    if no_layout:
+        deep = Tile(16, 64, 128, 1, 4, 6, 1, 0, 1)
+        return LayerTiles(0, Tile(16, 64, 128, 1, 4, 4), deep if inner > 4096 else Tile(16, 32, 256, 1, 4, 3))
+    if rows <= 10:
+        deep = Tile(16, 128, 128, 2, 4, 3, 1, 0, 1)
+        first = Tile(16, 64, 128, 2, 4, 3, 1, 0, 1)
+        return LayerTiles(16, first, deep if inner > 4096 else Tile(16, 128, 128, 1, 4, 3))
+    if rows <= 24:
+        first = Tile(32, 64, 128, 2, 4, 3, 1, 0, 1) if hidden > 2048 else Tile(32, 64, 64, 2, 4, 4)
+        return LayerTiles(32, first, Tile(32, 128, 128, 1, 4, 3))
+    if rows <= 48:
+        return LayerTiles(64, Tile(64, 64, 128, 2, 4, 4, 1, 0, 1), Tile(64, 128, 64, 2, 4, 3, 1, 0, 1))
+    # From here on either a persistent launch, whose loop has no condition, or a half tile, which needs one.
+    halved = Tile(128, 256, 64, 4, 8, 4, 2, 0, 0, 64)
+    if rows <= 96:
+        return LayerTiles(128, Tile(128, 128, 64, 2, 8, 4, 1, 0, 0, 64), halved)
+    if rows <= 200:
+        return LayerTiles(128, Tile(128, 128, 64, 2, 8, 4, 1, 1), halved)
+    return LayerTiles(128, Tile(128, 128, 64, 8, 8, 4, 1, 1), Tile(128, 256, 64, 8, 8, 4, 2, 1))
+
+
+def with_block_size(tiles: LayerTiles, size: int, itemsize: int) -> LayerTiles:
+    """`tiles` with another block size, and with as many stages as then fit into shared memory."""
+
+    def resized(tile: Tile, products: int) -> Tile:
+        n = min(tile.n, 128)
+        stage = (size + products * n) * tile.k * itemsize
+        return tile._replace(
+            m=size,
+            n=n,
+            warps=8 if size >= 128 else 4,
+            stages=max(min(tile.stages, _STAGE_BYTES // stage), 1),
+            swap=int(bool(tile.tma) and size < 64),
+            half_tile_rows=tile.half_tile_rows if tile.half_tile_rows < size else 0,
+        )
+
+    return LayerTiles(size, resized(tiles.first, 2), resized(tiles.second, 1))
+
+
+# ---- tuning files ----------------------------------------------------------------------------------------------------
+
+
+def tuning_key(experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype) -> str:
+    """The name of a layer in a tuning file."""
+    return f"E={experts},k={top_k},H={hidden},I={inner},{str(dtype).removeprefix('torch.')}"
+
+
+def tuning_path(target: Target) -> Path:
+    """The file that ``moealign tune`` writes: $MOEALIGN_TUNING, else the device's file in the cache folder."""
+    path = os.environ.get("MOEALIGN_TUNING")
+    if path:
+        return Path(path)
+    cache = os.environ.get("MOEALIGN_CACHE_DIR")
+    return (Path(cache) if cache else Path.home() / ".cache" / "moealign") / "tuned" / f"{target.slug}.json"
+
+
+@functools.lru_cache(maxsize=16)
+def tuned(target: Target) -> dict[str, dict[int, LayerTiles]]:
+    """Tiles by layer and number of tokens.  The user's file overrides the one that ships."""
+    result: dict[str, dict[int, LayerTiles]] = {}
+    for path in (_SHIPPED / f"{target.slug}.json", tuning_path(target)):
+        try:
+            text = path.read_text()
+        except OSError:
+            continue
+        try:
+            for key, entry in json.loads(text)["plans"].items():
+                for tokens, one in entry.items():
+                    result.setdefault(key, {})[int(tokens)] = LayerTiles.from_json(one)
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"{path}: expected a tuning file, got {error!r}; rules are used instead", stacklevel=2)
+    return result
+
+
+# ---- the tiles of a call ---------------------------------------------------------------------------------------------
+
+
+def select_tiles(
+    hidden_states: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    block_size: int | None = None,
+    target: Target | None = None,
+) -> LayerTiles:
+    """The tiles of one call: those tuned for the nearest number of tokens, else those of the rule."""
+    target = target or target_of(hidden_states.device)
+    tokens, top_k = routes.ids.shape
+    itemsize = hidden_states.element_size()
+    sizes = (weights.experts, weights.hidden, weights.inner)
+    entry = tuned(target).get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
+    if entry and block_size is None:
+        tiles = entry[min(entry, key=lambda count: abs(math.log(count / max(tokens, 1))))]
+    else:
+        tiles = tiles_by_rule(target, tokens * top_k, top_k, *sizes, itemsize)
+        if block_size is not None:
+            tiles = with_block_size(tiles, block_size, itemsize)
+    no_layout = (
+        tiles.block_size == 0
+        and block_size is None
+        and routes.expert_map is None
+        and routes.num_valid_tokens is None
+        and routes.ids.dtype in (torch.int32, torch.int64)
+    )
+    return tiles if no_layout else tiles._replace(block_size=tiles.first.m)
+
+
+def select_block_size(hidden_states: Tensor, weights: ExpertWeights, routes: int) -> int:
+    """The rule's block size for a layer with a callable between the products."""
+    target = target_of(hidden_states.device)
+    sizes = (weights.experts, hidden_states.shape[1], weights.inner)
+    return tiles_by_rule(target, routes, 1, *sizes, hidden_states.element_size()).first.m
