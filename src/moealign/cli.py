@@ -337,6 +337,8 @@ def tune(
     results = []
     target = target_of(device)
     path = output or tuning_path(target)
+    if path is None:
+        _fail("--output: expected a file, as the cache folder cannot be used; pass one or set MOEALIGN_TUNING")
     try:
         for one in tuning.tune(shape, counts, device):
             results.append(one)

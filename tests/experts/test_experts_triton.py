@@ -95,24 +95,47 @@ def test_tma_needs_hopper_and_rows_of_16_bytes():
     assert used(SHAPES[0], 4096, transposed=True) == [False, False]
 
 
-def test_a_tuning_file_decides_and_a_broken_one_warns(tmp_path, monkeypatch):
+@pytest.fixture
+def tuning_file(tmp_path, monkeypatch):
+    """The path of a tuning file that calls read; it does not exist yet."""
     path = tmp_path / "mine.json"
     monkeypatch.setenv("MOEALIGN_TUNING", str(path))
+    tiles.tuned.cache_clear()
+    yield path
+    tiles.tuned.cache_clear()
+
+
+def test_a_tuning_file_overrides_the_rule(tuning_file):
     rule = planned(SHAPES[0], 64)[0]
     other = rule._replace(block_size=64, first=rule.first._replace(m=64), second=rule.second._replace(m=64))
     key = tiles.tuning_key(*SHAPES[0], torch.bfloat16)
-    path.write_text(json.dumps({"plans": {key: {"64": other.to_json()}}}))
+    tuning_file.write_text(json.dumps({"plans": {key: {"64": other.to_json()}}}))
     tiles.tuned.cache_clear()
-    try:
-        assert planned(SHAPES[0], 64)[0] == other
-        assert planned(SHAPES[1], 64)[0] != other
-        path.write_text("{}")
-        tiles.tuned.cache_clear()
-        with pytest.warns(UserWarning, match="expected a tuning file"):
-            assert planned(SHAPES[0], 64)[0] == rule
-    finally:
-        monkeypatch.undo()
-        tiles.tuned.cache_clear()
+    assert planned(SHAPES[0], 64)[0] == other
+    assert planned(SHAPES[1], 64)[0] != other
+
+
+KEY = tiles.tuning_key(*SHAPES[0], torch.bfloat16)
+ENTRY = tiles.LayerTiles(64, tiles.Tile(64, 64, 64, 2, 4, 3), tiles.Tile(64, 64, 64, 2, 4, 3)).to_json()
+DAMAGED = {
+    "empty": b"",
+    "not UTF-8": b'{"plans": {}, "about": "\xff"}',
+    "no plans": b"{}",
+    "a list of plans": b'{"plans": []}',
+    "a list of entries": json.dumps({"plans": {KEY: [ENTRY]}}).encode(),
+    "no tokens": json.dumps({"plans": {KEY: {"64": ENTRY, "0": ENTRY}}}).encode(),
+    "a tile of words": json.dumps({"plans": {KEY: {"64": {**ENTRY, "first": ["wide"] * 6}}}}).encode(),
+}
+
+
+@pytest.mark.parametrize("contents", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_tuning_file_warns_once_and_the_rule_is_used(contents, tuning_file):
+    rule = planned(SHAPES[0], 64)[0]
+    tuning_file.write_bytes(contents)
+    tiles.tuned.cache_clear()
+    with pytest.warns(UserWarning, match="expected a tuning file") as warned:
+        assert [planned(SHAPES[0], 64)[0] for _ in range(2)] == [rule, rule]
+    assert len(warned) == 1
 
 
 # ---- what is compiled ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,34 @@ def test_where_the_file_is(monkeypatch, tmp_path):
     monkeypatch.delenv("MOEALIGN_TUNING", raising=False)
     monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(tmp_path))
     assert tiles.tuning_path(H200) == tmp_path / "tuned" / "NVIDIA_H200.json"
+
+
+def test_without_a_usable_cache_folder_there_is_no_file(monkeypatch, tmp_path):
+    monkeypatch.delenv("MOEALIGN_TUNING", raising=False)
+    monkeypatch.setenv("MOEALIGN_CACHE_DIR", str(tmp_path / "a file" / "folder"))
+    (tmp_path / "a file").write_text("")
+    assert tiles.tuning_path(H200) is None
+    done = CliRunner().invoke(app, ["tune", *SIZES])
+    assert done.exit_code == 2
+    assert "--output: expected a file" in done.output
+
+
+def test_without_a_home_folder_the_rules_are_used(monkeypatch):
+    for name in ("MOEALIGN_TUNING", "MOEALIGN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    tiles.tuned.cache_clear()
+    assert tiles.tuning_path(H200) is None
+    assert tiles.tuned(H200) == tiles.tuned(tiles.Target("no such GPU", 1, False))
+    tiles.tuned.cache_clear()
+
+
+def test_tiles_that_ship_lie_beside_the_other_data():
+    assert (tiles._SHIPPED.parent / "stdlib-moe.safetensors").exists()
 
 
 def test_refuses_a_machine_without_a_gpu():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backend.cache import cache_folder
 from .records import ExpertWeights, Routes
 
 __all__ = [
@@ -39,7 +40,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 NO_LAYOUT_EXPERTS_PER_ROUTE = 8
 #: Shared memory for the stages of a tile with TMA; 227 KiB are available.
 _STAGE_BYTES = 200 * 1024
-_SHIPPED = Path(__file__).parents[2] / "data" / "tuned"
+_SHIPPED = Path(__file__).parents[1] / "data" / "tuned"
 
 
 class Tile(NamedTuple):
@@ -67,7 +68,8 @@ class LayerTiles(NamedTuple):
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LayerTiles:
         """Read an entry of a tuning file."""
-        return cls(int(values["block_size"]), Tile(*values["first"]), Tile(*values["second"]))
+        first, second = (Tile(*map(int, values[name])) for name in ("first", "second"))
+        return cls(int(values["block_size"]), first, second)
 
     def to_json(self) -> dict[str, Any]:
         """The entry of a tuning file."""
@@ -159,13 +161,14 @@ def tuning_key(experts: int, top_k: int, hidden: int, inner: int, dtype: torch.d
     return f"E={experts},k={top_k},H={hidden},I={inner},{str(dtype).removeprefix('torch.')}"
 
 
-def tuning_path(target: Target) -> Path:
-    """The file that ``moealign tune`` writes: $MOEALIGN_TUNING, else the device's file in the cache folder."""
+def tuning_path(target: Target) -> Path | None:
+    """The file that ``moealign tune`` writes: $MOEALIGN_TUNING, else the device's file in the cache folder; None if
+    that folder cannot be used."""
     path = os.environ.get("MOEALIGN_TUNING")
     if path:
         return Path(path)
-    cache = os.environ.get("MOEALIGN_CACHE_DIR")
-    return (Path(cache) if cache else Path.home() / ".cache" / "moealign") / "tuned" / f"{target.slug}.json"
+    folder = cache_folder()
+    return folder and folder / "tuned" / f"{target.slug}.json"
 
 
 @functools.lru_cache(maxsize=16)
@@ -173,17 +176,30 @@ def tuned(target: Target) -> dict[str, dict[int, LayerTiles]]:
     """Tiles by layer and number of tokens.  The user's file overrides the one that ships."""
     result: dict[str, dict[int, LayerTiles]] = {}
     for path in (_SHIPPED / f"{target.slug}.json", tuning_path(target)):
-        try:
-            text = path.read_text()
-        except OSError:
-            continue
-        try:
-            for key, entry in json.loads(text)["plans"].items():
-                for tokens, one in entry.items():
-                    result.setdefault(key, {})[int(tokens)] = LayerTiles.from_json(one)
-        except (ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"{path}: expected a tuning file, got {error!r}; rules are used instead", stacklevel=2)
+        for key, entry in (_read(path) if path else {}).items():
+            result.setdefault(key, {}).update(entry)
     return result
+
+
+def _read(path: Path) -> dict[str, dict[int, LayerTiles]]:
+    """The entries of a tuning file; none, after a warning, if it is damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return {}
+    try:
+        plans = json.loads(data.decode())["plans"]
+        result = {
+            key: {int(tokens): LayerTiles.from_json(one) for tokens, one in entry.items()}
+            for key, entry in plans.items()
+        }
+        for key, entry in result.items():
+            if min(entry, default=1) < 1:
+                raise ValueError(f"{min(entry)} tokens in {key}")
+        return result
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        warnings.warn(f"{path}: expected a tuning file, got {error!r}; rules are used instead", stacklevel=3)
+        return {}
 
 
 # ---- the tiles of a call ---------------------------------------------------------------------------------------------
