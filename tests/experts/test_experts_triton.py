@@ -178,6 +178,25 @@ def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, 
     assert len(keys) == len(kernels)
 
 
+@pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
+def test_the_stride_of_a_single_row_compiles_nothing(target):
+    """It is arbitrary: that of a slice of wider rows, or what an expanded tensor had."""
+    from moealign.experts import kernels
+
+    layer = ExpertWeights(torch.empty(8, 256, 128), torch.empty(8, 128, 128))
+    ids, weights = torch.empty(1, 2, dtype=torch.int32), torch.empty(1, 2)
+    layout = BlockLayout(*(torch.empty(size, dtype=torch.int32) for size in (32, 2, 1)), block_size=16)
+    keys = set()
+    for stride in (0, 1, 37, 128, 4096):
+        x, out = (torch.empty(4096).as_strided((1, columns), (stride, 1)) for columns in (128, 256))
+        how = tiles.select_tiles(x, layer, Routes(weights, ids), None, target)
+        one_layer, _ = launch.layer_launches(how, x, layer, Routes(weights, ids), None, "silu", target)
+        product = Product(x, layer.gate_up, layout, 1, None, None, None, False, False)
+        launches = (*one_layer, launch.product_launch(product, out, target))
+        keys.add(tuple(specialisation(getattr(kernels, one.kernel), one) for one in launches))
+    assert len(keys) == 1
+
+
 def widths(one):
     """Of a product, its columns and its depth, its routes a row and its strides; of a sum, its columns."""
     return one.arguments[11:13] + one.arguments[15:] if one.kernel == "gemm" else one.arguments[3]

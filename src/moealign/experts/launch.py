@@ -73,6 +73,11 @@ def _takes_tma(matrix: Tensor) -> bool:
     return matrix.stride(-1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.numel() > 0
 
 
+def _row_stride(matrix: Tensor) -> int:
+    """The distance of rows.  A single row's stride is arbitrary, and would compile another kernel."""
+    return matrix.shape[1] if matrix.shape[0] == 1 else matrix.stride(0)
+
+
 def _gemm(
     target: Target,
     tile: Tile,
@@ -120,7 +125,7 @@ def _gemm(
             _descriptor(b.view(-1, depth), tile.n, tile.k) if b_tma else b,
             bias, None if weights is None else weights.reshape(-1), *rows, out,
             routes, max_blocks, columns, depth, experts, outputs, top_k,
-            a.stride(0), *strides, 0 if bias is None else bias.stride(0), out.stride(0),
+            _row_stride(a), *strides, 0 if bias is None else bias.stride(0), _row_stride(out),
         ),
         {
             "ACT": _ACTIVATIONS[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
