@@ -110,14 +110,14 @@ def empty_layout(tokens: int, top_k: int, experts: int, block_size: int) -> Bloc
 
 
 def compile_launches(launches: Iterable[Any]) -> None:
-    """Compile the kernels of some launches of the experts' backend into Triton's cache."""
-    from moealign.experts import kernels as gemm
+    """Compile the experts' kernels of `launches` into Triton's cache."""
+    from moealign.experts import kernels
 
     for launch in launches:
         options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         if launch.pdl:
             options["launch_pdl"] = True
-        getattr(gemm, launch.kernel).warmup(*launch.arguments, **launch.constants, **options, grid=launch.grid)
+        getattr(kernels, launch.kernel).warmup(*launch.arguments, **launch.constants, **options, grid=launch.grid)
 
 
 def in_processes(compile_one: Callable[[Any], str | None], jobs: Iterable[Any], chunksize: int = 1) -> list[str]:

@@ -50,19 +50,19 @@ def test_a_callable_for_the_odd_gates():
     assert relative_error(got, want) < 1e-12
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
-def test_lower_precision_stays_where_it_puts_the_error(dtype, most):
+@pytest.mark.parametrize(("dtype", "max_error"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+def test_lower_precision_stays_where_it_puts_the_error(dtype, max_error):
     x, gate_up, down, weights, ids, _ = random_layer(40, 4, 16, 64, 48, dtype=dtype)
     want = expert_loop(*(each.double() for each in (x, gate_up, down, weights)), ids)
     got = fused_moe(x, gate_up, down, weights, ids)
     assert got.dtype is dtype
-    assert relative_error(got, want) < most
+    assert relative_error(got, want) < max_error
 
 
 def test_expert_maps_and_valid_counts():
     x, gate_up, down, weights, _, _ = random_layer(12, 3, 4, 8, 6)
     ids = torch.randint(-1, 11, (12, 3), generator=torch.Generator().manual_seed(5))
-    # Global experts 0 to 9, four of them here; 7 is said to be a local expert that has no weights.
+    # Global experts 0 to 9, four of them local; the map sends 7 to a local expert without weights.
     expert_map = torch.tensor([-1, 2, -1, 0, 3, -1, 1, 7, -1, -1])
     valid = torch.tensor([9], dtype=torch.int32)
     got = fused_moe(x, gate_up, down, weights, ids, expert_map=expert_map, num_valid_tokens=valid)
@@ -115,8 +115,8 @@ def test_many_rows_an_expert_are_computed_one_expert_at_a_time(dtype, monkeypatc
     layer = [each.to(dtype) for each in (x, gate_up, down)]
     bad = weights.masked_fill(ids < 0, float("nan"))
     want = expert_loop(x, gate_up, down, weights, ids, bias=biases)
-    for given in (bad, bad.clone().requires_grad_()):
-        got = fused_moe(*layer, given, ids, **extra).detach()
+    for router_weights in (bad, bad.clone().requires_grad_()):
+        got = fused_moe(*layer, router_weights, ids, **extra).detach()
         assert relative_error(got, want) < (1e-12 if dtype is torch.float64 else 1e-2)
     assert taken == [True, False], "a gradient takes the way that has one"
 
@@ -288,7 +288,7 @@ def layer_call(**changed):
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "said"),
+    ("changed", "error", "message"),
     [
         ({"hidden_states": torch.zeros(4, 8, dtype=torch.int32)}, InvalidType, "hidden_states: expected bfloat16"),
         ({"down_proj": torch.zeros(3, 8, 6, dtype=torch.float64)}, InvalidType, "down_proj: expected torch.float32"),
@@ -309,13 +309,13 @@ def layer_call(**changed):
         ({"topk_ids": torch.zeros(4, 2)}, InvalidType, "topk_ids: expected an integer dtype"),
     ],
 )
-def test_fused_moe_refuses(changed, error, said):
-    with pytest.raises(error, match=said):
+def test_fused_moe_refuses(changed, error, message):
+    with pytest.raises(error, match=message):
         layer_call(**changed)
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "said"),
+    ("changed", "error", "message"),
     [
         ({"layout": 3}, InvalidType, "layout: expected a BlockLayout, got int"),
         ({"layout": moealign.BlockLayout(*[torch.zeros(1)] * 3)}, InvalidInput, "layout: expected its block_size"),
@@ -330,10 +330,10 @@ def test_fused_moe_refuses(changed, error, said):
         ({"backend": "triton", "a": torch.zeros(4, 8, requires_grad=True)}, BackendUnavailable, "no gradients"),
     ],
 )
-def test_grouped_gemm_refuses(changed, error, said):
+def test_grouped_gemm_refuses(changed, error, message):
     x, gate_up, _, _, ids, _ = random_layer(4, 2, 3, 8, 6, dtype=torch.float32)
     call = {"a": x, "b": gate_up, "layout": align(ids, block_size=4, num_experts=3), "top_k": 2, **changed}
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         grouped_gemm(call.pop("a"), call.pop("b"), call.pop("layout"), **call)
 
 

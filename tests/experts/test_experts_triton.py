@@ -1,4 +1,4 @@
-"""The experts' kernels: interpreted, compiled ahead for machines that are not here, and on a GPU where there is one."""
+"""The experts' kernels: interpreted, compiled ahead for GPUs that are not in this machine, and run on one that is."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_compile_ahead_within_every_targets_shared_memory(release):
     assert_passes(__file__, release, interpreted=False)
 
 
-# ---- plans -----------------------------------------------------------------------------------------------------------
+# ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
 def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, bias=False, **options):
-    """The plan of one call and its launches; nothing runs, and no memory is touched."""
+    """The tiles of one call and its launches; nothing runs."""
     count, top_k, hidden, inner = shape
     new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype)  # noqa: E731
     x, ids = new(tokens, hidden), new(tokens, top_k, dtype=torch.int64)
@@ -49,15 +49,15 @@ def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, 
     weights = new(tokens, top_k, dtype=torch.float32)
     biases = (new(count, 2 * inner), new(count, hidden)) if bias else (None, None)
     layer, routes = ExpertWeights(gate_up, down, *biases, transposed), Routes(weights, ids, options.get("map"))
-    how = tiles.select_tiles(x, layer, routes, options.get("block_size"), target)
+    selected = tiles.select_tiles(x, layer, routes, options.get("block_size"), target)
     layout = None
-    if how.block_size:
-        sizes = capacity(tokens * top_k, block_size=how.block_size, num_experts=count)
+    if selected.block_size:
+        sizes = capacity(tokens * top_k, block_size=selected.block_size, num_experts=count)
         parts = [new(size, dtype=torch.int32) for size in (*sizes[:3], tokens * top_k)]
-        layout = BlockLayout(*parts[:3], positions=parts[3], block_size=how.block_size)
-    launches, out = launch.layer_launches(how, x, layer, routes, layout, "silu", target)
+        layout = BlockLayout(*parts[:3], positions=parts[3], block_size=selected.block_size)
+    launches, out = launch.layer_launches(selected, x, layer, routes, layout, "silu", target)
     assert out.shape == x.shape
-    return how, launches
+    return selected, launches
 
 
 def test_blocks_grow_with_rows_an_expert():
@@ -65,13 +65,13 @@ def test_blocks_grow_with_rows_an_expert():
     assert sizes == [0, 0, 16, 16, 32, 64, 128, 128]
 
 
-def test_few_routes_are_aligned_where_a_map_or_a_block_size_asks_for_it():
+def test_a_map_or_a_block_size_aligns_few_routes_too():
     assert planned(SHAPES[0], 1, map=torch.zeros(128))[0].block_size == 16
     assert planned(SHAPES[0], 1, block_size=64)[0].block_size == 64
     assert planned(SHAPES[0], 1, block_size=64)[0].second.m == 64
 
 
-def test_tiles_of_a_given_block_size_fit_shared_memory():
+def test_tiles_of_a_requested_block_size_fit_shared_memory():
     for tokens in (1, 4, 16, 64, 180, 256, 500, 1024, 4096):
         for shape in SHAPES:
             for size in tiles.BLOCK_SIZES:
@@ -142,7 +142,7 @@ def test_a_damaged_tuning_file_warns_once_and_the_rule_is_used(contents, tuning_
 
 
 def layouts_of(tokens, top_k, count, block_size):
-    """(ids, weights, layout) at every alignment: cut from one allocation as a call on a GPU cuts it, and shifted."""
+    """(ids, weights, layout) at every alignment: slices of one allocation, as in a call on a GPU, and shifted."""
     sizes = capacity(tokens * top_k, block_size=block_size, num_experts=count)
     for shift in range(4):
         parts = cut(*sizes[:3], tokens * top_k, shift=shift)
@@ -153,29 +153,29 @@ def layouts_of(tokens, top_k, count, block_size):
 @pytest.mark.parametrize("shape", [*SHAPES, (60, 6, 100, 77)], ids=str)
 @pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
 def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, target):
-    """Only tiles do: one kernel a tile, over numbers of tokens and every way in which small tensors can be cut."""
-    from moealign.experts import kernels as gemm
+    """Only tiles do: one kernel per tile, for all numbers of tokens and all alignments of small tensors."""
+    from moealign.experts import kernels
 
     count, top_k, hidden, inner = shape
     gate_up = torch.empty(count, 2 * inner, hidden, dtype=torch.bfloat16)
     layer = ExpertWeights(gate_up, torch.empty(count, hidden, inner, dtype=torch.bfloat16))
-    keys, kernels = set(), set()
+    keys, tilings = set(), set()
     for tokens in (1, 2, *range(16, 41)):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
         for block_size in (None, 64):
             ids = torch.empty(tokens, top_k, dtype=torch.int32)
-            how = tiles.select_tiles(x, layer, Routes(ids, ids), block_size, target)
-            for ids, weights, layout in layouts_of(tokens, top_k, count, how.block_size or 16):
-                call = (x, layer, Routes(weights, ids), layout if how.block_size else None)
-                planned, _ = launch.layer_launches(how, *call, "silu", target)
+            selected = tiles.select_tiles(x, layer, Routes(ids, ids), block_size, target)
+            for ids, weights, layout in layouts_of(tokens, top_k, count, selected.block_size or 16):
+                call = (x, layer, Routes(weights, ids), layout if selected.block_size else None)
+                planned, _ = launch.layer_launches(selected, *call, "silu", target)
                 out = torch.empty(tokens * top_k, 2 * inner, dtype=torch.bfloat16)
                 product = Product(x, gate_up, layout, top_k, weights, None, None, False, False)
                 planned.append(launch.product_launch(product, out, target))
                 for one in planned:
-                    keys.add(specialisation(getattr(gemm, one.kernel), one))
+                    keys.add(specialisation(getattr(kernels, one.kernel), one))
                     which = tuple(each is None for each in one.arguments), one.arguments[-1] == one.arguments[-2]
-                    kernels.add((one.kernel, one.num_warps, one.num_stages, which, widths(one), *one.constants.items()))
-    assert len(keys) == len(kernels)
+                    tilings.add((one.kernel, one.num_warps, one.num_stages, which, widths(one), *one.constants.items()))
+    assert len(keys) == len(tilings)
 
 
 @pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
@@ -189,8 +189,8 @@ def test_the_stride_of_a_single_row_compiles_nothing(target):
     keys = set()
     for stride in (0, 1, 37, 128, 4096):
         x, out = (torch.empty(4096).as_strided((1, columns), (stride, 1)) for columns in (128, 256))
-        how = tiles.select_tiles(x, layer, Routes(weights, ids), None, target)
-        one_layer, _ = launch.layer_launches(how, x, layer, Routes(weights, ids), None, "silu", target)
+        selected = tiles.select_tiles(x, layer, Routes(weights, ids), None, target)
+        one_layer, _ = launch.layer_launches(selected, x, layer, Routes(weights, ids), None, "silu", target)
         product = Product(x, layer.gate_up, layout, 1, None, None, None, False, False)
         launches = (*one_layer, launch.product_launch(product, out, target))
         keys.add(tuple(specialisation(getattr(kernels, one.kernel), one) for one in launches))
@@ -198,7 +198,7 @@ def test_the_stride_of_a_single_row_compiles_nothing(target):
 
 
 def widths(one):
-    """Of a product, its columns and its depth, its routes a row and its strides; of a sum, its columns."""
+    """Of a product: columns, depth, top_k and strides; of a sum: columns."""
     return one.arguments[11:13] + one.arguments[15:] if one.kernel == "gemm" else one.arguments[3]
 
 
@@ -220,11 +220,11 @@ def test_neither_tokens_nor_alignments_compile_a_router():
     assert len(keys) == 1
 
 
-def test_a_layer_without_experts_or_tokens_has_a_plan():
+def test_a_layer_without_experts_or_tokens_has_tiles():
     for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
         for target in (H200, A100):
-            how, launches = planned(shape, tokens, target=target)
-            assert how.first.m in tiles.BLOCK_SIZES
+            selected, launches = planned(shape, tokens, target=target)
+            assert selected.first.m in tiles.BLOCK_SIZES
             assert len(launches) == 3
 
 
@@ -232,7 +232,7 @@ def test_a_layer_without_experts_or_tokens_has_a_plan():
 
 
 def every_configuration():
-    """Every rule on Hopper and before it, every dtype, sizes that tiles do not divide, transposed weights, biases."""
+    """Every rule on Hopper and before, every dtype, sizes that tiles do not divide, transposed weights, biases."""
     for tokens in (1, 16, 256, 512, 1024, 4096):
         yield from planned(SHAPES[0], tokens)[1]
     yield from planned(SHAPES[1], 1)[1][:2]
@@ -243,12 +243,12 @@ def every_configuration():
     yield from planned((7, 3, 100, 77), 50, dtype=torch.float16)[1]
     yield from planned((7, 3, 100, 77), 50, dtype=torch.float16, target=A100, bias=True)[1]
     for tokens, size in ((4, 128), (180, 128), (200, 64), (200, 16), (4000, 64)):
-        yield of_given_blocks(tokens, size, gated=True)
+        yield product_with_blocks(tokens, size, gated=True)
     yield from planned(SHAPES[0], 512, block_size=128)[1][:2]
     yield from planned(SHAPES[1], 1, block_size=128)[1][:2]
 
 
-def of_given_blocks(tokens, size, gated):
+def product_with_blocks(tokens, size, gated):
     """What grouped_gemm launches over a layout of blocks of `size`."""
     count, top_k, hidden, inner = 16, 4, 128, 64
     new = lambda *size, dtype=torch.bfloat16: torch.empty(size, dtype=dtype)  # noqa: E731
@@ -269,7 +269,7 @@ def distinct():
 
 
 def compile_one(number):
-    """Compile one configuration for every target that it is meant for; nothing touches memory before it may."""
+    """Compile one configuration for its targets; it waits for the previous kernel before it accesses memory."""
     from moealign.experts import kernels as gemm
 
     one = distinct()[number]
@@ -310,7 +310,7 @@ def layer_of(tokens, top_k, count, hidden, inner, seed=0, bias=False):
 
 
 def reference(layer, ids, extra, **options):
-    """The other path, in float64."""
+    """The packed path, in float64."""
     from moealign import fused_moe
 
     wide = {name: None if each is None else each.double() for name, each in extra.items()}
@@ -318,7 +318,7 @@ def reference(layer, ids, extra, **options):
 
 
 GPU_SIZES = [
-    (1, 8, 64, 256, 128),  # each route a tile
+    (1, 8, 64, 256, 128),  # one tile per route
     (2, 2, 40, 128, 64),
     (16, 8, 64, 256, 128),
     (100, 4, 16, 200, 72),  # sizes that tiles do not divide, still in multiples of 16 bytes
@@ -367,15 +367,15 @@ def test_gpu_block_sizes_maps_and_callables(block_size):
 
 
 @gpu
-def test_gpu_each_route_a_tile_gives_the_bits_of_the_aligned_way():
+def test_gpu_one_tile_per_route_gives_the_bits_of_the_aligned_path():
     import moealign
 
     layer, ids, _ = layer_of(2, 8, 256, 512, 256)
     weights, routes = ExpertWeights(*layer[1:3]), Routes(layer[3], ids)
-    how = tiles.select_tiles(layer[0], weights, routes)
-    assert how.block_size == 0
+    selected = tiles.select_tiles(layer[0], weights, routes)
+    assert selected.block_size == 0
     layout = moealign.align(ids, block_size=16, num_experts=256, positions=True)
-    got = [launch.run_layer(how, layer[0], weights, routes, each, "silu") for each in (None, layout)]
+    got = [launch.run_layer(selected, layer[0], weights, routes, each, "silu") for each in (None, layout)]
     assert torch.equal(*got)
 
 
@@ -405,12 +405,12 @@ def test_gpu_in_a_graph_and_without_a_wait(size):
 
 @gpu
 def test_gpu_a_server_that_is_warm_compiles_nothing():
-    """After one number of tokens with the same tiles, no other one compiles: however its small tensors are aligned."""
+    """After one number of tokens, others with the same tiles compile nothing, however their tensors are aligned."""
     from moealign import fused_moe
-    from moealign.experts import kernels as gemm
+    from moealign.experts import kernels
 
     def compiled():
-        return sum(len(each[0]) for one in (gemm.gemm, gemm.sum_rows) for each in one.device_caches.values())
+        return sum(len(each[0]) for one in (kernels.gemm, kernels.sum_rows) for each in one.device_caches.values())
 
     layer, _, _ = layer_of(40, 8, 128, 256, 128)
     plans, before = set(), compiled()

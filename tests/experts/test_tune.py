@@ -18,50 +18,50 @@ SHAPE = tune.Shape(128, 8, 2048, 768)
 H200 = tiles.Target("NVIDIA H200", 132, True)
 
 
-def test_begins_with_the_rules_plan_and_its_neighbours():
+def test_starts_with_the_rules_tiles():
     for tokens in (1, 64, 4096):
-        plans = tune.starting_tiles(H200, SHAPE, tokens)
-        assert plans[0] == tiles.tiles_by_rule(H200, tokens * 8, 8, 128, 2048, 768, 2)
-        assert len(plans) == len(set(plans)) >= 2
+        candidates = tune.starting_tiles(H200, SHAPE, tokens)
+        assert candidates[0] == tiles.tiles_by_rule(H200, tokens * 8, 8, 128, 2048, 768, 2)
+        assert len(candidates) == len(set(candidates)) >= 2
 
 
-def test_variations_differ_in_one_thing_and_keep_the_rows():
+def test_neighbours_differ_in_one_thing_and_keep_the_rows():
     tile = Tile(128, 128, 64, 8, 8, 4, 1)
-    found = tune.neighbours(tile)
-    assert len(found) == len(set(found)) >= 8
-    for other in found:
+    neighbours = tune.neighbours(tile)
+    assert len(neighbours) == len(set(neighbours)) >= 8
+    for other in neighbours:
         assert sum(a != b for a, b in zip(tile, other, strict=True)) == 1
         assert other.m == 128
 
 
-def test_finds_a_better_plan_and_passes_over_those_that_cannot_run():
+def test_finds_better_tiles_and_skips_those_that_cannot_run():
     first = tune.starting_tiles(H200, SHAPE, 1024)
 
-    def measure(plan):
-        """Least at three stages and columns of 256 in the second product; two plans cannot run."""
-        if plan.first.n == 256 or plan.first.ctas:
+    def measure(chosen):
+        """Minimal at three stages and 256 columns in the second product; some tiles cannot run."""
+        if chosen.first.n == 256 or chosen.first.ctas:
             return float("inf")
-        return 100 + abs(plan.first.stages - 3) + abs(plan.second.n - 256) / 64 + abs(plan.block_size - 128)
+        return 100 + abs(chosen.first.stages - 3) + abs(chosen.second.n - 256) / 64 + abs(chosen.block_size - 128)
 
-    plan, micros, by_rule, tried = tune.search(first, measure)
-    assert micros == measure(plan) < by_rule == measure(first[0])
-    assert (plan.first.stages, plan.second.n, plan.block_size) == (3, 256, 128)
+    chosen, micros, by_rule, tried = tune.search(first, measure)
+    assert micros == measure(chosen) < by_rule == measure(first[0])
+    assert (chosen.first.stages, chosen.second.n, chosen.block_size) == (3, 256, 128)
     assert tried > len(first)
 
 
-def test_the_file_keeps_what_it_held_and_is_read_back(tmp_path, monkeypatch):
+def test_the_file_keeps_its_entries_and_is_read_back(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "mine.json"
     other = tune.Shape(8, 2, 64, 32, torch.float16)
-    plan = LayerTiles(64, Tile(64, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3))
-    tune.write(path, SHAPE, [tune.TuningResult(64, plan, 12.34, 20.0, 5)], {"device": "x"})
-    tune.write(path, other, [tune.TuningResult(1, plan, 1.0, 2.0, 5)], {"device": "x"})
-    tune.write(path, SHAPE, [tune.TuningResult(1, plan, 1.0, 2.0, 5)], {"device": "x"})
-    held = json.loads(path.read_text())["plans"]
-    assert set(held) == {SHAPE.key, other.key}
-    assert set(held[SHAPE.key]) == {"1", "64"}
+    chosen = LayerTiles(64, Tile(64, 64, 64, 1, 4, 3), Tile(64, 64, 64, 1, 4, 3))
+    tune.write(path, SHAPE, [tune.TuningResult(64, chosen, 12.34, 20.0, 5)], {"device": "x"})
+    tune.write(path, other, [tune.TuningResult(1, chosen, 1.0, 2.0, 5)], {"device": "x"})
+    tune.write(path, SHAPE, [tune.TuningResult(1, chosen, 1.0, 2.0, 5)], {"device": "x"})
+    entries = json.loads(path.read_text())["plans"]
+    assert set(entries) == {SHAPE.key, other.key}
+    assert set(entries[SHAPE.key]) == {"1", "64"}
     monkeypatch.setenv("MOEALIGN_TUNING", str(path))
     tiles.tuned.cache_clear()
-    assert tiles.tuned(H200)[SHAPE.key][64] == plan
+    assert tiles.tuned(H200)[SHAPE.key][64] == chosen
     monkeypatch.undo()
     tiles.tuned.cache_clear()
 
@@ -109,30 +109,32 @@ SIZES = ["--experts", "8", "--top-k", "2", "--hidden", "64", "--inner", "32"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine can tune")
-def test_the_command_says_why_it_cannot():
+def test_the_command_explains_a_missing_gpu():
     done = CliRunner().invoke(app, ["tune", *SIZES])
     assert done.exit_code == 2
     assert "tune: expected a device" in done.output
 
 
 @pytest.mark.parametrize(
-    ("extra", "said"),
+    ("extra", "message"),
     [
         (["--tokens", "1,x"], "--tokens"),
         (["--dtype", "int8"], "--dtype"),
         (["--top-k", "9"], "--top-k: expected at most"),
     ],
 )
-def test_the_command_refuses(extra, said):
+def test_the_command_refuses(extra, message):
     done = CliRunner().invoke(app, ["tune", *SIZES, *extra])
     assert done.exit_code == 2
-    assert said in done.output
+    assert message in done.output
 
 
 def test_the_command_writes_and_shows(monkeypatch, tmp_path):
     """With the measurement replaced; the search behind it is tested above."""
-    plan = LayerTiles(16, Tile(16, 64, 64, 1, 4, 3), Tile(16, 64, 64, 1, 4, 3))
-    monkeypatch.setattr(tune, "tune", lambda shape, counts, device: iter([tune.TuningResult(7, plan, 10.0, 12.0, 30)]))
+    chosen = LayerTiles(16, Tile(16, 64, 64, 1, 4, 3), Tile(16, 64, 64, 1, 4, 3))
+    monkeypatch.setattr(
+        tune, "tune", lambda shape, counts, device: iter([tune.TuningResult(7, chosen, 10.0, 12.0, 30)])
+    )
     path = tmp_path / "mine.json"
     done = CliRunner().invoke(app, ["tune", *SIZES, "--output", str(path)])
     assert done.exit_code == 0, done.output

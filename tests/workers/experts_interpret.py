@@ -2,7 +2,7 @@
 
 TRITON_INTERPRET=1 PYTHONPATH=src:tests python tests/workers/experts_interpret.py
 
-In float32: the interpreter's products in bfloat16 are wrong without a word.
+In float32, as the interpreter's bfloat16 products are silently wrong.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from moealign.experts import launch
 from moealign.experts.records import ExpertWeights, Routes
 from moealign.experts.tiles import LayerTiles, Tile, target_of
 
-MOST = 2e-6
+MAX_ERROR = 2e-6
 
 
 def layers():
     """(what, relative error) of whole layers: every rule for rows an expert, odd sizes, options."""
     for tokens, top_k, count, hidden, inner in (
-        (1, 2, 8, 40, 24),  # each route a tile
+        (1, 2, 8, 40, 24),  # one tile per route
         (2, 2, 40, 48, 16),  # the same for two tokens
         (5, 3, 7, 40, 24),  # blocks of 16
         (40, 2, 3, 33, 17),  # blocks of 32, odd sizes
@@ -73,26 +73,26 @@ def maps():
     yield "tokens past the valid ones are zero", float(got[17:].abs().max())
 
 
-def plans():
-    """The same layer by plans that no rule chooses for it: the same rows whatever the way."""
+def tilings():
+    """The same layer with tiles that no rule selects for it."""
     x, gate_up, down, weights, ids, _ = random_layer(9, 2, 3, 32, 16)
     layer = [each.float() for each in (x, gate_up, down)]
     want = expert_loop(x, gate_up, down, weights, ids)
     routes = Routes(weights.float(), ids)
     target = target_of(torch.device("cpu"))
     bits = []
-    for how in (
+    for tiles in (
         LayerTiles(0, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
         LayerTiles(16, Tile(16, 16, 16, 1, 4, 2), Tile(16, 16, 16, 1, 4, 2)),
         LayerTiles(32, Tile(32, 16, 16, 2, 4, 2, 0, 1), Tile(32, 16, 16, 2, 4, 2, 0, 1, 0, 16)),
         LayerTiles(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 1), Tile(32, 16, 16, 8, 4, 2, 0, 2, 1)),
         LayerTiles(32, Tile(32, 16, 16, 2, 4, 2, 0, 0, 0, 16), Tile(32, 16, 16, 8, 4, 2)),
     ):
-        layout = routes.layout(how.block_size, 3) if how.block_size else None
-        got = launch.run_layer(how, layer[0], ExpertWeights(*layer[1:]), routes, layout, "silu")
-        yield str(tuple(how)), relative_error(got, want)
+        layout = routes.layout(tiles.block_size, 3) if tiles.block_size else None
+        got = launch.run_layer(tiles, layer[0], ExpertWeights(*layer[1:]), routes, layout, "silu")
+        yield str(tuple(tiles)), relative_error(got, want)
         bits.append(got)
-    yield "each route a tile, or aligned: the same bits", float(not torch.equal(bits[0], bits[1]))
+    yield "one tile per route, or aligned: the same bits", float(not torch.equal(bits[0], bits[1]))
     assert target.multiprocessors
 
 
@@ -123,7 +123,7 @@ def products():
 
 
 def compiled():
-    """Traced, the kernels are behind one operator."""
+    """A traced call is one operator."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     layer = torch.compile(fused_moe, backend=counter, fullgraph=True, dynamic=True)
     for tokens in (3, 20):
@@ -136,9 +136,9 @@ def compiled():
 
 def compared():
     """(what, its relative error or None) of every case; NaN is an error too."""
-    for part in (layers, maps, plans, products, compiled):
-        for said, error in part():
-            yield said, None if error < MOST else f"relative error {error}"
+    for part in (layers, maps, tilings, products, compiled):
+        for name, error in part():
+            yield name, None if error < MAX_ERROR else f"relative error {error}"
 
 
 if __name__ == "__main__":
