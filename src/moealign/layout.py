@@ -92,6 +92,7 @@ class BlockLayout:
     block_size: int = 0
     num_experts: int = 0
     num_routes: int = 0  # the sentinel in sorted_token_ids
+    mapped: bool = False  # expert_ids are values of an expert_map, so weights may be of fewer experts
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter((self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded))
@@ -109,8 +110,8 @@ class BlockLayout:
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> BlockLayout:
         values = ((name, getattr(self, name)) for name in OUTPUTS)
         tensors = {name: None if value is None else function(value) for name, value in values}
-        sizes = {"block_size": self.block_size, "num_experts": self.num_experts, "num_routes": self.num_routes}
-        return BlockLayout(**tensors, **sizes)  # type: ignore[arg-type]
+        rest = {name: getattr(self, name) for name in _FIELDS[len(OUTPUTS) :]}
+        return BlockLayout(**tensors, **rest)  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> BlockLayout:
         """The same layout on `device`; tensors that are there already are shared."""
@@ -133,12 +134,12 @@ class _Unfrozen:
 
     def __init__(
         self, rows: Any, blocks: Any, total: Any, counts: Any, offsets: Any, ends: Any, positions: Any, block_rows: Any,
-        scatter_idx: Any, block_size: int, num_experts: int, num_routes: int,
+        scatter_idx: Any, block_size: int, num_experts: int, num_routes: int, mapped: bool,
     ) -> None:  # fmt: skip
         self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded = rows, blocks, total
         self.expert_counts, self.expert_offsets, self.group_ends = counts, offsets, ends
         self.positions, self.block_rows, self.scatter_idx = positions, block_rows, scatter_idx
-        self.block_size, self.num_experts, self.num_routes = block_size, num_experts, num_routes
+        self.block_size, self.num_experts, self.num_routes, self.mapped = block_size, num_experts, num_routes, mapped
 
 
 def frozen(*values: Any) -> BlockLayout:
@@ -148,7 +149,7 @@ def frozen(*values: Any) -> BlockLayout:
     return layout  # type: ignore[no-any-return]
 
 
-_FIELDS = (*OUTPUTS, "block_size", "num_experts", "num_routes")
+_FIELDS = (*OUTPUTS, "block_size", "num_experts", "num_routes", "mapped")
 
 
 def _flatten(layout: BlockLayout) -> tuple[list[object], None]:

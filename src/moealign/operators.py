@@ -62,7 +62,8 @@ def align(
             torch.ops.moealign.align.out,
             topk_ids, *sizes, expert_map, *flags, num_valid_tokens, error_word, backend, **filled,
         )  # fmt: skip
-    return BlockLayout(**filled, block_size=sizes[0], num_experts=sizes[1], num_routes=problem.routes)
+    mapped = problem.map_dtype is not None
+    return BlockLayout(**filled, block_size=sizes[0], num_experts=sizes[1], num_routes=problem.routes, mapped=mapped)
 
 
 def align_batched(

@@ -395,3 +395,16 @@ def test_fakes_have_the_right_shape():
 def test_every_activation_has_both_forms():
     forms = {gated: {name for name, each in packed.ACTIVATIONS if each is gated} for gated in (True, False)}
     assert forms[True] == forms[False]
+
+
+def test_a_layout_of_more_experts_than_weights_is_refused_unless_it_is_mapped():
+    ids, rows, weights = torch.tensor([[0, 4], [3, 1]]), torch.randn(2, 8), torch.randn(3, 8, 8)
+    with pytest.raises(InvalidInput, match="layout: expected at most 3 experts, for which b has weights, got 5"):
+        grouped_gemm(rows, weights, align(ids, block_size=2, num_experts=5), top_k=2)
+    expert_map = torch.tensor([2, -1, -1, 0, 1])
+    for ignore in (False, True):
+        layout = align(ids, block_size=2, num_experts=5, expert_map=expert_map, ignore_invalid_experts=ignore)
+        assert layout.mapped
+        got = grouped_gemm(rows, weights, layout, top_k=2)
+        want = torch.stack([weights[2] @ rows[0], weights[1] @ rows[0], weights[0] @ rows[1], torch.zeros(8)])
+        torch.testing.assert_close(got, want)

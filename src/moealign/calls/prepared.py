@@ -232,7 +232,7 @@ def new_tensors(call: PreparedCall) -> Sequence[Tensor]:
 
 def new_layout(call: PreparedCall) -> BlockLayout:
     problem, tensors = call.problem, new_tensors(call)
-    sizes = (problem.block_size, problem.num_experts, problem.routes)
+    sizes = (problem.block_size, problem.num_experts, problem.routes, problem.map_dtype is not None)
     if not problem.extras:
         return frozen(tensors[0], tensors[1], tensors[2], None, None, None, None, None, None, *sizes)
     named = dict(zip(REQUIRED + problem.extras, tensors, strict=True))
@@ -275,4 +275,5 @@ def _address_key(tensor: Tensor | None) -> object:
 def _as_layout(problem: AlignProblem, tensors: Mapping[str, Tensor]) -> BlockLayout:
     requested = REQUIRED + problem.extras
     values = (tensors[name] if name in requested else None for name in OUTPUTS)
-    return frozen(*values, problem.block_size, problem.num_experts, problem.routes)
+    mapped = problem.map_dtype is not None
+    return frozen(*values, problem.block_size, problem.num_experts, problem.routes, mapped)

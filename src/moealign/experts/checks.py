@@ -152,6 +152,11 @@ def check_product(product: Product, activation: str | None) -> tuple[str | None,
         raise InvalidInput(
             f"top_k: expected {layout.num_routes} routes as in the layout, got {a.shape[0]} rows times top_k = {top_k}"
         )
+    if layout.num_experts > b.shape[0] and not layout.mapped:
+        raise InvalidInput(
+            f"layout: expected at most {b.shape[0]} experts, for which b has weights, got {layout.num_experts}; an "
+            "expert_map aligns for the experts of this rank"
+        )
     if row_weights is not None and row_weights.numel() != routes:
         raise InvalidInput(f"row_weights: expected {routes} elements, one a route, got {list(row_weights.shape)}")
     if bias is not None and list(bias.shape) != [b.shape[0], columns]:
