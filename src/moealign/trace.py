@@ -63,9 +63,10 @@ def save_trace(path: str | Path, trace: Trace) -> None:
     """Write `trace`, with its ids in the smallest dtype that fits.
 
     Raises:
-        TraceError: the trace is invalid (see :func:`load_trace`), or safetensors is not installed.
+        TraceError: the trace is invalid (see :func:`load_trace`), the path cannot be written, or safetensors is not
+            installed.
     """
-    save_file = _safetensors("torch").save_file
+    safetensors, save_file = _safetensors(), _safetensors("torch").save_file
     topk_ids = trace.topk_ids
     if not isinstance(topk_ids, Tensor):
         raise TraceError(f"{path}: expected topk_ids to be a tensor, got {type(topk_ids).__name__}")
@@ -84,7 +85,10 @@ def save_trace(path: str | Path, trace: Trace) -> None:
     fitting = [torch.int8, torch.int16, torch.int32] if signed else [torch.uint8, torch.int16, torch.int32]
     dtype = next(dtype for dtype in fitting if trace.num_experts - 1 <= torch.iinfo(dtype).max)
     ids = topk_ids.to(dtype).contiguous()
-    save_file({"topk_ids": ids}, str(path), metadata={"moealign": json.dumps(metadata)})
+    try:
+        save_file({"topk_ids": ids}, str(path), metadata={"moealign": json.dumps(metadata)})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TraceError(f"{path}: expected a path that can be written, got {error}") from None
 
 
 def load_trace(path: str | Path) -> Trace:

@@ -152,3 +152,9 @@ def test_the_shipped_trace_is_a_real_router_s():
     shuffled = ids[:, torch.randperm(trace.tokens, generator=torch.Generator().manual_seed(0))]
     assert overlap(shuffled) > 1.05 * by_chance, "some experts are busier than others"
     assert abs(overlap(ids) - overlap(shuffled)) > 0.05, "neighbours are not like strangers"
+
+
+@pytest.mark.parametrize("path", ["nowhere/t.safetensors", "."])
+def test_a_path_that_cannot_be_written(tmp_path, path):
+    with pytest.raises(TraceError, match="expected a path that can be written, got"):
+        save_trace(tmp_path / path, Trace(IDS, 8, "m", "s", "r"))
