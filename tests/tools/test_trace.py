@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
+from helpers import ROOT
 from safetensors.torch import save_file
 
 from moealign.errors import TraceError
@@ -158,3 +160,61 @@ def test_the_shipped_trace_is_a_real_router_s():
 def test_a_path_that_cannot_be_written(tmp_path, path):
     with pytest.raises(TraceError, match="expected a path that can be written, got"):
         save_trace(tmp_path / path, Trace(IDS, 8, "m", "s", "r"))
+
+
+# ---- examples/make_trace.py --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def maker(monkeypatch):
+    """The example without its training."""
+    spec = importlib.util.spec_from_file_location("make_trace", ROOT / "examples" / "make_trace.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.trained = []
+    monkeypatch.setattr(module, "train", lambda *arguments: module.trained.append(arguments))
+    monkeypatch.setattr(module, "RECORDED", 256)
+    return module
+
+
+def test_a_model_that_has_learned_little_still_gives_a_trace(maker, tmp_path, capsys):
+    path = tmp_path / "t.safetensors"
+    maker.main(["--steps", "20", "--output", str(path)])
+    trace = load_trace(path)
+    assert (trace.tokens, trace.details["steps"]) == (256, 20)
+    assert "warning: the held-out loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "19"], "--steps: expected at least 20, got 19"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--output", "nowhere/t.safetensors"], "--output: expected a file in an existing folder"),
+        (["--output", "."], "--output: expected a file in an existing folder"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_training(maker, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        maker.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert maker.trained == []
+
+
+def test_the_fewest_steps_have_a_learning_rate(maker):
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = maker.warm_up(optimiser, 3e-3, maker.MIN_STEPS)
+    rates = []
+    for _ in range(maker.MIN_STEPS):
+        rates += schedule.get_last_lr()
+        optimiser.step()
+        schedule.step()
+    assert min(rates) > 0
+    assert max(rates) == pytest.approx(3e-3)
+
+
+def test_every_option_is_described(maker):
+    described = {action.dest: action.help for action in maker.parser()._actions}
+    assert all(described.values())
+    assert {"steps", "seed", "threads", "output"} <= described.keys()
