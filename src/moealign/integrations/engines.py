@@ -1,4 +1,4 @@
-"""What the drop-ins for serving engines share: where engines look for plug-ins, whether ours is on, rebinding names.
+"""What the drop-ins for serving engines share: plug-in lookup, rebinding of names, call counts and the trace recorder.
 
 A drop-in is a module beside this file with four functions: ``install()`` replaces the engine's functions and returns
 their names, ``uninstall()`` restores them, ``calls()`` returns the calls so far, and ``plugin()`` is the entry point,
@@ -12,10 +12,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-__all__ = ["ENGINES", "Engine", "enabled", "rebind", "status", "told"]
+from ..errors import TraceError
+
+__all__ = ["ENGINES", "Engine", "enabled", "rebind", "start_trace", "status", "told", "write_trace"]
 
 
 class Engine(NamedTuple):
@@ -35,6 +38,9 @@ ENTRY_POINT = "moealign"  #: our name in both groups
 
 #: Calls in this process by (engine, function, who computed the result: "moealign" or the engine).
 call_counts: Counter[tuple[str, str, str]] = Counter()
+
+#: The recorder of this process (:mod:`~moealign.integrations.recording`), None unless ``MOEALIGN_TRACE`` is set.
+recorder: Any = None
 
 
 def enabled(name: str) -> bool:
@@ -62,6 +68,35 @@ def status(name: str) -> str:
 
 
 told = status  # the earlier name
+
+
+def start_trace(name: str) -> None:
+    """Record the calls of engine `name` from now on, if ``MOEALIGN_TRACE`` names a file and none are recorded yet.
+
+    Raises:
+        InvalidInput: ``MOEALIGN_TRACE_MB`` or ``MOEALIGN_TRACE_LAYERS`` has an invalid value.
+    """
+    global recorder
+    if os.environ.get("MOEALIGN_TRACE") and recorder is None:
+        from .recording import recorder_from_environment
+
+        recorder = recorder_from_environment(ENGINES[name].package)
+
+
+def write_trace() -> Path:
+    """Write what ``MOEALIGN_TRACE`` has recorded in this process so far, and return the file.  Recording goes on.
+
+    The file is also written at exit, and whenever the recording has doubled from 1 MiB on.
+
+    Raises:
+        TraceError: nothing is recorded, or the file cannot be written.
+    """
+    if recorder is None:
+        raise TraceError(
+            "expected a drop-in that records, got none in this process; set MOEALIGN_TRACE before it is installed"
+        )
+    path: Path = recorder.write()
+    return path
 
 
 def rebind(old: Callable[..., Any], new: Callable[..., Any]) -> list[str]:

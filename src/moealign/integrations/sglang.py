@@ -21,6 +21,7 @@ from torch import Tensor
 from ..alignment import align
 from ..errors import InvalidInput, MoealignError
 from ..layout import capacity
+from . import engines
 from .engines import call_counts, enabled, rebind
 from .vllm_ops import require_kernels, separate_outputs
 
@@ -61,6 +62,8 @@ def _align(
     pad_expert_ids: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """SGLang 0.5.23's function, argument for argument; `ignore_invalid_expert` drops ids of -1."""
+    if engines.recorder is not None and not torch.compiler.is_compiling():
+        engines.recorder.add(topk_ids, num_experts, False)
     if return_inactive_prefix_count or pad_expert_ids:
         option = "return_inactive_prefix_count" if return_inactive_prefix_count else "pad_expert_ids"
         raise InvalidInput(f"{option}: expected False, got True; SGLang's own kernel does that")
@@ -125,13 +128,15 @@ def install(*, apply: bool = True) -> list[str]:
     """Register our function with SGLang's hook registry and, by default, apply the hooks; returns the target.
 
     SGLang itself applies hooks after it has called its plug-ins, and rebinds every name that was imported before.
-    Returns ``[]`` if moealign is already installed.
+    Starts the recording of a trace if ``MOEALIGN_TRACE`` is set.  Returns ``[]`` if moealign is already installed.
 
     Raises:
         ImportError: SGLang is not installed, or defines its function elsewhere.
+        InvalidInput: a variable ``MOEALIGN_TRACE_*`` has an invalid value.
     """
     if _installed:
         return []
+    engines.start_trace("sglang")
     registry = _registry()
     target = f"{_home()}.{_NAME}"
     registry.HookRegistry.register(target, _around, registry.HookType.AROUND)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..alignment import align, batched_moe_align_block_size
 from ..errors import MoealignError
-from . import vllm_ops
+from . import engines, vllm_ops
 from .engines import call_counts, enabled, rebind
 from .vllm_ops import require_kernels
 
@@ -42,6 +42,8 @@ def _align(
     ignore_invalid_experts: bool = False,
     return_scatter_idx: bool = False,
 ) -> tuple[Tensor, ...]:
+    if engines.recorder is not None and not torch.compiler.is_compiling():
+        engines.recorder.add(topk_ids, num_experts, expert_map is not None)
     require_kernels(topk_ids)
     layout = align(
         topk_ids,
@@ -113,11 +115,15 @@ def _with_fallback(name: str, theirs: Callable[..., Any], ours: Callable[..., An
 def install() -> list[str]:
     """Replace vLLM's functions by moealign's, wherever they are bound now or will be imported later.
 
+    Starts the recording of a trace if ``MOEALIGN_TRACE`` is set.
+
     Returns ``module.name`` of every binding that was replaced, ``[]`` if moealign is already installed.
 
     Raises:
         ImportError: vLLM is not installed.
+        InvalidInput: a variable ``MOEALIGN_TRACE_*`` has an invalid value.
     """
+    engines.start_trace("vllm")
     names: list[str] = []
     for module_name, name, ours in _TARGETS:
         label = name if module_name == _LAYERS else f"_custom_ops.{name}"
