@@ -36,7 +36,8 @@ def run_page(page: Path) -> doctest.TestResults:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
-def test_examples_run(page):
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
         assert ">>> " in block, "a Python block shows a session, so that it can be run"
     assert run_page(page).failed == 0
