@@ -1,9 +1,19 @@
 """Routing traces: the choices of a real router, in a file.
 
 A trace is a ``.safetensors`` file with one tensor, ``topk_ids`` ``[layers, tokens, top_k]`` in the smallest integer
-dtype that fits, and one metadata entry, ``moealign``, which holds JSON: ``experts``, ``k``, ``model``, ``source``,
-``revision``, optionally ``calls`` (the number of tokens in each call of the model), and any further details.  ``-1`` is
-a route without an expert; the dtype is then signed.
+dtype that fits, and one metadata entry, ``moealign``, which holds a JSON object.  ``-1`` is a route without an expert;
+the dtype is then signed.  The keys of the object:
+
+``experts``                  number of experts of a layer, at most 65,536; required
+``k``                        routes of a token, the last size of ``topk_ids``; required
+``model``                    whose routers chose; required
+``source``                   what the model read; required
+``revision``                 the version of both; required
+``calls``                    tokens of each call of the model, in order: the batches; optional
+``hidden``, ``intermediate``  columns of the hidden states and of ``down_proj``: the sizes of one expert; optional
+``device``                   where the model ran, as in "NVIDIA H200"; optional
+
+Any further keys are kept as details.
 """
 
 from __future__ import annotations
@@ -23,6 +33,9 @@ __all__ = ["Trace", "example_trace", "load_trace", "save_trace"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _REQUIRED: dict[str, type] = {"experts": int, "k": int, "model": str, "source": str, "revision": str}
+_OPTIONAL: dict[str, type] = {"hidden": int, "intermediate": int, "device": str}
+MAX_EXPERTS = 2**16  #: tables of loads have a column for each expert, used or not
+_MAX_WIDTH = 2**24  # of an expert
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,21 @@ class Trace:
     def calls(self) -> tuple[int, ...]:
         """The number of tokens in each call of the model, in order; () if the trace does not say."""
         return tuple(self.details.get("calls", ()))
+
+    @property
+    def hidden(self) -> int | None:
+        """Columns of the hidden states; None if the trace does not say."""
+        return self.details.get("hidden")
+
+    @property
+    def intermediate(self) -> int | None:
+        """Columns of an expert's ``down_proj``; None if the trace does not say."""
+        return self.details.get("intermediate")
+
+    @property
+    def device(self) -> str:
+        """Where the model ran; "" if the trace does not say."""
+        return str(self.details.get("device", ""))
 
 
 def example_trace() -> Path:
@@ -141,12 +169,16 @@ def _check_metadata(path: str | Path, metadata: Mapping[str, Any]) -> None:
             raise TraceError(
                 f"{path}: expected {name} to be of type {kind.__name__} in its metadata, got {metadata[name]!r}"
             )
+    if metadata["experts"] > MAX_EXPERTS:
+        raise TraceError(
+            f"{path}: expected at most {MAX_EXPERTS:,} experts in its metadata, got {metadata['experts']:,}"
+        )
     if metadata["experts"] < 1 or metadata["k"] < 1:
         raise TraceError(f"{path}: expected experts and k of at least 1, got {metadata['experts']} and {metadata['k']}")
 
 
 def _checked_details(path: str | Path, details: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """`details` as a dict; refuses what JSON cannot hold, reserved names and wrong ``calls``."""
+    """`details` as a dict; refuses what JSON cannot hold, reserved names, and invalid values of known keys."""
     if not isinstance(details, Mapping):
         raise TraceError(f"{path}: expected details to be a mapping of names to values, got {type(details).__name__}")
     for name in details:
@@ -161,6 +193,12 @@ def _checked_details(path: str | Path, details: Mapping[str, Any], tokens: int) 
             raise TraceError(
                 f"{path}: expected details that JSON can hold, got {name} = {type(value).__name__} ({error})"
             ) from None
+    for name, kind in _OPTIONAL.items():
+        value = details.get(name, "" if kind is str else 1)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TraceError(f"{path}: expected {name} to be of type {kind.__name__} in its metadata, got {value!r}")
+        if isinstance(value, int) and not 1 <= value <= _MAX_WIDTH:
+            raise TraceError(f"{path}: expected {name} between 1 and {_MAX_WIDTH:,} in its metadata, got {value:,}")
     calls = details.get("calls")
     if "calls" in details:
         whole = isinstance(calls, (list, tuple)) and all(type(each) is int and each > 0 for each in calls)
