@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, bench, costs, report
+from . import placement as placements
 from .alignment import align, explain
 from .calls.dispatch import backends
 from .errors import MoealignError
@@ -27,6 +29,7 @@ from .layout import EXTRAS
 from .report import DARK, LIGHT, terminal
 from .report.demo import expert_layer, median_time
 from .report.figures import save_block_map
+from .report.summary import advice_text
 from .testing import argsort_align, check_backend, difference, oracle_align
 from .trace import Trace, example_trace, load_trace
 
@@ -35,8 +38,8 @@ __all__ = ["app"]
 BLOCK_SIZES = "16,32,64,128,256"
 TracePath = Annotated[Path, typer.Argument(metavar="TRACE", help="A .safetensors routing trace.")]
 BlockSizes = Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")]
-Hidden = Annotated[int, typer.Option(min=1, help="Hidden size of the model, for the costs.")]
-Intermediate = Annotated[int, typer.Option(min=1, help="Width inside an expert, for the costs.")]
+Hidden = Annotated[int | None, typer.Option(min=1, help="Hidden size of the model, for the costs.")]
+Intermediate = Annotated[int | None, typer.Option(min=1, help="Width inside an expert, for the costs.")]
 
 app = typer.Typer(
     add_completion=False,
@@ -167,8 +170,8 @@ def demo(
 def inspect(
     trace_path: TracePath,
     block_size: BlockSizes = BLOCK_SIZES,
-    hidden: Hidden = 2048,
-    intermediate: Intermediate = 768,
+    hidden: Hidden = None,
+    intermediate: Intermediate = None,
 ) -> None:
     """Print load per expert, imbalance, blocks and padding of a trace, and the block size to try first."""
     console = _console()
@@ -178,18 +181,19 @@ def inspect(
     console.print(
         f"{trace.layers} layers, {trace.tokens:,} tokens, {trace.top_k} of {trace.num_experts} experts each\n"
     )
-    loads = costs.loads_of(trace.topk_ids, trace.num_experts)
-    console.print(terminal.load_table(loads))
+    batches = costs.batch_loads(trace.topk_ids, trace.num_experts, trace.calls)
+    console.print(terminal.load_table(batches.sum(axis=1)))
     console.print("imbalance: the busiest expert's load over the mean. idle: experts without a route.\n")
-    console.print(terminal.padding_table(loads, sizes))
-    experts = costs.Experts(hidden, intermediate)
-    best = costs.recommend(loads, trace.tokens, sizes, experts, costs.H200).block_size
-    padding = costs.padding(loads, best)
-    console.print(
-        f"[bold]Try first: blocks of {best}[/] ({padding.wasted:.1%} padding, {padding.blocks:,} blocks): the cheapest "
-        f"for all {trace.tokens:,} tokens at once by the cost model ({costs.H200.name}; experts of {hidden:,} x "
-        f"{intermediate:,})."
-    )
+    console.print(terminal.padding_table(batches, sizes))
+    experts, source = costs.experts_of(trace, hidden, intermediate)
+    advice = costs.advise(trace, sizes, experts)
+    if not advice:
+        console.print("The trace has no routes, so there is nothing to recommend.")
+        return
+    console.print("[bold]Block size[/]:")
+    for each in advice:
+        console.print(f"  {advice_text(each)}", markup=False)
+    console.print(f"By the cost model for {costs.H200.name}; experts of {experts}, {source}.", markup=False)
     console.print("Smaller blocks pad less, but every block reads its expert's weights once.")
 
 
@@ -226,38 +230,93 @@ def check(
 
 @app.command("report")
 def write_report(
-    trace_path: TracePath,
+    trace_paths: Annotated[
+        list[Path], typer.Argument(metavar="TRACE [TRACE]", help="A routing trace, or two traces to compare.")
+    ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="File to write: .html, .svg (both for light and dark) or .png.")
-    ] = Path("report.html"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File to write: .html, .svg (both for light and dark) or .png (default: report.html, none with --json)",
+        ),
+    ] = None,
     block_size: BlockSizes = BLOCK_SIZES,
     layer: Annotated[int, typer.Option(min=0, help="Layer whose blocks are drawn, or shown first.")] = 0,
     map_block_size: Annotated[
         int | None, typer.Option(min=1, help="Rows of a block in the drawing of blocks (default: the recommended size)")
     ] = None,
-    hidden: Hidden = 2048,
-    intermediate: Intermediate = 768,
-    gpu: Annotated[bool | None, typer.Option(help="Also measure on a GPU (default: if there is one)")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size, for the costs (default: the trace's)")] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(min=1, help="Columns of down_proj, for the costs (default: the trace's)")
+    ] = None,
+    gpu: Annotated[bool | None, typer.Option(help="Measure on a GPU (default: if there is one)")] = None,
     dark: Annotated[bool, typer.Option("--dark", help="Draw a .png on a dark background.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON instead of a summary.")] = False,
+    engine_config: Annotated[
+        Path | None, typer.Option(help="Folder for tile configurations of vLLM and SGLang with these block sizes.")
+    ] = None,
+    device_name: Annotated[
+        str, typer.Option(help="The GPU that --engine-config is for (default: this one, or the trace's)")
+    ] = "",
+    placement: Annotated[
+        Path | None, typer.Option(help="File for a balanced placement of the experts: JSON, as EPLB has it.")
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks of --placement.")] = 8,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="Copies of experts in --placement (default: as few as fill all ranks)")
+    ] = None,
 ) -> None:
-    """Write one page about a trace: loads, imbalance, padding, blocks, costs, and the gain of a better placement."""
+    """Write a page about a trace: block sizes, the alignment's share of a layer, loads, and placements."""
     sizes = sorted(set(_ints("--block-size", block_size)))
-    if output.suffix not in report.FORMATS:
+    if output is None and not as_json:
+        output = Path("report.html")
+    if output is not None and output.suffix.lower() not in report.FORMATS:
         _fail(f"--output: expected a path that ends in {', '.join(report.FORMATS)}, got {output}")
-    _check_folder("--output", output)
+    for option, path in (("--output", output), ("--placement", placement)):
+        if path is not None:
+            _check_folder(option, path)
     if gpu and not torch.cuda.is_available():
         _fail("--gpu: expected a GPU that torch can use, found none")
-    trace = _load(trace_path)
-    if layer >= trace.layers:
-        _fail(f"--layer: expected a layer below {trace.layers}, got {layer}")
-    console = _console()
-    with console.status("computing and drawing", spinner="dots"):
-        study = report.study(trace, sizes, costs.Experts(hidden, intermediate), on_gpu=gpu, map_size=map_block_size)
-        report.write(study, output, layer=layer, theme=DARK if dark else LIGHT)
-    console.print(terminal.recommendation_table(study))
-    if study.measured is None:
-        console.print(f"Not measured: {study.not_measured}.", markup=False)
-    console.print(f"[bold]Written[/]: {output}, {output.stat().st_size / 1024:,.0f} KiB")
+    if len(trace_paths) > 2:
+        _fail(f"TRACE: expected one trace, or two to compare, got {len(trace_paths)}")
+    if len(trace_paths) == 2 and (engine_config or placement):
+        _fail("--engine-config, --placement: expected a single trace, got two")
+    traces = [_load(path) for path in trace_paths]
+    if layer >= traces[0].layers:
+        _fail(f"--layer: expected a layer below {traces[0].layers}, got {layer}")
+    theme = DARK if dark else LIGHT
+    files: list[Path] = [] if output is None else [output]
+    try:
+        studies = []
+        for trace in traces:
+            experts, source = costs.experts_of(trace, hidden, intermediate)
+            study = report.study(trace, sizes, experts, experts_source=source, on_gpu=gpu, map_size=map_block_size)
+            studies.append(study)
+        if engine_config is not None:
+            here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+            traced = traces[0].device if traces[0].device != "cpu" else ""
+            files += report.write_configuration(studies[0], engine_config, device_name or here or traced)
+        if placement is not None:
+            placements.save(placement, costs.place(traces[0], ranks, replicas))
+            files.append(placement)
+        if len(studies) == 2:
+            comparison = report.compare(*studies)
+            if output is not None:
+                report.write_comparison(comparison, output, theme)
+            text, numbers = report.comparison_lines(comparison), report.comparison_json(comparison)
+        else:
+            if output is not None:
+                report.write(studies[0], output, layer=layer, theme=theme)
+            text, numbers = report.lines(studies[0]), report.as_json(studies[0])
+    except MoealignError as error:
+        _fail(error)
+    if as_json:
+        print(json.dumps(numbers, indent=1))
+        return
+    print("\n".join(text))
+    for path in files:
+        print(f"Written: {path}, {path.stat().st_size / 1024:,.0f} KiB")
 
 
 @app.command("bench")

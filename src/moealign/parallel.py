@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,27 @@ class ExpertPlacement:
         """From loads ``[num_experts]``, of a trace or ``expert_counts``, with `replicas` additional copies."""
         weights = loads.detach().cpu().numpy() if isinstance(loads, Tensor) else np.asarray(loads)
         return cls(tables.balanced(weights, ranks, replicas), len(weights))
+
+    @classmethod
+    def load(cls, path: str | Path, ranks: int, layer: int = 0) -> ExpertPlacement:
+        """The placement of `layer` from a file of :meth:`save`, ``moealign report --placement`` or an engine's EPLB.
+
+        Raises:
+            InvalidInput: the file is no placement of `ranks` ranks (:func:`moealign.placement.load`), or it has no such
+                layer.
+        """
+        layers = tables.load(path, ranks)
+        if not 0 <= layer < len(layers):
+            raise InvalidInput(f"layer: expected a layer below {len(layers)}, got {layer}")
+        return cls(layers[layer], int(layers[layer].max()) + 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write this placement as the only layer of a file; :func:`moealign.placement.save` writes several.
+
+        Raises:
+            InvalidInput: a slot is empty.
+        """
+        tables.save(path, self.table[None])
 
     @property
     def ranks(self) -> int:

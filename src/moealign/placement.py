@@ -2,11 +2,18 @@
 
 A placement is an int64 array ``[ranks, slots]`` of expert ids, ``-1`` for an empty slot.  It holds every expert at
 least once; an expert in several slots is replicated, and its copies share its load evenly.
+
+:func:`save` and :func:`load` exchange placements with serving engines, in the format of expert-parallel load balancers
+(EPLB): a JSON object with one key, ``physical_to_logical_map``, of ``[layers, ranks * slots]`` expert ids.  Slot ``s``
+of rank ``r`` is the physical expert ``r * slots + s``.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +21,7 @@ import numpy.typing as npt
 
 from .errors import InvalidInput
 
-__all__ = ["balanced", "imbalance", "linear", "rank_loads", "round_robin"]
+__all__ = ["balanced", "imbalance", "linear", "load", "rank_loads", "round_robin", "save", "spare_slots"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -117,6 +124,67 @@ def imbalance(placement: Ints, loads: npt.ArrayLike) -> float:
     """
     each = rank_loads(placement, loads)
     return float(each.max() / each.mean()) if each.any() else 1.0
+
+
+def spare_slots(num_experts: int, ranks: int) -> int:
+    """The smallest number of copies with which `ranks` ranks get equally many experts and no slot stays empty."""
+    _check(num_experts, ranks)
+    return -num_experts % ranks
+
+
+def save(path: str | Path, placements: Sequence[Ints] | Ints) -> None:
+    """Write the placement of each layer, ``[layers, ranks, slots]``, as a ``physical_to_logical_map``.
+
+    Raises:
+        InvalidInput: another shape, an empty slot (engines have none), or an expert that is nowhere.
+    """
+    tables = np.asarray(placements, dtype=np.int64)
+    if tables.ndim != 3 or not tables.size:
+        raise InvalidInput(f"placements: expected [layers, ranks, slots], got shape {list(tables.shape)}")
+    if (tables < 0).any():
+        raise InvalidInput(
+            "placements: expected an expert in every slot, got empty slots; fill them with the replicas that "
+            "spare_slots() counts"
+        )
+    maps = tables.reshape(len(tables), -1)
+    _check_maps("placements", maps)
+    Path(path).write_text(json.dumps({"physical_to_logical_map": maps.tolist()}) + "\n", encoding="utf-8")
+
+
+def load(path: str | Path, ranks: int) -> Ints:
+    """Read the placement of each layer, ``[layers, ranks, slots]``, from a file of :func:`save` or of an engine.
+
+    Raises:
+        InvalidInput: the file has no ``physical_to_logical_map`` of ids ``[layers, physical experts]``, their number is
+            no multiple of `ranks`, or an expert is nowhere.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        maps = np.array(content["physical_to_logical_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(
+            f"{path}: expected JSON with the key physical_to_logical_map, got {type(error).__name__}: {error}"
+        ) from None
+    if maps.ndim != 2 or not maps.size or maps.dtype.kind != "i" or (maps < 0).any():
+        raise InvalidInput(
+            f"{path}: expected physical_to_logical_map to hold ids [layers, physical experts], got {maps.dtype} "
+            f"{list(maps.shape)}"
+        )
+    if ranks < 1 or maps.shape[1] % ranks:
+        raise InvalidInput(f"ranks: expected a divisor of {maps.shape[1]} physical experts, got {ranks}")
+    _check_maps(str(path), maps)
+    return maps.astype(np.int64).reshape(len(maps), ranks, -1)
+
+
+def _check_maps(name: str, maps: Ints) -> None:
+    """Refuse maps ``[layers, physical experts]`` in which an expert below the highest id is nowhere."""
+    highest = int(maps.max())
+    if highest >= maps.shape[1]:
+        raise InvalidInput(f"{name}: expected ids below {maps.shape[1]}, the number of slots, got {highest}")
+    for layer, row in enumerate(maps):
+        missing = np.setdiff1d(np.arange(highest + 1), row)
+        if missing.size:
+            raise InvalidInput(f"{name}: expected every expert in layer {layer}, expert {int(missing[0])} is nowhere")
 
 
 def _filled(num_experts: int, ranks: int) -> Ints:

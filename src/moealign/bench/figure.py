@@ -83,7 +83,11 @@ def draw(rows: Sequence[dict[str, Any]], target: Path, drawn: Sequence[str] = ()
                     marker=None if impl.startswith("floor") else "o",
                     markersize=3.5,
                 )
-        left.set(yscale="log", xlabel="routes (tokens x 8), 256 experts", ylabel="microseconds a call")
+        left.set(
+            yscale="log",
+            xlabel="routes (tokens x 8, log scale), 256 experts",
+            ylabel="microseconds per call (log scale)",
+        )
         left.set_xscale("log", base=4)
         left.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -121,10 +125,7 @@ def _draw_batched(axis: Any, batched: Sequence[tuple[dict[str, Any], dict[str, f
         )
         axis.bar_label(bars, [microseconds(times.get(impl)) for _, times in batched], padding=2, fontsize=8)
     axis.set_yticks(list(places), [f"{row['num_experts']} x {row['top_k']}, {row['block_size']}" for row, _ in batched])
-    axis.set_xscale("log")
-    axis.set_xlim(left=1)
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.xaxis.set_minor_formatter("")
-    axis.set(xlabel="microseconds a call", ylabel="batches x rows, block")
+    axis.margins(x=0.12)  # room for the labels
+    axis.set(xlabel="microseconds per call", ylabel="batches x rows, block")
     axis.invert_yaxis()
     axis.set_title("batched_moe_align_block_size", loc="left")

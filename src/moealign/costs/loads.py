@@ -22,6 +22,7 @@ __all__ = [
     "blocks_of",
     "loads_of",
     "padding",
+    "piece_loads",
     "pieces",
     "summarize",
     "typical_batches",
@@ -34,6 +35,7 @@ Floats = npt.NDArray[np.float64]
 MAX_DECODE_TOKENS = 256  #: a batch of more tokens counts as prefill
 _DECODE_TOKENS = 64  # of a decode batch, where the trace does not say
 _MAX_LOADS = 2**24  # elements of a table of loads
+_MAX_WINDOWS = 512
 
 
 def loads_of(topk_ids: Tensor, num_experts: int) -> Ints:
@@ -43,14 +45,14 @@ def loads_of(topk_ids: Tensor, num_experts: int) -> Ints:
 
 
 def batch_loads(topk_ids: Tensor, num_experts: int, calls: Sequence[int] = ()) -> Ints:
-    """Kept routes of each expert in each batch, ``[batches, layers, num_experts]``.
+    """Kept routes of each expert in each batch, ``[layers, batches, num_experts]``.
 
     Every call of the model is a batch; without `calls`, all tokens are one.  Of very many calls, only some are counted,
     evenly spread.
     """
     bounds = _bounds(topk_ids.shape[1], calls)
     chosen = _spread(bounds, max(1, _MAX_LOADS // (topk_ids.shape[0] * num_experts)))
-    return np.stack([loads_of(topk_ids[:, first:last], num_experts) for first, last in chosen])
+    return np.stack([loads_of(topk_ids[:, first:last], num_experts) for first, last in chosen], axis=1)
 
 
 def _bounds(tokens: int, calls: Sequence[int]) -> list[tuple[int, int]]:
@@ -123,10 +125,10 @@ def windows(topk_ids: Tensor, num_experts: int, size: int, calls: Sequence[int] 
     """Imbalance (busiest expert over the mean) of each call, or of each run of `size` tokens if there are no `calls`.
 
     Returns:
-        ``[layers, batches]``.
+        ``[layers, batches]``; at most 512 batches, evenly spread.
     """
     tokens = topk_ids.shape[1]
-    bounds = _bounds(tokens, calls or [min(size, tokens - start) for start in range(0, tokens, size)])
+    bounds = _spread(_bounds(tokens, calls or [min(size, tokens - s) for s in range(0, tokens, size)]), _MAX_WINDOWS)
     return np.stack([imbalance_of(loads_of(topk_ids[:, first:last], num_experts)) for first, last in bounds], axis=1)
 
 
@@ -156,3 +158,12 @@ def pieces(tokens: int, count: int, calls: Sequence[int] = (), max_pieces: int =
     long = [(first, last) for first, last in _bounds(tokens, calls) if last - first > count]
     runs = [start for first, last in _spread(long, max_pieces) for start in range(first, last - count + 1, count)]
     return _spread(runs, max_pieces), False
+
+
+def piece_loads(
+    topk_ids: Tensor, num_experts: int, count: int, calls: Sequence[int] = (), max_pieces: int = 8
+) -> tuple[Ints, bool]:
+    """Loads ``[layers, pieces, num_experts]`` of the batches that :func:`pieces` finds, and whether they are calls."""
+    starts, observed = pieces(topk_ids.shape[1], count, calls, max_pieces)
+    loads = [loads_of(topk_ids[:, start : start + count], num_experts) for start in starts]
+    return np.stack(loads, axis=1), observed

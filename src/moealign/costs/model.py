@@ -12,21 +12,23 @@ from torch import Tensor
 from .. import placement
 from ..errors import InvalidInput
 from ..trace import Trace
-from .loads import Ints, blocks_of, loads_of, padding, pieces, typical_batches
+from .loads import Ints, blocks_of, loads_of, padding, piece_loads, typical_batches
 
 __all__ = [
     "ALIGNMENT_US",
     "H200",
+    "LAUNCH_US",
     "BatchCost",
     "Cost",
     "Experts",
     "Machine",
     "PlacementGain",
     "Recommendation",
+    "advise",
     "alignment_us",
-    "batch_costs",
     "cost",
     "experts_of",
+    "place",
     "placement_gain",
     "recommend",
     "recommend_by_tokens",
@@ -51,6 +53,7 @@ H200 = Machine("H200 (memory as measured, cache and products assumed)", memory=4
 ALIGNMENT_US = (
     (8, 1.10), (128, 1.30), (512, 1.76), (4096, 2.52), (32768, 4.26), (131072, 5.52), (524288, 8.78)
 )  # fmt: skip
+LAUNCH_US = 0.57  #: microseconds of an empty kernel in a CUDA graph, from the same file (floor-empty)
 _MAX_PLACED_EXPERTS = 2048  # computing placements of more takes too long for a report
 
 
@@ -169,7 +172,8 @@ def recommend_by_tokens(
 ) -> list[Recommendation]:
     """One row each for 1, 2, 4, ... and the most tokens of a batch, and for the sizes of calls that occur most.
 
-    Each is the mean over at most `max_pieces` batches (see :func:`pieces`).
+    Each is the mean over at most `max_pieces` batches, calls of the model if some have that size (``observed``), else
+    runs of neighbouring tokens.
     """
     tokens = topk_ids.shape[1]
     longest = max(calls, default=tokens)
@@ -177,8 +181,7 @@ def recommend_by_tokens(
     counts |= {*typical_batches(tokens, calls).values(), *(count for count, _ in Counter(calls).most_common(8))}
     rows = []
     for count in sorted(counts):
-        starts, observed = pieces(tokens, count, calls, max_pieces)
-        loads = np.concatenate([loads_of(topk_ids[:, s : s + count], num_experts) for s in starts])
+        loads, observed = piece_loads(topk_ids, num_experts, count, calls, max_pieces)
         rows.append(recommend(loads, count, sizes, experts, machine, observed))
     return rows
 
@@ -211,32 +214,47 @@ class BatchCost:
         return self.alignment / self.layer
 
 
-def batch_costs(
-    rows: Sequence[Recommendation], sizes: Sequence[int], top_k: int, kinds: dict[str, int]
-) -> list[BatchCost]:
-    """The modelled cost of each of `kinds`, from :func:`typical_batches`, by `rows`, from :func:`recommend_by_tokens`;
-    without any route, no row.
+def advise(trace: Trace, sizes: Sequence[int], experts: Experts, machine: Machine = H200) -> list[BatchCost]:
+    """The cheapest of `sizes` by the model for each kind of batch (:func:`typical_batches`), and what the batch costs.
+
+    Without any route there is nothing to advise: [].
     """
-    by_tokens = {row.tokens: row for row in rows}
-    found = []
-    for kind, tokens in kinds.items():
-        row = by_tokens[tokens]
-        best = sizes.index(row.block_size)
-        if max(row.costs) > 0:
-            spent = alignment_us(tokens * top_k)
-            found.append(
-                BatchCost(
-                    kind,
-                    tokens,
-                    row.observed,
-                    row.block_size,
-                    row.wasted[best],
-                    alignment=spent,
-                    layer=spent + row.costs[best],
-                    measured=False,
-                )
+    advice = []
+    for kind, tokens in typical_batches(trace.tokens, trace.calls).items():
+        loads, observed = piece_loads(trace.topk_ids, trace.num_experts, tokens, trace.calls)
+        if loads.any():
+            row = recommend(loads, tokens, sizes, experts, machine, observed)
+            best = sizes.index(row.block_size)
+            alignment = alignment_us(tokens * trace.top_k)
+            layer = alignment + 2 * LAUNCH_US + row.costs[best]
+            advice.append(
+                BatchCost(kind, tokens, observed, row.block_size, row.wasted[best], alignment, layer, measured=False)
             )
-    return found
+    return advice
+
+
+def place(trace: Trace, ranks: int, replicas: int | None = None) -> Ints:
+    """A balanced placement of each layer for the loads of all tokens, ``[layers, ranks, slots]``, without empty slots.
+
+    Args:
+        trace: the routes.
+        ranks: number of ranks.
+        replicas: copies beyond the first of each expert; by default as few as leave no slot empty.
+
+    Raises:
+        InvalidInput: more than 2,048 experts, or `replicas` that leave a slot empty or that the ranks cannot hold.
+    """
+    spare = placement.spare_slots(trace.num_experts, ranks)
+    copies = spare if replicas is None else replicas
+    if trace.num_experts > _MAX_PLACED_EXPERTS:
+        raise InvalidInput(f"trace: expected at most {_MAX_PLACED_EXPERTS} experts to place, got {trace.num_experts}")
+    if (copies - spare) % ranks:
+        raise InvalidInput(
+            f"replicas: expected {spare} or a multiple of {ranks} more, which fills every slot of {ranks} ranks, got "
+            f"{copies}"
+        )
+    loads = loads_of(trace.topk_ids, trace.num_experts)
+    return np.stack([placement.balanced(layer, ranks, copies) for layer in loads])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,29 @@
-"""The report on a routing trace: one self-contained page, or the same figures as one PNG or SVG."""
+"""The report on one or two routing traces: a self-contained page, a PNG or SVG, JSON, and files for serving engines."""
 
 from .analysis import Study, study
+from .compare import Comparison, compare, comparison_json, comparison_lines, write_comparison
+from .engines import write_configuration
 from .page import FORMATS, write
+from .summary import as_json, lines
 from .theme import ADAPTIVE, DARK, LIGHT, Theme, save_adaptive, style
 
-__all__ = ["ADAPTIVE", "DARK", "FORMATS", "LIGHT", "Study", "Theme", "save_adaptive", "study", "style", "write"]
+__all__ = [
+    "ADAPTIVE",
+    "DARK",
+    "FORMATS",
+    "LIGHT",
+    "Comparison",
+    "Study",
+    "Theme",
+    "as_json",
+    "compare",
+    "comparison_json",
+    "comparison_lines",
+    "lines",
+    "save_adaptive",
+    "study",
+    "style",
+    "write",
+    "write_comparison",
+    "write_configuration",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +12,28 @@ import numpy as np
 
 from .. import costs
 from .analysis import Study
+from .summary import basis_text, batches_text
 from .theme import ADAPTIVE, Theme, pyplot, save_adaptive, style
 
 __all__ = ["Panel", "block_map", "draw_block_map", "map_cells", "panels", "save_block_map", "save_picture"]
 
-MAP_COLUMNS = 64  # blocks on a line of a block map
+MAP_COLUMNS = 64  # blocks in a line of a block map
 MAX_LAYERS_NAMED = 10  # with more layers, lines are grey and have no name
 
 
 def _layer_style(theme: Theme, layers: int, layer: int) -> dict[str, Any]:
     if layers <= MAX_LAYERS_NAMED:
         return {"color": theme.series[layer % len(theme.series)], "label": f"layer {layer}", "linewidth": 1.4}
-    return {"color": theme.muted, "alpha": 0.35, "linewidth": 0.8, "label": "a layer" if layer == 0 else None}
+    return {"color": theme.muted, "alpha": 0.35, "linewidth": 0.8, "label": "one layer" if layer == 0 else None}
 
 
 def _legend(axis: Any, theme: Theme, **options: Any) -> None:
     axis.legend(frameon=False, labelcolor=theme.ink, fontsize=8, **options)
+
+
+def _legend_on_top(axis: Any, theme: Theme, ncols: int) -> None:
+    """Above the axes, at the left."""
+    _legend(axis, theme, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0, borderaxespad=0.2, ncols=ncols)
 
 
 def draw_loads(axis: Any, study: Study, theme: Theme) -> None:
@@ -39,46 +46,59 @@ def draw_loads(axis: Any, study: Study, theme: Theme) -> None:
     axis.grid(False)
     axis.yaxis.get_major_locator().set_params(integer=True)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    bar = axis.figure.colorbar(image, ax=axis, pad=0.01, fraction=0.05)
-    bar.set_label("routes over the layer's mean", color=theme.ink)
+    # Left and on top, as the legends: a phone shows the left part of a wide figure first.
+    bar = axis.figure.colorbar(
+        image, ax=axis, location="top", anchor=(0.0, 0.5), shrink=0.4, aspect=30, pad=0.02, fraction=0.08
+    )
+    bar.set_label("routes over the layer's mean", color=theme.ink, loc="left")
     bar.ax.tick_params(colors=theme.ink)
     bar.outline.set_visible(False)
 
 
 def draw_imbalance(axis: Any, study: Study, theme: Theme) -> None:
-    """Lines: load of the busiest expert over the mean, in each run of tokens."""
-    at = np.arange(study.imbalance.shape[1]) * study.window
+    """Lines: load of the busiest expert over the mean, in each batch."""
+    batches = study.imbalance.shape[1]
+    at = np.arange(batches) * study.window if study.window else np.linspace(0, len(study.trace.calls) - 1, batches)
     layers = len(study.imbalance)
     for layer, values in enumerate(study.imbalance):
         axis.plot(at, values, **_layer_style(theme, layers, layer))
     if layers > 1:
         axis.plot(at, study.imbalance.mean(axis=0), color=theme.ink, linewidth=2, label="mean of the layers")
-    axis.set(xlabel="token at which the run begins", ylabel="busiest expert / mean expert")
+    begin = "token at which the run begins" if study.window else "call of the model"
+    axis.set(xlabel=begin, ylabel="busiest expert / mean expert")
     axis.set_ylim(bottom=1)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _legend(axis, theme, ncols=3)
+    _legend_on_top(axis, theme, ncols=3)
 
 
 def _plot_over_sizes(axis: Any, study: Study, theme: Theme, values: Any, label: str) -> None:
-    for layer, line in enumerate(values):
-        axis.plot(study.sizes, line, marker="o", markersize=3, **_layer_style(theme, len(values), layer))
+    """The mean of the layers as a line, their range as a band: layers often lie on one another."""
+    color = theme.series[0]
+    axis.plot(study.sizes, values.mean(axis=0), marker="o", markersize=3.5, color=color, label="mean of the layers")
+    if len(values) > 1:
+        lowest, highest = values.min(axis=0), values.max(axis=0)
+        axis.fill_between(
+            study.sizes, lowest, highest, color=color, alpha=0.25, linewidth=0, label="range of the layers"
+        )
     axis.set_xscale("log", base=2)
     axis.set_xticks(study.sizes, [str(size) for size in study.sizes])
     axis.minorticks_off()
-    axis.set(xlabel="block size (rows)", ylabel=label)
+    axis.set(xlabel="block size (rows, log scale)", ylabel=label)
+    _legend(axis, theme)
 
 
 def draw_padding(axis: Any, study: Study, theme: Theme) -> None:
     """Lines over block sizes: the fraction of the rows that is padding."""
     _plot_over_sizes(axis, study, theme, 100 * study.wasted, "padding (% of all rows)")
     axis.set_ylim(bottom=0)
-    _legend(axis, theme)
 
 
 def draw_block_counts(axis: Any, study: Study, theme: Theme) -> None:
     """Lines over block sizes: blocks of a layer."""
-    _plot_over_sizes(axis, study, theme, study.blocks, "blocks of a layer")
-    axis.set_yscale("log", base=2)
+    blocks = study.blocks
+    _plot_over_sizes(axis, study, theme, blocks, "blocks of a layer (log scale)")
+    if blocks.all():  # a logarithm of none would be drawn nowhere
+        axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.minorticks_off()
 
@@ -98,10 +118,11 @@ def draw_costs(axis: Any, study: Study, theme: Theme) -> None:
     for place, total in zip(places, bottom, strict=True):
         axis.text(place, total, f"{total:,.0f}", ha="center", va="bottom", fontsize=8, color=theme.ink)
     if study.measured:
-        axis.plot(places, study.measured, "D", color=theme.ink, markersize=6, label="measured on this GPU")
-        bottom = np.maximum(bottom, study.measured)
+        known = [(place, time) for place, time in zip(places, study.measured, strict=True) if time is not None]
+        axis.plot(*zip(*known, strict=True), "D", color=theme.ink, markersize=6, label="measured on this GPU")
+        bottom = np.maximum(bottom, max(time for _, time in known))
     axis.set_xticks(places, [str(size) for size in study.sizes])
-    axis.set(xlabel="block size (rows)", ylabel="microseconds a layer")
+    axis.set(xlabel="block size (rows)", ylabel="microseconds per layer")
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.grid(False, axis="x")
     axis.set_ylim(0, 1.5 * bottom.max() if bottom.max() else 1)
@@ -137,7 +158,7 @@ def draw_placement(axis: Any, study: Study, theme: Theme) -> None:
         ("linear", "linear", theme.muted, "-"),
         ("round_robin", "round robin", theme.series[6], "-"),
         ("balanced", "balanced", theme.series[0], "-"),
-        ("replicated", "balanced, one more slot a rank", theme.series[2], "-"),
+        ("replicated", "balanced, one more slot per rank", theme.series[2], "-"),
         ("informed", "balanced, with hindsight", theme.series[0], ":"),
     )
     for name, label, colour, dashes in lines:
@@ -146,7 +167,7 @@ def draw_placement(axis: Any, study: Study, theme: Theme) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(ranks, [str(n) for n in ranks])
     axis.minorticks_off()
-    axis.set(xlabel="ranks", ylabel="busiest rank / mean rank")
+    axis.set(xlabel="ranks (log scale)", ylabel="busiest rank / mean rank")
     axis.set_ylim(bottom=1)
     _legend(axis, theme)
 
@@ -216,7 +237,7 @@ def draw_block_map(axis: Any, cells: Cells, block_size: int, theme: Theme, lines
     add(empty, facecolor="none", edgecolor=theme.muted, hatch="//////", linewidth=0.4)
     axis.set_xlim(0, MAP_COLUMNS)
     axis.set_ylim(lines, 0)
-    axis.set(xlabel=f"block, {MAP_COLUMNS} a line", ylabel="first block of the line")
+    axis.set(xlabel=f"block, {MAP_COLUMNS} per line", ylabel="first block of the line")
     labelled = range(0, lines, max(1, lines // 8))
     axis.set_yticks([line + 0.5 for line in labelled], [f"{MAP_COLUMNS * line:,}" for line in labelled])
     axis.set_xticks([0.5, 16.5, 32.5, 48.5], ["0", "16", "32", "48"])
@@ -250,16 +271,18 @@ class Panel:
 
 def panels(study: Study) -> list[Panel]:
     """Every figure except the block maps."""
-    heat = (11.0, float(np.clip(1.3 + 0.28 * len(study.loads), 2.2, 9.0)))
+    heat = (11.0, float(np.clip(1.7 + 0.28 * len(study.loads), 2.6, 9.4)))
     grid = (11.0, 1.4 + 0.36 * len(study.sizes))
+    over = f"tokens, in runs of {study.window:,}" if study.window else f"{len(study.trace.calls):,} calls"
+    placement = [Panel("placement", "What a better placement gains", draw_placement, (5.4, 3.6))]
     return [
         Panel("loads", "Load per expert and layer", draw_loads, heat),
-        Panel("imbalance", f"Imbalance over tokens, in runs of {study.window:,}", draw_imbalance, (11, 3.2)),
+        Panel("imbalance", f"Imbalance over {over}", draw_imbalance, (11, 3.4)),
         Panel("padding", "Padding per block size", draw_padding, (5.4, 3.3)),
         Panel("blocks", "Blocks per block size", draw_block_counts, (5.4, 3.3)),
         Panel("costs", "What each block size costs", draw_costs, (5.4, 3.6)),
-        Panel("placement", "What a better placement gains", draw_placement, (5.4, 3.6)),
-        Panel("tokens", "Cost of each block size over the cheapest one's, by tokens", draw_recommendations, grid),
+        *(placement if study.gains else []),
+        Panel("tokens", "Cost of each block size relative to the cheapest, by tokens", draw_recommendations, grid),
     ]
 
 
@@ -287,7 +310,7 @@ def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
                 rows.append([panel])
         rows.insert(2, [block_map(study, layer)])
         heights = [row[0].size[1] for row in rows]
-        figure = plt.figure(figsize=(11.4, sum(heights) + 0.9), layout="constrained")
+        figure = plt.figure(figsize=(11.4, sum(heights) + 1.2), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.14, h_pad=0.1)
         if not adaptive:
             figure.set_facecolor(theme.paper)
@@ -298,11 +321,11 @@ def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
                 panel.draw(axis, study, colours)
                 axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
         trace = study.trace
-        figure.suptitle(
-            f"{trace.model}; {trace.source}\n{trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of "
-            f"{trace.num_experts} experts",
-            color=colours.muted,
+        words = (
+            f"{trace.model}; {trace.source}; {trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of "
+            f"{trace.num_experts} experts. {basis_text(study)} {batches_text(study)}"
         )
+        figure.suptitle(textwrap.fill(words, 150), color=colours.muted, fontsize=8.5)
         if adaptive:
             save_adaptive(figure, path, f"moealign report: {trace.model}")
         else:

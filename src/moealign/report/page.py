@@ -7,14 +7,16 @@ import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import costs
 from ..errors import InvalidInput
 from .analysis import Study
 from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, panels, save_picture
+from .summary import advice_text, alignment_text, basis_text, batches_text, cards
 from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, pyplot, style
 
-__all__ = ["FORMATS", "write"]
+__all__ = ["FORMATS", "document", "figure_section", "table_of", "write"]
 
 FORMATS = (".html", ".png", ".svg")
 
@@ -30,7 +32,13 @@ svg { width: 100%; height: auto; display: block } svg image { image-rendering: p
 .answers div { border: 1px solid var(--rule); border-radius: 8px; padding: 10px 14px }
 .answers b { display: block; font-size: 1.5em; line-height: 1.25 }
 .answers span { color: var(--muted); font-size: .88em }
+ul { padding-left: 1.2em; margin: .3em 0 .7em }
 .wide { overflow-x: auto } .wide svg { min-width: 640px }
+.hint { display: none; color: var(--muted); font-size: .88em; margin: .2em 0 }
+@media (max-width: 700px) {
+  .hint { display: block }
+  .wide { border-right: 2px dashed var(--muted) }
+}
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em }
 th, td { text-align: right; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); white-space: nowrap }
 th { font-weight: 600 } td:first-child, th:first-child { text-align: left }
@@ -51,8 +59,8 @@ function show() {
   readout.textContent = `${data.maps[chosen.value].length} blocks`;
 }
 chosen.addEventListener("change", show);
-for (const map of maps) {
-  map.addEventListener("pointermove", event => {
+for (const map of maps) for (const kind of ["pointermove", "pointerdown"]) {
+  map.addEventListener(kind, event => {
     const box = map.querySelector("svg").getBoundingClientRect(), [left, top, right, bottom] = data.axes;
     const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
     const column = Math.floor((x - left) / (right - left) * data.across);
@@ -68,16 +76,22 @@ show();
 """
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
+_HINT = '<p class="hint" aria-hidden="true">Swipe sideways to see all of it &rarr;</p>'
+
+
+_WIDE = ' class="wide" tabindex="0"'  # the keyboard scrolls what has the focus
+
+
+def table_of(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f'<details><summary>{html.escape(name)}</summary><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f'<details><summary>{html.escape(name)}</summary>{_HINT}<div class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></details>"
     )
 
 
-def _svg(study: Study, panel: Panel) -> tuple[str, list[float]]:
+def _svg(study: Any, panel: Panel) -> tuple[str, list[float]]:
     """An ``<svg>`` in the page's CSS variables, and its axes: left, top, right, bottom as fractions of the picture."""
     plt = pyplot()
     with plt.rc_context(style(ADAPTIVE, panel.name)):
@@ -90,12 +104,12 @@ def _svg(study: Study, panel: Panel) -> tuple[str, list[float]]:
     return svg, [position.x0, 1 - position.y1, position.x1, 1 - position.y0]
 
 
-def _section(study: Study, panel: Panel, text: str, table: str = "") -> str:
+def figure_section(study: Any, panel: Panel, text: str, table: str = "") -> str:
     svg, _ = _svg(study, panel)
-    wide = ' class="wide"' if panel.size[0] > 8 else ""
+    wide = panel.size[0] > 8
     return (
         f'<section id="{panel.name}"><h2 id="title-{panel.name}">{html.escape(panel.title)}</h2><p>{text}</p>'
-        f"<div{wide}>{svg}</div>{table}</section>"
+        f"{_HINT if wide else ''}<div{_WIDE if wide else ''}>{svg}</div>{table}</section>"
     )
 
 
@@ -106,7 +120,7 @@ def _maps(study: Study, layer: int) -> str:
         svg, axes = _svg(study, panel)
         hidden = "" if number == layer else " hidden"
         heading = f'<h3 class="muted" id="title-{panel.name}" hidden>{panel.title}</h3>'
-        layers.append(f'<div class="wide" data-layer="{number}"{hidden}>{heading}{svg}</div>')
+        layers.append(f'<div{_WIDE} data-layer="{number}"{hidden}>{heading}{svg}</div>')
     options = "".join(
         f'<option value="{n}"{" selected" if n == layer else ""}>layer {n}</option>' for n in range(len(study.loads))
     )
@@ -120,32 +134,34 @@ def _maps(study: Study, layer: int) -> str:
     return (
         f'<section id="map"><h2>Blocks of a layer: the first {study.map_tokens:,} tokens, {study.map_size} rows a block'
         "</h2><p>A cell is a block, filled up to the routes it holds; each colour is an expert, "
-        '<span class="key"></span> is padding. Point at a cell to read its numbers.</p>'
+        '<span class="key"></span> is padding. Point at a cell, or tap it, to read its numbers.</p>'
         f'<p><label>Show <select id="layer">{options}</select></label><output id="readout" for="layer"></output></p>'
-        f"{''.join(layers)}</section>"
+        f"{_HINT}{''.join(layers)}</section>"
         f'<script type="application/json" id="data">{json.dumps(data, separators=(",", ":"))}</script>'
     )
 
 
-def _answers(study: Study, total: list[costs.Padding]) -> str:
+def _answers(study: Study) -> str:
     """The main results, as cards at the top of the page."""
-    best = total[study.sizes.index(study.best_size)]
-    gain = max(study.gains, key=lambda gain: gain.linear / gain.balanced)
-    answers = [
-        (
-            f"{best.block_size}",
-            f"rows a block are cheapest for all {study.trace.tokens:,} tokens at once, by the model",
-        ),
-        (f"{100 * best.wasted:.1f} %", f"of the rows are then padding, in {best.blocks:,} blocks"),
-        (
-            f"{study.imbalance.mean():.2f}",
-            f"times the mean load is on the busiest expert, over {study.window} tokens",
-        ),
-        (f"{gain.linear / gain.balanced:.2f}x", f"less waiting with a balanced placement over {gain.ranks} ranks"),
-        (f"{int((study.loads == 0).sum()):,}", f"of {study.loads.size:,} experts have no route"),
-    ]
-    cards = "".join(f"<div><b>{value}</b><span>{html.escape(text)}</span></div>" for value, text in answers)
-    return f'<div class="answers">{cards}</div>'
+    boxes = "".join(f"<div><b>{value}</b><span>{html.escape(text)}</span></div>" for value, text in cards(study))
+    return f'<div class="answers">{boxes}</div>'
+
+
+_WHERE = """<code>moealign.fused_moe</code> chooses its block size itself; <code>moealign tune</code> finds out whether
+another one is faster. vLLM and SGLang read block sizes from a file for each device and size of a layer:
+<code>moealign report TRACE --engine-config DIR</code> writes it, and <code>VLLM_TUNED_CONFIG_FOLDER=DIR</code> or
+<code>SGLANG_MOE_CONFIG_DIR=DIR</code> makes the engine read it.
+<code>moealign report TRACE --placement FILE --ranks N</code> writes the balanced placement, for SGLang's
+<code>--init-expert-location</code> and for <code>moealign.parallel.ExpertPlacement.load</code>."""
+
+
+def _advice(study: Study) -> str:
+    """Where the recommended block sizes and the placement are set."""
+    if not study.advice:
+        return ""
+    rows = "".join(f"<li>{html.escape(advice_text(each))}</li>" for each in study.advice)
+    times = "".join(f"<li>{html.escape(alignment_text(each, study.trace.layers))}</li>" for each in study.advice)
+    return f"<h2>What to do with it</h2><ul>{rows}</ul><p>{_WHERE}</p><ul>{times}</ul>"
 
 
 def _load_table(study: Study) -> str:
@@ -155,17 +171,18 @@ def _load_table(study: Study) -> str:
         for layer, s in enumerate(summaries)
     ]
     header = ["layer", "min", "median", "max", "max / mean", "idle"]
-    return _table(header, rows, "Routes per layer, as numbers")
+    return table_of(header, rows, "Routes per layer, as numbers")
 
 
 def _size_table(study: Study, total: list[costs.Padding]) -> str:
     rows = []
     for i, (padding, cost) in enumerate(zip(total, study.by_size, strict=True)):
         times = [f"{value:,.1f}" for value in (cost.memory, cost.cache, cost.matrix, cost.total)]
-        measured = f"{study.measured[i]:,.1f}" if study.measured else "-"
+        time = study.measured[i] if study.measured else None
+        measured = "-" if time is None else f"{time:,.1f}"
         rows.append([str(padding.block_size), f"{padding.blocks:,}", f"{100 * padding.wasted:.1f} %", *times, measured])
     header = ["block size", "blocks", "padding", "memory us", "cache us", "products us", "sum us", "measured us"]
-    return _table(header, rows, "Block sizes, as numbers")
+    return table_of(header, rows, "Block sizes, as numbers")
 
 
 def _token_table(study: Study) -> str:
@@ -174,8 +191,8 @@ def _token_table(study: Study) -> str:
         wasted = row.wasted[study.sizes.index(row.block_size)]
         each = [f"{value:,.1f}" for value in row.costs]
         rows.append([f"{row.tokens:,}", str(row.block_size), f"{min(row.costs):,.1f}", f"{100 * wasted:.1f} %", *each])
-    header = ["tokens", "choose", "us a layer", "padding", *(f"B = {size}" for size in study.sizes)]
-    return _table(header, rows, "Recommended block sizes, as numbers")
+    header = ["tokens", "choose", "us per layer", "padding", *(f"B = {size}" for size in study.sizes)]
+    return table_of(header, rows, "Recommended block sizes, as numbers")
 
 
 def _placement_table(study: Study) -> str:
@@ -185,42 +202,49 @@ def _placement_table(study: Study) -> str:
         for g in study.gains
     ]
     header = ["ranks", "linear", "round robin", "balanced", "one more slot", "with hindsight", "linear / balanced"]
-    return _table(header, rows, "Placements, as numbers")
+    return table_of(header, rows, "Placements, as numbers")
 
 
 def _model_text(study: Study) -> str:
-    experts, machine = study.experts, study.machine
-    return (
+    machine = study.machine
+    return html.escape(
         "For one layer, the model adds three times: reading from memory the activations and the weights of every "
         "expert that has a route; reading the weights again from the cache for each further block of an expert; and "
-        "the products of all rows, padding included. It ignores overlap: it ranks block sizes and predicts no time. "
-        f"Experts of {experts.hidden:,} x {experts.intermediate:,} with a gate, {experts.bytes} bytes a weight; "
-        f"{html.escape(machine.name)}: {machine.memory / 1e12:.2f} TB/s memory, {machine.cache / 1e12:.2f} TB/s cache, "
+        "the products of all rows, padding included. It ignores overlap; its ranking of block sizes is better than its "
+        f"times. Rates: {machine.memory / 1e12:.2f} TB/s memory, {machine.cache / 1e12:.2f} TB/s cache, "
         f"{machine.matrix / 1e12:,.0f} TFLOP/s."
     )
 
 
 def _html(study: Study, layer: int) -> str:
-    from .. import __version__
-
-    trace, last = study.trace, study.gains[-1]
+    trace = study.trace
     by_name = {panel.name: panel for panel in panels(study)}
-    total = [costs.padding(study.loads, size) for size in study.sizes]
+    total = [costs.padding(study.batches, size) for size in study.sizes]
     measured = (
         "Diamonds are the time of one layer in bf16 through <code>moealign.grouped_gemm</code>, measured on this GPU."
         if study.measured
         else f"Not measured: {html.escape(study.not_measured)}."
     )
+    placement = "Placements are computed from the first half of the tokens and judged on the second half. "
+    if study.gains:
+        last = study.gains[-1]
+        placement += (
+            f"With a linear placement on {last.ranks} ranks, every rank waits for one that has {last.linear:.2f} times "
+            "its share."
+        )
+    experts = f"experts of hidden size {study.experts.hidden:,} and intermediate size {study.experts.intermediate:,}"
 
     def section(name: str, text: str, table: str = "") -> str:
-        return _section(study, by_name[name], text, table)
+        return figure_section(study, by_name[name], text, table)
 
     parts = [
-        f"<h1>Where the routes of {html.escape(trace.model)} go</h1>",
-        f'<p class="muted">{html.escape(trace.source)}; revision {html.escape(trace.revision)}. {trace.layers} layers, '
-        f"{trace.tokens:,} tokens, top {trace.top_k} of {trace.num_experts} experts, "
-        f"{int(study.loads.sum()):,} routes kept.</p>",
-        _answers(study, total),
+        "<h1>Routing report</h1>",
+        f"<p>{html.escape(_origin(study))}</p>",
+        f'<p class="muted">{trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of {trace.num_experts} '
+        f"experts, {int(study.loads.sum()):,} routes. {html.escape(batches_text(study))} "
+        f"{html.escape(basis_text(study))}</p>",
+        _answers(study),
+        _advice(study),
         section(
             "loads",
             "Yellow experts are busy, dark ones idle; 1 is the mean of the layer.",
@@ -228,19 +252,14 @@ def _html(study: Study, layer: int) -> str:
         ),
         section(
             "imbalance",
-            "1 is even. If a batch is one run of tokens, the busiest expert works this much longer than the mean.",
+            "1 is even. In each batch, the busiest expert has this many times the mean load.",
         ),
         _maps(study, layer),
         '<div class="pair">',
         section("padding", "Rows that are computed and discarded."),
         section("blocks", "Each block is a tile of the grouped GEMM and reads its expert's weights."),
-        section("costs", f"All {trace.tokens:,} tokens at once, mean of the layers. {measured}"),
-        section(
-            "placement",
-            "Placements are computed from the first half of the tokens and judged on the second half. With a linear "
-            f"placement over {last.ranks} ranks, every rank waits for one that has {last.linear:.2f} times its share.",
-            _placement_table(study),
-        ),
+        section("costs", f"Batches of {study.main_tokens:,} tokens, {experts}, mean of the layers. {measured}"),
+        section("placement", placement, _placement_table(study)) if study.gains else "",
         "</div>",
         f'<p class="muted">{_model_text(study)}</p>',
         _size_table(study, total),
@@ -250,14 +269,28 @@ def _html(study: Study, layer: int) -> str:
             _token_table(study),
         ),
     ]
+    return document(f"moealign report: {trace.model}", "\n".join(parts), _SCRIPT)
+
+
+def _origin(study: Study) -> str:
+    trace = study.trace
+    parts = (trace.model, trace.source, f"revision {trace.revision}" if trace.revision else "")
+    return "; ".join(filter(None, parts)) + "."
+
+
+def document(title: str, body: str, script: str = "") -> str:
+    """A page that needs no network."""
+    from .. import __version__
+
     today = datetime.date.today().isoformat()
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>moealign report: {html.escape(trace.model)}</title>"
-        f"<style>{css_variables(':root')}{_CSS}</style></head><body>"
-        + "\n".join(parts)
-        + f'<p class="muted">moealign {__version__}, {today}.</p><script>{_SCRIPT}</script></body></html>\n'
+        f"<title>{html.escape(title)}</title>"
+        f"<style>{css_variables(':root')}{_CSS}</style></head><body>{body}"
+        f'<p class="muted">moealign {__version__}, {today}.</p>'
+        + (f"<script>{script}</script>" if script else "")
+        + "</body></html>\n"
     )
 
 
