@@ -201,6 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
         "unigram_loss": round(baseline, 4),
         "sources_sha256": digest,
         "torch": torch.__version__,
+        "hidden": WIDTH,
+        "intermediate": HIDDEN,
+        "device": "cpu",
     }
     trace = Trace(
         topk_ids,

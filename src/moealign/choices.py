@@ -18,6 +18,8 @@ __all__ = [
     "MASK_NAMES",
     "PaddingMask",
     "concatenate",
+    "device_name",
+    "expert_sizes",
     "ids_from_choice",
     "ids_from_router",
     "is_router",
@@ -70,6 +72,27 @@ def number_of_experts(module: nn.Module, choice: str) -> int | None:
     sends = choice in _positional_names(vars(module).get("forward"), 0)
     shards = [each.shape[0] for each in module.parameters(recurse=False) if hasattr(each, "full_tensor")]
     return max(numbers[0], *shards) if sends and shards else numbers[0]
+
+
+def expert_sizes(module: nn.Module, rows: Any) -> dict[str, int]:
+    """``hidden`` and ``intermediate``, the sizes of an expert of `module` that gets `rows` ``[..., hidden]``.
+
+    The second is the other size of ``down_proj``, a parameter ``[experts, ...]`` or a linear layer of each expert; {}
+    if there is none that fits.
+    """
+    if not isinstance(rows, Tensor) or rows.dim() < 2:
+        return {}
+    hidden = int(rows.shape[-1])
+    for name, weights in module.named_parameters():
+        if "down_proj" in name.split(".") and weights.dim() >= 2 and hidden in weights.shape[-2:]:
+            first, second = (int(size) for size in weights.shape[-2:])
+            return {"hidden": hidden, "intermediate": first if second == hidden else second}
+    return {}
+
+
+def device_name(device: torch.device) -> str:
+    """What a trace calls `device`: the name of a GPU, otherwise the type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------

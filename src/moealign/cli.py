@@ -238,7 +238,7 @@ def write_report(
         typer.Option(
             "--output",
             "-o",
-            help="File to write: .html, .svg (both for light and dark) or .png (default: report.html, none with --json)",
+            help="File to write: .html, .svg (light and dark) or .png (default: report.html; none with --json)",
         ),
     ] = None,
     block_size: BlockSizes = BLOCK_SIZES,

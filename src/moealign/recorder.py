@@ -47,6 +47,7 @@ class Capture:
         self._mask = attention_mask
         self._recorded: dict[str, list[tuple[int, Tensor]]] = {}  # number of the model's call, ids
         self._experts: dict[str, int] = {}
+        self._facts: dict[str, dict[str, Any]] = {}  # sizes of an expert, and the device, of each layer
         self._calls = 0
         self._lock = threading.Lock()
         self._threads: dict[int, _ThreadState] = {}
@@ -76,8 +77,20 @@ class Capture:
         """The number of tokens in each call of each layer."""
         return {name: tuple(len(ids) for _, ids in self._in_order(name)) for name in self._recorded}
 
+    def _describe(self, layer: str, facts: dict[str, Any]) -> None:
+        self._facts.setdefault(layer, facts)
+
+    def _shared_facts(self, layers: list[str]) -> dict[str, Any]:
+        """What :meth:`_describe` said of all of `layers` alike."""
+        first = self._facts.get(layers[0], {})
+        same = [self._facts.get(layer, {}) for layer in layers]
+        return {name: value for name, value in first.items() if all(each.get(name) == value for each in same)}
+
     def trace(self, *, model: str | None = None, source: str = "", revision: str = "") -> Trace:
         """All calls so far as one trace: ``topk_ids`` ``[layers, tokens, k]``, and in ``calls`` the tokens per call.
+
+        The details also have ``hidden`` and ``intermediate``, the sizes of an expert, and ``device``, where all layers
+        agree in them.
 
         Args:
             model: what routed; by default the model's class and, if it has one, its name or path.
@@ -126,7 +139,7 @@ class Capture:
                 model,
                 source,
                 revision,
-                {"layers": names, "calls": [count for _, count in calls]},
+                {"layers": names, "calls": [count for _, count in calls], **self._shared_facts(names)},
             )
             for (_, experts, calls), names in kinds.items()
         ]
@@ -379,6 +392,8 @@ def _experts_hook(recorded: Capture, name: str, module: nn.Module) -> Any:
             name, kwargs.get(choice, args[i] if i < len(args) else None), experts, distinct=False
         )
         rows = kwargs.get("hidden_states", args[0] if args else None)
+        if isinstance(rows, Tensor):
+            recorded._describe(name, {**choices.expert_sizes(module, rows), "device": choices.device_name(rows.device)})
         tokens = rows.shape[:-1].numel() if isinstance(rows, Tensor) and rows.dim() > 1 else len(ids)
         if tokens != len(ids):
             raise InvalidInput(

@@ -105,8 +105,11 @@ def study(
         except Exception as error:  # the report is useful without the measurement, and says why it is missing
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
     size = map_size or (advice[-1].block_size if advice else compared[0])
-    shown = trace.tokens
-    while shown > 1 and costs.blocks_of(costs.loads_of(ids[:, :shown], count), size).sum(axis=1).max() > MAX_MAP_BLOCKS:
+    batch = ids[:, costs.pieces(trace.tokens, main, calls)[0][0] :]
+    shown = main
+    while (
+        shown > 1 and costs.blocks_of(costs.loads_of(batch[:, :shown], count), size).sum(axis=1).max() > MAX_MAP_BLOCKS
+    ):
         shown = 2 ** ((shown - 1).bit_length() - 1)
     window = 0 if calls else min(256, trace.tokens)
     main_loads, _ = costs.piece_loads(ids, count, main, calls)
@@ -127,7 +130,7 @@ def study(
         gains=costs.placement_gain(ids, count, [n for n in RANKS if n <= max(2, count)]),
         not_measured=reason,
         map_tokens=shown,
-        map_loads=costs.loads_of(ids[:, :shown], count),
+        map_loads=costs.loads_of(batch[:, :shown], count),
         map_size=size,
     )
 

@@ -51,8 +51,8 @@ class Comparison:
         if self.carried is not None:
             own, other = self.carried
             notes.append(
-                f"On {self.ranks} ranks, the busiest rank of B has {own:.2f}x the mean load with a placement for B, and "
-                f"{other:.2f}x with the placement for A."
+                f"On {self.ranks} ranks, the busiest rank of B has {own:.2f}x the mean load if B's loads decide the "
+                f"placement, and {other:.2f}x if those of A do."
             )
         return notes
 
@@ -86,7 +86,7 @@ def _values(study: Study) -> list[tuple[str, str]]:
         ("experts", f"top {trace.top_k} of {trace.num_experts}"),
         ("size of an expert", f"{study.experts}, {study.experts_source}"),
         ("idle experts", f"{int((study.loads == 0).sum()):,} of {study.loads.size:,}"),
-        ("imbalance, " + (f"{study.window:,} tokens" if study.window else "calls"), f"{study.imbalance.mean():.2f}"),
+        ("imbalance", f"{study.imbalance.mean():.2f} in " + (f"{study.window:,} tokens" if study.window else "a call")),
     ]
     for each in study.advice:
         how = "measured" if each.measured else "modelled"

@@ -15,7 +15,7 @@ from .analysis import Study
 from .summary import basis_text, batches_text
 from .theme import ADAPTIVE, Theme, pyplot, save_adaptive, style
 
-__all__ = ["Panel", "block_map", "draw_block_map", "map_cells", "panels", "save_block_map", "save_picture"]
+__all__ = ["Panel", "block_map", "draw_block_map", "map_cells", "map_text", "panels", "save_block_map", "save_picture"]
 
 MAP_COLUMNS = 64  # blocks in a line of a block map
 MAX_LAYERS_NAMED = 10  # with more layers, lines are grey and have no name
@@ -175,6 +175,12 @@ def draw_placement(axis: Any, study: Study, theme: Theme) -> None:
 Cells = Sequence[tuple[int, int]]
 
 
+def map_text(study: Study) -> str:
+    """Which tokens a block map shows, in blocks of how many rows."""
+    which = f"{study.map_tokens:,} tokens of a call" if study.trace.calls else f"the first {study.map_tokens:,} tokens"
+    return f"{which}, {study.map_size} rows a block"
+
+
 def map_cells(study: Study, layer: int) -> list[tuple[int, int]]:
     """(expert, kept rows) of each block in the map of a layer, in the layout's order."""
     cells = []
@@ -288,7 +294,7 @@ def panels(study: Study) -> list[Panel]:
 
 def block_map(study: Study, layer: int) -> Panel:
     """The blocks of one layer."""
-    title = f"Blocks of layer {layer}: the first {study.map_tokens:,} tokens, {study.map_size} rows a block"
+    title = f"Blocks of layer {layer}: {map_text(study)}"
 
     def draw(axis: Any, study: Study, theme: Theme) -> None:
         draw_block_map(axis, map_cells(study, layer), study.map_size, theme, map_lines(study))
@@ -315,11 +321,15 @@ def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
         if not adaptive:
             figure.set_facecolor(theme.paper)
         parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
+        bold: Any = {"fontsize": 10, "fontweight": "bold"}
         for part, row in zip(parts, rows, strict=True):
             part.set_facecolor("none")
             for axis, panel in zip(part.subplots(1, len(row), squeeze=False)[0], row, strict=True):
                 panel.draw(axis, study, colours)
-                axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
+                if len(row) > 1:
+                    axis.set_title(panel.title, loc="left", **bold)
+            if len(row) == 1:  # above the legend
+                part.suptitle(row[0].title, x=0.01, ha="left", **bold)
         trace = study.trace
         words = (
             f"{trace.model}; {trace.source}; {trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of "

@@ -12,8 +12,8 @@ from typing import Any
 from .. import costs
 from ..errors import InvalidInput
 from .analysis import Study
-from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, panels, save_picture
-from .summary import advice_text, alignment_text, basis_text, batches_text, cards
+from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, map_text, panels, save_picture
+from .summary import alignment_text, basis_text, batches_text, cards
 from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, pyplot, style
 
 __all__ = ["FORMATS", "document", "figure_section", "table_of", "write"]
@@ -41,6 +41,7 @@ ul { padding-left: 1.2em; margin: .3em 0 .7em }
 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em }
 th, td { text-align: right; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); white-space: nowrap }
+.words td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top }
 th { font-weight: 600 } td:first-child, th:first-child { text-align: left }
 details { margin: .4em 0 } summary { cursor: pointer; color: var(--muted) }
 select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--muted); border-radius: 6px;
@@ -132,8 +133,8 @@ def _maps(study: Study, layer: int) -> str:
         "size": study.map_size,
     }
     return (
-        f'<section id="map"><h2>Blocks of a layer: the first {study.map_tokens:,} tokens, {study.map_size} rows a block'
-        "</h2><p>A cell is a block, filled up to the routes it holds; each colour is an expert, "
+        f'<section id="map"><h2>Blocks of a layer: {map_text(study)}</h2>'
+        "<p>A cell is a block, filled up to the routes it holds; each colour is an expert, "
         '<span class="key"></span> is padding. Point at a cell, or tap it, to read its numbers.</p>'
         f'<p><label>Show <select id="layer">{options}</select></label><output id="readout" for="layer"></output></p>'
         f"{_HINT}{''.join(layers)}</section>"
@@ -156,12 +157,13 @@ another one is faster. vLLM and SGLang read block sizes from a file for each dev
 
 
 def _advice(study: Study) -> str:
-    """Where the recommended block sizes and the placement are set."""
+    """The time of alignment, and where block sizes and placements are set."""
     if not study.advice:
         return ""
-    rows = "".join(f"<li>{html.escape(advice_text(each))}</li>" for each in study.advice)
     times = "".join(f"<li>{html.escape(alignment_text(each, study.trace.layers))}</li>" for each in study.advice)
-    return f"<h2>What to do with it</h2><ul>{rows}</ul><p>{_WHERE}</p><ul>{times}</ul>"
+    return (
+        f"<h2>What alignment costs</h2><ul>{times}</ul><h2>Where to set block sizes and placements</h2><p>{_WHERE}</p>"
+    )
 
 
 def _load_table(study: Study) -> str:
