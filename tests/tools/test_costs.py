@@ -13,7 +13,7 @@ import torch
 from moealign import align, capacity, costs
 from moealign.costs import H200, Experts, Machine
 from moealign.errors import InvalidInput
-from moealign.trace import example_trace, load_trace
+from moealign.trace import Trace, example_trace, load_trace
 
 TRACE = load_trace(example_trace())
 EXPERTS = Path(__file__).parents[2] / "benchmarks" / "results" / "experts_h200.csv"
@@ -112,11 +112,56 @@ def test_the_model_chooses_as_measurements_did():
         ids = torch.rand(1, tokens, count, generator=draw).topk(top_k, -1).indices
         sizes = [16, 32, 64, 128]
         chosen = costs.recommend_by_tokens(ids, count, sizes, Experts(hidden, inner), H200)[-1].block_size
+        spent = min(costs.recommend_by_tokens(ids, count, sizes, Experts(hidden, inner), H200)[-1].costs)
+        assert 0.75 < spent / float(row["median_us"]) < 1.75, "as the docstring of cost() says"
         right += chosen == int(row["block_size"])
         if not 0.5 <= chosen / int(row["block_size"]) <= 2:
             wrong.append((row["case"], chosen))
     assert right >= 0.8 * len(rows) >= 8, f"{right} of {len(rows)}"
     assert wrong == []
+
+
+def test_alignment_is_interpolated_between_tracked_times():
+    with EXPERTS.with_name("align_h200.csv").open(newline="") as source:
+        rows = [r for r in csv.DictReader(source) if r["bench"] == "align" and r["num_experts"] == "256"]
+    times = {int(r["routes"]): float(r["median_us"]) for r in rows if r["impl"] == "moealign-cuda"}
+    assert {routes: times[routes] for routes, _ in costs.ALIGNMENT_US} == {
+        routes: pytest.approx(spent, rel=0.1) for routes, spent in costs.ALIGNMENT_US
+    }
+    for routes, spent in times.items():
+        assert costs.alignment_us(routes) == pytest.approx(spent, rel=0.25)
+    assert costs.alignment_us(0) == costs.alignment_us(1) == costs.ALIGNMENT_US[0][1]
+    assert costs.alignment_us(2**20) == pytest.approx(2 * costs.alignment_us(2**19))
+    empty = [float(r["median_us"]) for r in rows if r["impl"] == "floor-empty"]
+    assert np.median(empty) == pytest.approx(costs.LAUNCH_US, rel=0.1)
+
+
+def test_typical_batches():
+    assert costs.typical_batches(8192) == {"decode": 64, "prefill": 8192}
+    assert costs.typical_batches(200) == {"decode": 64}
+    assert costs.typical_batches(5) == {"decode": 5}
+    assert costs.typical_batches(5 + 2 + 300 + 900, (5, 2, 300, 900)) == {"decode": 2, "prefill": 300}
+
+
+def test_pieces_are_calls_where_there_are_some():
+    assert costs.pieces(10, 2, (4, 2, 2, 2)) == ([4, 6, 8], True)
+    assert costs.pieces(10, 3, (4, 2, 2, 2)) == ([0], False)
+    assert costs.pieces(10, 2, (4, 2, 2, 2), max_pieces=2) == ([4, 8], True)
+    assert costs.pieces(10, 4)[1] is False
+    loads, whole = costs.piece_loads(IDS, 4, 1, (1, 2))
+    assert (loads.shape, whole) == ((2, 1, 4), True)
+    assert costs.batch_loads(IDS, 4, (1, 2)).tolist()[0] == [[1, 1, 0, 0], [2, 0, 1, 0]]
+    assert costs.windows(IDS, 4, 0, (1, 2)).shape == (2, 2)
+
+
+def test_the_sizes_of_an_expert_come_from_options_or_the_trace():
+    bare = Trace(IDS, 4, "m", "s", "r")
+    sized = Trace(IDS, 4, "m", "s", "r", {"hidden": 64, "intermediate": 16})
+    assert costs.experts_of(bare) == (Experts(), "assumed")
+    assert costs.experts_of(bare, 10) == (Experts(10), "assumed")
+    assert costs.experts_of(bare, 10, 20) == (Experts(10, 20), "as given")
+    assert costs.experts_of(sized) == (Experts(64, 16), "from the trace")
+    assert costs.experts_of(sized, intermediate=20) == (Experts(64, 20), "as given")
 
 
 def test_a_trace_of_an_odd_length_ends_with_all_its_tokens():

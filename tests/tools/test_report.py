@@ -21,6 +21,8 @@ from moealign.trace import Trace, example_trace, load_trace, save_trace
 TRACE = load_trace(example_trace())
 SIZES = (16, 64, 256)
 TITLES = [
+    "What alignment costs",
+    "Where to set block sizes and placements",
     "Load per expert and layer",
     "Imbalance over tokens, in runs of 256",
     "Blocks of a layer: the first 4,096 tokens, 64 rows a block",
@@ -28,7 +30,7 @@ TITLES = [
     "Blocks per block size",
     "What each block size costs",
     "What a better placement gains",
-    "Cost of each block size over the cheapest one's, by tokens",
+    "Cost of each block size relative to the cheapest, by tokens",
 ]
 AXES = [
     "expert",
@@ -38,12 +40,15 @@ AXES = [
     "busiest expert / mean expert",
     "padding (% of all rows)",
     "block size (rows)",
-    "blocks of a layer",
-    "microseconds a layer",
-    "ranks",
+    "block size (rows, log scale)",
+    "mean of the layers",
+    "range of the layers",
+    "blocks of a layer (log scale)",
+    "microseconds per layer",
+    "ranks (log scale)",
     "busiest rank / mean rank",
     "tokens in a batch",
-    "block, 64 a line",
+    "block, 64 per line",
     "first block of the line",
 ]
 
@@ -127,7 +132,7 @@ def test_it_is_whole_and_silent_and_asks_no_network(report, chromium, scheme):
         "return [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect()).map(r => [r.width, r.height])"
     )
     drawn = [(width, height) for width, height in pictures if width]
-    assert len(drawn) == len(TITLES), "every figure, and the map of one layer"
+    assert len(drawn) == len(TITLES) - 2, "every figure, and the map of one layer"
     assert all(width > 300 and height > 100 for width, height in drawn)
 
 
@@ -281,6 +286,7 @@ OPTIONS = ("--block-size", "8,48,96", "--hidden", "512", "--intermediate", "4096
         pytest.param(draw_trace(1), OPTIONS, id="random 1"),
         pytest.param(draw_trace(2), OPTIONS, id="random 2"),
         pytest.param(Trace(torch.full((1, 5, 2), -1), 4, "m", "s", "r"), (), id="no route"),
+        pytest.param(Trace(TRACE.topk_ids, 64, "m", "s", "r", {"calls": [4000] + [32] * 131}), (), id="calls"),
     ],
 )
 def test_inspect_and_report_agree(trace, options, tmp_path):
@@ -289,9 +295,11 @@ def test_inspect_and_report_agree(trace, options, tmp_path):
     inspected = CliRunner().invoke(app, ["inspect", str(path), *options]).output
     assert run(str(path), "-o", str(tmp_path / "a.html"), "--no-gpu", *options).exit_code == 0
     text = (tmp_path / "a.html").read_text()
-    best, wasted, blocks = re.search(r"Try first: blocks of (\d+) \((.*?)% padding, (.*?) blocks\)", inspected).groups()
-    assert f"<b>{best}</b><span>rows a block are cheapest" in text
-    assert f"<b>{wasted} %</b><span>of the rows are then padding, in {blocks} blocks" in text
+    advice = re.findall(r"  (\w+), ([\d,]+ tokens?) a batch: blocks of (\d+) rows, (.*?)% padding", inspected)
+    assert advice or not (trace.topk_ids >= 0).any()
+    for kind, tokens, size, wasted in advice:
+        assert f"<b>{size} rows</b><span>a block for {kind} ({tokens} a batch); {wasted} % is padding" in text
+    assert text.count("rows</b><span>a block for") == len(advice)
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in inspected.splitlines() if line[:1] == "│"]
     loads, paddings = rows[: trace.layers], rows[-1][1:]
     assert [row[:6] for row in loads] == [
@@ -318,13 +326,26 @@ def test_what_was_measured_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(
         costs, "measure", lambda ids, count, sizes, experts: [111.1 * (i + 1) for i in range(len(sizes))]
     )
+    monkeypatch.setattr(costs, "measure_alignment", lambda ids, count, size: 7.5)
     study = page.study(TRACE, (16, 64), on_gpu=True)
+    assert [(each.block_size, each.alignment, each.layer, each.measured) for each in study.advice] == [
+        (16, 7.5, 111.1, True)
+    ] * 2
     page.write(study, tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     assert "measured on this GPU" in text
-    assert "a GPU: 1.00 TB/s memory, 2.00 TB/s cache, 300 TFLOP/s" in text
+    assert "1.00 TB/s memory, 2.00 TB/s cache, 300 TFLOP/s" in text
+    assert "on a GPU; the trace was recorded on cpu." in text
+    assert "<b>6.8 %</b><span>of a layer&#x27;s time is alignment in decode: 7.5 of 111.1 us, measured" in text
     assert "<td>111.1</td>" in text
     assert "<td>222.2</td>" in text
+    monkeypatch.setattr(costs, "measure", lambda ids, count, sizes, experts: [None, 5.0])
+    page.write(page.study(TRACE, (16, 64), on_gpu=True), tmp_path / "a.html")
+    assert "<td>-</td></tr>" in (tmp_path / "a.html").read_text(), "a size that the kernel does not take"
+    monkeypatch.setattr(costs, "measure", lambda ids, count, sizes, experts: [None, None])
+    study = page.study(TRACE, (100, 256), on_gpu=True)
+    page.write(study, tmp_path / "a.html")
+    assert not any(each.measured for each in study.advice)
     monkeypatch.setattr(costs, "measure", lambda *a: 1 / 0)
     without = page.study(TRACE, (16,), on_gpu=True)
     assert without.not_measured == "ZeroDivisionError: division by zero"
@@ -368,11 +389,15 @@ def test_the_command(tmp_path):
     path = tmp_path / "report.html"
     result = run(str(example_trace()), "-o", str(path), "--layer", "3", "--no-gpu", "--hidden", "1024")
     assert result.exit_code == 0, result.output
-    assert "Block size to choose, by the cost model" in result.output
+    assert "prefill, 8,192 tokens a batch: blocks of" in result.output
+    assert "alignment takes" in result.output
     assert "Not measured: no GPU that torch can use." in result.output
     text = path.read_text()
     assert '<option value="3" selected>' in text
-    assert "Experts of 1,024 x 768 with a gate" in text
+    for words in (text, result.output):
+        assert "Costs are modelled for experts of hidden size 1,024 and intermediate size 32 (as given)" in words
+        assert "on H200" in words
+        assert "does not say where batches begin, so runs of neighbouring tokens stand for them" in words
 
 
 def test_a_dark_and_a_light_png(tmp_path):
@@ -395,13 +420,26 @@ def test_a_dark_and_a_light_png(tmp_path):
     [
         (("-o", "a.pdf"), "--output: expected a path that ends in .html, .png, .svg, got a.pdf"),
         (("-o", "/no/such/a.html"), "--output: expected a path in a folder that exists, got /no/such/a.html"),
+        ((str(example_trace()), str(example_trace())), "TRACE: expected one trace, or two to compare, got 3"),
+        ((str(example_trace()), "--placement", "p.json"), "--placement: expected a single trace, got two"),
+        (
+            ("--engine-config", "x"),
+            "engine configuration: expected the name of the GPU, which names the file, got none",
+        ),
+        (
+            ("--engine-config", "x", "--block-size", "16,100", "--device-name", "G"),
+            "engine configuration: expected block sizes among 16, 32, 64, 128, 256, got 100",
+        ),
+        (("--placement", "p.json", "--replicas", "3"), "replicas: expected 0 or a multiple of 8 more"),
         (("--layer", "9"), "--layer: expected a layer below 4, got 9"),
         (("--block-size", "16,x"), "--block-size: expected ints of at least 1, separated by commas, got '16,x'"),
         *([] if torch.cuda.is_available() else [(("--gpu",), "--gpu: expected a GPU that torch can use, found none")]),
     ],
 )
-def test_refusals_of_the_command(arguments, message):
+def test_refusals_of_the_command(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = run(str(example_trace()), *arguments)
+    assert list(tmp_path.iterdir()) == []
     assert result.exit_code == 2
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1

@@ -133,6 +133,30 @@ def test_calls_are_kept_and_checked(tmp_path):
         load_trace(write(path, {"topk_ids": IDS}, {**ABOUT, "calls": [7, 1]}))
 
 
+def test_sizes_and_device_are_kept_and_checked(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_trace(path, Trace(IDS, 8, "m", "s", "r", {"hidden": 64, "intermediate": 16, "device": "NVIDIA H200"}))
+    trace = load_trace(path)
+    assert (trace.hidden, trace.intermediate, trace.device) == (64, 16, "NVIDIA H200")
+    trace = load_trace(write(path, {"topk_ids": IDS}, ABOUT))
+    assert (trace.hidden, trace.intermediate, trace.device) == (None, None, ""), "a file that does not say"
+    for name, value, message in (
+        ("hidden", "64", "expected hidden to be of type int in its metadata, got '64'"),
+        ("intermediate", 0, "expected intermediate between 1 and 16,777,216 in its metadata, got 0"),
+        ("hidden", 2**40, "expected hidden between 1 and 16,777,216 in its metadata, got 1,099,511,627,776"),
+        ("device", 3, "expected device to be of type str in its metadata, got 3"),
+    ):
+        with pytest.raises(TraceError, match=message):
+            load_trace(write(path, {"topk_ids": IDS}, {**ABOUT, name: value}))
+
+
+@pytest.mark.parametrize("experts", [2**16 + 1, 2**30, 2**40])
+def test_absurd_numbers_of_experts_are_refused(tmp_path, experts):
+    path = write(tmp_path / "t.safetensors", {"topk_ids": IDS}, {**ABOUT, "experts": experts})
+    with pytest.raises(TraceError, match=f"expected at most 65,536 experts in its metadata, got {experts:,}"):
+        load_trace(path)
+
+
 def overlap(ids: torch.Tensor) -> float:
     """Mean number of experts that a token shares with the token before it."""
     hot = torch.zeros(*ids.shape[:2], int(ids.max()) + 1).scatter_(2, ids.long(), 1.0)

@@ -41,7 +41,8 @@ ul { padding-left: 1.2em; margin: .3em 0 .7em }
 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em }
 th, td { text-align: right; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); white-space: nowrap }
-.words td { white-space: normal; overflow-wrap: anywhere; text-align: left; vertical-align: top }
+.words td { white-space: normal; overflow-wrap: break-word; vertical-align: top }
+.words td, .words th { text-align: left }
 th { font-weight: 600 } td:first-child, th:first-child { text-align: left }
 details { margin: .4em 0 } summary { cursor: pointer; color: var(--muted) }
 select { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--muted); border-radius: 6px;

@@ -1,4 +1,4 @@
-"""Tables of `moealign inspect` and `moealign report` for a terminal."""
+"""Tables of `moealign inspect` for a terminal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import costs
-from .analysis import Study
 
-__all__ = ["load_table", "padding_table", "recommendation_table"]
+__all__ = ["load_table", "padding_table"]
 
 
 def load_table(loads: costs.Ints) -> Table:
@@ -30,7 +29,7 @@ def load_table(loads: costs.Ints) -> Table:
 
 
 def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> Table:
-    """Blocks and padding at each block size, one row for each layer of `loads` and one for all layers."""
+    """Blocks and padding at each block size, one row for each layer of `loads` ``[layers, ..., experts]`` and for all."""
     table = Table(title="Blocks, and the fraction of their rows that is padding", title_justify="left")
     table.add_column("layer")
     for size in sizes:
@@ -40,17 +39,6 @@ def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> Table:
         paddings = [costs.padding(part, size) for size in sizes]
         cells = (f"{each.blocks:,}, {each.wasted:.1%}" for each in paddings)
         table.add_row(name, *cells, style="bold" if name == "all" else None)
-    return table
-
-
-def recommendation_table(study: Study) -> Table:
-    """The cheapest block size for each number of tokens."""
-    table = Table(title="Block size to choose, by the cost model", title_justify="left")
-    for name in ("tokens", "block size", "padding", "us a layer"):
-        table.add_column(name, justify="right")
-    for row in study.by_tokens:
-        i = study.sizes.index(row.block_size)
-        table.add_row(f"{row.tokens:,}", str(row.block_size), f"{row.wasted[i]:.1%}", f"{row.costs[i]:,.1f}")
     return table
 
 
