@@ -346,6 +346,7 @@ def test_what_was_measured_is_shown(tmp_path, monkeypatch):
     study = page.study(TRACE, (100, 256), on_gpu=True)
     page.write(study, tmp_path / "a.html")
     assert not any(each.measured for each in study.advice)
+    assert study.not_measured == "no block size that the GPU kernel takes (16, 32, 64, 128)"
     monkeypatch.setattr(costs, "measure", lambda *a: 1 / 0)
     without = page.study(TRACE, (16,), on_gpu=True)
     assert without.not_measured == "ZeroDivisionError: division by zero"

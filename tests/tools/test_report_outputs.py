@@ -15,6 +15,7 @@ from moealign import costs, placement, report
 from moealign.cli import app
 from moealign.errors import InvalidInput
 from moealign.parallel import ExpertPlacement
+from moealign.recorder import capture
 from moealign.report import engines
 from moealign.trace import Trace, example_trace, load_trace, save_trace
 
@@ -74,6 +75,46 @@ def test_batches_are_the_calls_of_the_model(tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert "Imbalance over 132 calls" in page
     assert "tokens of a call, " in page
+
+
+class Experts(torch.nn.Module):
+    num_experts = 4
+
+    def __init__(self, intermediate: int, transposed: bool) -> None:
+        super().__init__()
+        shape = (4, intermediate, 16) if transposed else (4, 16, intermediate)
+        self.down_proj = torch.nn.Parameter(torch.zeros(shape))
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+class Model(torch.nn.Module):
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, torch.zeros(len(x), 2, dtype=torch.int64))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("layers", "sizes"),
+    [
+        ([Experts(24, False), Experts(24, True)], (16, 24)),
+        ([Experts(24, False), Experts(8, False)], (16, None)),
+        ([Experts(16, False)], (16, 16)),
+    ],
+)
+def test_capture_records_the_sizes_and_the_device(layers, sizes, tmp_path):
+    with capture(Model(*layers)) as seen:
+        seen._model(torch.zeros(3, 16))
+    trace = seen.trace()
+    assert (trace.hidden, trace.intermediate, trace.device) == (*sizes, "cpu")
+    save_trace(tmp_path / "t.safetensors", trace)
+    assert load_trace(tmp_path / "t.safetensors").details == trace.details
 
 
 # ---- engines -----------------------------------------------------------------------------------------------------

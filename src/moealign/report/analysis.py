@@ -12,6 +12,7 @@ import torch
 
 from .. import costs
 from ..errors import InvalidInput
+from ..experts.launch import BLOCK_SIZES
 from ..trace import Trace
 
 __all__ = ["Study", "study"]
@@ -101,7 +102,7 @@ def study(
             machine = costs.measured_machine()
             advice = costs.advise(trace, compared, experts, machine)
             advice, measured = _measured(trace, compared, experts, advice)
-            reason = ""
+            reason = "" if measured else f"no block size that the GPU kernel takes ({', '.join(map(str, BLOCK_SIZES))})"
         except Exception as error:  # the report is useful without the measurement, and says why it is missing
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
     size = map_size or (advice[-1].block_size if advice else compared[0])
@@ -161,4 +162,4 @@ def _measured(
                 measured=True,
             )
         )
-    return results, times
+    return results, times if times and any(time is not None for time in times) else None

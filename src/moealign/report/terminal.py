@@ -29,7 +29,7 @@ def load_table(loads: costs.Ints) -> Table:
 
 
 def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> Table:
-    """Blocks and padding at each block size, one row for each layer of `loads` ``[layers, ..., experts]`` and for all."""
+    """Blocks and padding at each block size, for each layer of `loads` ``[layers, ..., experts]`` and for all."""
     table = Table(title="Blocks, and the fraction of their rows that is padding", title_justify="left")
     table.add_column("layer")
     for size in sizes:
