@@ -54,7 +54,7 @@ def test_demo_says_when_a_backend_is_wrong(tmp_path, monkeypatch):
 def test_inspect():
     result = run("inspect", TRACE, "--block-size", "16,100")
     assert result.exit_code == 0, result.output
-    for words in ("imbalance", "B = 16", "B = 100", "Try first: blocks of 100", "idle"):
+    for words in ("imbalance", "B = 16", "B = 100", "blocks of 100 rows", "idle"):
         assert words in result.output, words
 
 
