@@ -1,5 +1,6 @@
 """Block-aligned layouts for Mixture-of-Experts kernels, on CPU and GPU; see docs/contract.md for every value."""
 
+from . import startup  # noqa: F401  (first: before torch is imported)
 from .alignment import (
     align,
     align_batched,

@@ -126,6 +126,8 @@ def load_trace(path: str | Path) -> Trace:
         TraceError: the file is missing, damaged or not a trace; one line says what was expected and what it holds.
     """
     safetensors = _safetensors()
+    if Path(path).is_dir():
+        raise TraceError(f"{path}: expected a .safetensors file, got a folder")
     if not Path(path).is_file():
         raise TraceError(f"{path}: expected a .safetensors file, got no such file")
     try:
@@ -218,7 +220,9 @@ def _check_shape(path: str | Path, topk_ids: Tensor) -> None:
 
 def _check_ids(path: str | Path, topk_ids: Tensor, num_experts: int) -> None:
     if topk_ids.dtype not in _INTEGERS:
-        raise TraceError(f"{path}: expected topk_ids of an integer dtype, got {topk_ids.dtype}")
+        raise TraceError(
+            f"{path}: expected topk_ids of an integer dtype (uint8, int8, int16, int32, int64), got {topk_ids.dtype}"
+        )
     low, high = int(topk_ids.min()), int(topk_ids.max())
     if low < -1 or high >= num_experts:
         raise TraceError(f"{path}: expected ids in [-1, {num_experts}), got {low} to {high}")

@@ -44,7 +44,11 @@ def test_round_trip_in_the_smallest_dtype(tmp_path, experts, low, dtype):
     [
         ({"ids": IDS}, ABOUT, "expected a tensor named topk_ids, got ids"),
         ({"topk_ids": IDS[0]}, ABOUT, r"expected topk_ids of shape \[layers, tokens, k\], got \[10, 2\]"),
-        ({"topk_ids": IDS.float()}, ABOUT, "expected topk_ids of an integer dtype, got torch.float32"),
+        (
+            {"topk_ids": IDS.float()},
+            ABOUT,
+            "expected topk_ids of an integer dtype (uint8, int8, int16, int32, int64), got torch.float32",
+        ),
         ({"topk_ids": IDS}, None, "expected JSON metadata under the name moealign, got none"),
         ({"topk_ids": IDS}, "{", "expected JSON metadata, got text that is not JSON"),
         ({"topk_ids": IDS}, "[1]", "expected a JSON object as metadata, got list"),
@@ -110,7 +114,10 @@ class Unknown:
         ({"topk_ids": IDS[0]}, r"expected topk_ids of shape \[layers, tokens, k\], got \[10, 2\]"),
         ({"topk_ids": torch.tensor(1)}, r"expected topk_ids of shape \[layers, tokens, k\], got \[\]"),
         ({"topk_ids": IDS[:, :0]}, "expected at least one layer, token and choice"),
-        ({"topk_ids": IDS > 1}, "expected topk_ids of an integer dtype, got torch.bool"),
+        (
+            {"topk_ids": IDS > 1},
+            "expected topk_ids of an integer dtype (uint8, int8, int16, int32, int64), got torch.bool",
+        ),
         *(
             ({"details": {"calls": calls}}, "expected calls to be the tokens of each call, at least 1 and 10 in all")
             for calls in ([4, 5], [10, 0], [4.0, 6.0], 10, None, "10", [True, 9])

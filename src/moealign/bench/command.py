@@ -20,9 +20,11 @@ def parse(arguments: Sequence[str] | None, peers: Path | None = None, device: st
     )
     parser.add_argument("--bench", action="append", choices=BENCHES, help="only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="a few sizes, fewer replays")
-    parser.add_argument("--backends", help="of moealign, joined by commas (default: all that run on the device)")
+    parser.add_argument(
+        "--backend", "--backends", dest="backends", help="of moealign, joined by commas (default: all on the device)"
+    )
     parser.add_argument("--peers", type=Path, default=peers, help="folder of the peers' libraries")
-    parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("-o", "--output", "--out", dest="out", type=Path, help="CSV to write")
     parser.add_argument("--figure", type=Path, help="figure to draw, .png or .svg")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
     parser.add_argument("--budget", type=float, default=200.0, help="seconds after which only the fast ones are timed")
@@ -65,7 +67,7 @@ def main(
     complete = session.device.type == "cuda" and not (args.quick or args.bench or args.backends or session.ended)
     out = args.out or (tracked / f"align_{session.gpu}.csv" if tracked and complete else None)
     if tracked and out is None:
-        log("an incomplete run: the tracked CSV stays as it is (--out writes another)")
+        log("an incomplete run: the tracked CSV stays as it is (--output writes another)")
     status = publish(session, out, args.figure)
     if session.ended:
         raise session.ended

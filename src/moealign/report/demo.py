@@ -2,36 +2,76 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..alignment import align
+from ..timing import NO_ARGUMENTS, host_in_turns
 
-__all__ = ["expert_layer", "median_time"]
-
-
-def median_time(function: Callable[[], object], device: torch.device, seconds: float = 0.2) -> float:
-    """Median time of a call in microseconds, over at least five calls and at most `seconds`; one call to warm up."""
-
-    def once() -> float:
-        start = time.perf_counter_ns()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter_ns() - start) / 1000
-
-    once()
-    times = [once() for _ in range(5)]
-    while sum(times) < seconds * 1e6 and len(times) < 1000:
-        times.append(once())
-    return statistics.median(times)
+__all__ = ["Spread", "expert_layer", "one_thread", "times_in_turns"]
 
 
-def expert_layer(topk_ids: Tensor, num_experts: int, block_size: int, seed: int = 0) -> tuple[float, int]:
+class Spread(NamedTuple):
+    """Microseconds of a call over all turns."""
+
+    min: float
+    high: float  # 90 of 100 turns took no longer
+
+    def __str__(self) -> str:
+        return f"{self.min:,.0f}..{self.high:,.0f}"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for torch and for the cpu backend, whatever the environment says, and the former ones after."""
+    threads, variable = torch.get_num_threads(), os.environ.pop("MOEALIGN_NUM_THREADS", None)
+    torch.set_num_threads(1)  # the cpu backend takes as many as torch where the variable is not set
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if variable is not None:
+            os.environ["MOEALIGN_NUM_THREADS"] = variable
+
+
+def times_in_turns(
+    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float = 0.3
+) -> dict[str, Spread]:
+    """Time `calls` in turns, in a random order each turn and after one call each to warm up, on one CPU thread."""
+
+    def finished(call: Callable[[], object]) -> Callable[[], None]:
+        def timed() -> None:
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return timed
+
+    timed = {name: finished(call) for name, call in calls.items()}
+    with one_thread():
+        for call in timed.values():
+            call()
+        times = host_in_turns(
+            timed,
+            dict.fromkeys(timed, NO_ARGUMENTS),
+            min_turns=10,
+            max_turns=1000,
+            seconds=seconds,
+            order=random.Random(0),
+        )
+    return {name: Spread(min(each), statistics.quantiles(each, n=10)[-1]) for name, each in times.items()}
+
+
+def expert_layer(
+    topk_ids: Tensor, num_experts: int, block_size: int, seed: int = 0, backend: str | None = None
+) -> tuple[float, int]:
     """Compute one layer of experts twice: block by block through the layout, and densely.
 
     Random float64 weights and hidden states, width 16.  Returns the largest difference of the two results, and the
@@ -44,7 +84,7 @@ def expert_layer(topk_ids: Tensor, num_experts: int, block_size: int, seed: int 
     experts = torch.randn(num_experts, width, width, generator=draw, dtype=torch.float64)
     weights = torch.rand(tokens, top_k, generator=draw, dtype=torch.float64)
 
-    layout = align(topk_ids, block_size=block_size, num_experts=num_experts)
+    layout = align(topk_ids, block_size=block_size, num_experts=num_experts, backend=backend)
     out = torch.zeros(tokens * top_k, width, dtype=torch.float64)
     blocks = int(layout.num_tokens_post_padded) // block_size
     for block, expert in enumerate(layout.expert_ids[:blocks].tolist()):

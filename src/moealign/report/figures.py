@@ -305,7 +305,7 @@ def block_map(study: Study, layer: int) -> Panel:
 def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
     """Write all figures, one below the other, as one PNG (in `theme`) or SVG (for both schemes)."""
     plt = pyplot()
-    adaptive = path.suffix == ".svg"
+    adaptive = path.suffix.lower() == ".svg"
     colours = ADAPTIVE if adaptive else theme
     with plt.rc_context(style(colours, "report")):
         rows: list[list[Panel]] = []

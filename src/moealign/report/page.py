@@ -310,11 +310,11 @@ def write(study: Study, path: str | Path, *, layer: int = 0, theme: Theme = LIGH
         InvalidInput: another ending, or no such layer.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise InvalidInput(f"{path}: expected a path that ends in {', '.join(FORMATS)}, got {path.suffix or 'none'}")
     if not 0 <= layer < len(study.loads):
         raise InvalidInput(f"layer: expected one below {len(study.loads)}, got {layer}")
-    if path.suffix == ".html":
+    if path.suffix.lower() == ".html":
         path.write_text(_html(study, layer), encoding="utf-8")
     else:
         save_picture(study, path, layer, theme)

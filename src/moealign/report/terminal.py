@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 
-from rich.table import Table
-from rich.text import Text
-
 from .. import costs
+from ..terminal import MIN_BARS, bars, neighbours, paragraph, table, width
 
 __all__ = ["load_table", "padding_table"]
 
-
-def load_table(loads: costs.Ints) -> Table:
-    """Routes per expert, one row for each layer of `loads` ``[layers, num_experts]`` and one for their sum."""
-    table = Table(title="Load per expert (routes)", title_justify="left")
-    table.add_column("layer")
-    for name in ("min", "median", "max", "imbalance", "idle"):
-        table.add_column(name, justify="right")
-    table.add_column("experts, in order", no_wrap=True)
-    names = [*map(str, range(len(loads))), "all"]
-    for name, row in zip(names, [*loads, loads.sum(axis=0)], strict=True):
-        s = costs.summarize(row)
-        numbers = (s.min, s.median, s.max, f"{s.imbalance:.2f}", s.idle)
-        table.add_row(name, *map(str, numbers), Text(_bars(row.tolist())))
-    return table
+MAX_BARS = 64
 
 
-def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> Table:
-    """Blocks and padding at each block size, for each layer of `loads` ``[layers, ..., experts]`` and for all."""
-    table = Table(title="Blocks, and the fraction of their rows that is padding", title_justify="left")
-    table.add_column("layer")
-    for size in sizes:
-        table.add_column(f"B = {size}", justify="right")
-    names = [*map(str, range(len(loads))), "all"]
-    for name, part in zip(names, [*loads, loads], strict=True):
+def load_table(loads: costs.Ints) -> str:
+    """Routes per expert, one row for each layer of `loads` ``[layers, num_experts]`` and one for their sum.
+
+    The bars take the room that the figures leave, and go where that is too little.
+    """
+    header = ["layer", "min", "median", "max", "imbalance", "idle"]
+    parts = [*loads, loads.sum(axis=0)]
+    rows = []
+    for name, part in zip([*map(str, range(len(loads))), "all"], parts, strict=True):
+        s = costs.summarize(part)
+        rows.append([name, f"{s.min:,}", f"{s.median:,}", f"{s.max:,}", f"{s.imbalance:.2f}", str(s.idle)])
+    notes = "imbalance: the busiest expert's load over the mean. idle: experts without a route."
+    figures = sum(max(len(row[i]) for row in [header, *rows]) + 2 for i in range(len(header)))
+    room = min(width() - figures, MAX_BARS, loads.shape[1])
+    if room >= min(MIN_BARS, loads.shape[1]):
+        header.append("experts")
+        shared = neighbours(loads.shape[1], room)
+        for row, part in zip(rows, parts, strict=True):
+            row.append(bars(part.tolist(), room))
+        longest = max(len("experts"), *(len(row[-1]) for row in rows))
+        rows = [[*row[:-1], row[-1].ljust(longest)] for row in rows]
+        notes += " experts: in order, " + (
+            f"each bar the mean of {shared} neighbours." if shared > 1 else "a bar each."
+        )
+    return f"{table(header, rows, title='Load per expert (routes)')}\n{paragraph(notes)}"
+
+
+def padding_table(loads: costs.Ints, sizes: Sequence[int]) -> str:
+    """Blocks and padding at each block size, one row for each layer of `loads` ``[layers, ..., experts]`` and one for
+    all layers."""
+    rows = []
+    for name, part in zip([*map(str, range(len(loads))), "all"], [*loads, loads], strict=True):
         paddings = [costs.padding(part, size) for size in sizes]
-        cells = (f"{each.blocks:,}, {each.wasted:.1%}" for each in paddings)
-        table.add_row(name, *cells, style="bold" if name == "all" else None)
-    return table
-
-
-def _bars(loads: Sequence[int], width: int = 32) -> str:
-    """The loads as a line of bars; with more experts than `width`, each bar is the mean of several neighbours."""
-    size = -(-len(loads) // width)
-    means = [statistics.fmean(loads[i : i + size]) for i in range(0, len(loads), size)]
-    top = max(means) or 1
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * mean / top))] for mean in means)
+        rows.append([name, *(f"{each.blocks:,}, {each.wasted:.1%}" for each in paddings)])
+    title = "Blocks of B rows, and the fraction of their rows that is padding"
+    return table(["layer", *(f"B = {size}" for size in sizes)], rows, title=paragraph(title))

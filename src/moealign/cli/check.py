@@ -1,0 +1,146 @@
+"""`moealign check`: is this installation right?"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+import typer
+
+from .. import __version__
+from ..calls.dispatch import backends
+from ..diagnosis import device_of
+from ..experts.launch import refuses
+from ..experts.layer import fused_moe
+from ..routing import route
+from ..terminal import escape, paragraph, table
+from ..testing import check_backend, oracle_route
+from . import checks
+
+__all__ = ["check", "check_experts", "check_route"]
+
+ROUTER_KINDS = ({}, {"renormalize": False}, {"scoring": "sigmoid"}, {"num_groups": 4, "topk_groups": 2})
+MAX_ERROR = 1e-4  # relative, of float32 experts
+
+
+def check_route(name: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
+    """Random routers with ties against the oracle: ids exactly, weights to 2e-6.  Yields (case, None or difference)."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(cases):
+        experts, top_k = draw.choice((8, 64, 260)), draw.choice((1, 2, 4))
+        tokens, options = draw.choice((1, 7, 33)), dict(draw.choice(ROUTER_KINDS))
+        logits = (torch.randn(tokens, experts, generator=generator) * 8).round() / 4
+        ids, weights, _ = oracle_route(logits, top_k, **options)
+        got_weights, got_ids, _ = route(logits.to(device), top_k, block_size=16, **options, backend=name)
+        problem = None
+        if got_ids.tolist() != ids:
+            problem = "ids differ"
+        elif not torch.allclose(got_weights.cpu(), torch.tensor(weights), rtol=2e-6, atol=1e-9):
+            problem = "weights differ"
+        yield f"route: {tokens} tokens, {experts} experts, top {top_k}, {options or 'softmax'}", problem
+
+
+def check_experts(backend: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
+    """Random float32 layers of experts against one expert after the other in float64."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(cases):
+        tokens, top_k, experts = draw.choice((1, 7, 40)), draw.choice((1, 2, 4)), draw.choice((4, 16))
+        hidden, inner = draw.choice((32, 64)), draw.choice((16, 48))
+        x, gate_up, down = (
+            torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+            for shape in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
+        )
+        weights = torch.rand(tokens, top_k, generator=generator)
+        ids = torch.randint(-1, experts, (tokens, top_k), generator=generator)
+        want = torch.zeros(tokens, hidden, dtype=torch.float64)
+        for expert in range(experts):
+            gate, up = (x.double() @ gate_up[expert].double().T).chunk(2, dim=1)
+            share = (weights * (ids == expert)).double().sum(1, keepdim=True)
+            want += share * ((torch.nn.functional.silu(gate) * up) @ down[expert].double().T)
+        got = fused_moe(*(each.to(device) for each in (x, gate_up, down, weights, ids)), backend=backend).cpu().double()
+        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+        problem = None if error < MAX_ERROR else f"relative error {error:.1e}"
+        yield f"fused_moe: {tokens} x {top_k} routes, {experts} experts of {inner}, width {hidden}", problem
+
+
+def check(
+    cases: Annotated[int, typer.Option(min=1, max=1_000_000, help="Random alignments per backend.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the random cases.")] = 0,
+    as_json: checks.Json = False,
+) -> None:
+    """Check alignment, router and experts on this machine against plain definitions; takes seconds."""
+    few = max(1, cases // 10)
+    results = []
+    with checks.progress() as progress:
+
+        def run(
+            function: str, backend: str, device: torch.device, count: int, every: Iterator[tuple[str, str | None]]
+        ) -> None:
+            bar = progress.add_task(f"{function} {backend}", total=count)
+            wrong = []
+            try:
+                for case, problem in every:
+                    progress.advance(bar)
+                    if problem is not None:
+                        wrong.append(f"{case}: {problem}")
+            except Exception as error:  # a backend that fails is wrong; the others are still checked
+                wrong.append(f"{type(error).__name__}: {error}")
+            results.append(
+                {
+                    "function": function,
+                    "backend": backend,
+                    "device": str(device),
+                    "cases": count,
+                    "wrong": len(wrong),
+                    "verdict": "wrong" if wrong else "ok",
+                    "detail": wrong[0] if wrong else "",
+                }
+            )
+
+        unavailable = {}
+        for name, reason in backends().items():
+            if reason is not None:
+                unavailable[name] = reason
+                continue
+            device = device_of(name)
+            run("align", name, device, cases, check_backend(name, device, cases, seed))
+            run("route", name, device, few, check_route(name, device, few, seed))
+        for device in {str(each): each for each in (device_of("cuda"), torch.device("cpu"))}.values():
+            for name in ("triton", "packed"):
+                if name == "packed" or refuses(torch.empty(0, device=device)) is None:
+                    run("fused_moe", name, device, few, check_experts(name, device, few, seed))
+    failed = any(row["wrong"] for row in results)
+    if as_json:
+        answer = {
+            "moealign": __version__,
+            "ok": not failed,
+            "seed": seed,
+            "results": results,
+            "unavailable": unavailable,
+        }
+        print(json.dumps(answer, indent=2))
+    else:
+        names = ("function", "backend", "device", "verdict", "cases", "wrong")
+        rows = [[str(row[name]) for name in names] for row in results]
+        print(table(names, rows, title=f"moealign {__version__}, random cases", left=4, repeat=2))
+        print(
+            paragraph(
+                "align: every output against the plain-loop oracle, element for element. route: the experts exactly, "
+                "their weights to 2e-6. fused_moe: float32 against float64, one expert after the other."
+            )
+        )
+        for name, reason in unavailable.items():
+            print(paragraph(f"{name} is unavailable: {escape(reason)}", indent=2))
+        for row in results:
+            if row["detail"]:
+                print(
+                    paragraph(f"WRONG: {row['function']} {row['backend']} on {row['device']}: {escape(row['detail'])}")
+                )
+        print("WRONG." if failed else "Everything that is available here is ok.")
+    if failed:
+        raise typer.Exit(1)

@@ -1,0 +1,66 @@
+"""How commands begin and end: a refusal is one line on stderr and status 2, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from .. import diagnosis
+from ..errors import MoealignError
+from ..terminal import escape
+
+__all__ = ["Command", "Group"]
+
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def _report(message: object) -> None:
+    print(f"moealign: {escape(message)}", file=sys.stderr)
+
+
+class Group(TyperGroup):
+    """Turns every foreseeable exception of a command into one line and an exit status."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            status = super().main(*args, standalone_mode=False, **extra)
+        except (KeyboardInterrupt, typer.Abort):
+            status = INTERRUPTED
+        except MoealignError as error:
+            _report(error)
+            status = REFUSED
+        except MemoryError as error:
+            _report(f"out of memory: {error}" if str(error) else "out of memory")
+            status = FAILED
+        except OSError as error:
+            _report(error)
+            status = FAILED
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # of click, which typer bundles since 0.20
+                raise
+            _report(_usage(error))
+            status = REFUSED
+        sys.exit(status)
+
+
+def _usage(error: Any) -> str:
+    """An error of click's parser, with the command whose help says more."""
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "moealign"
+    return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
+
+
+class Command(TyperCommand):
+    """Refuses to run where an environment variable has a value that means nothing; `info` lists them instead."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.name != "info" and (wrong := diagnosis.problems()):
+            more = f" (and {len(wrong) - 1} more; see moealign info)" if len(wrong) > 1 else ""
+            _report(wrong[0] + more)
+            raise typer.Exit(REFUSED)
+        return super().invoke(ctx)

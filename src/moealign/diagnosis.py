@@ -1,0 +1,189 @@
+"""What this installation is: versions, devices, backends, engines and environment variables.  Needs no extra."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .alignment import explain
+from .calls.dispatch import backends
+from .errors import MoealignError
+from .experts.tiles import LayerTiles
+from .integrations.engines import ENGINES, status
+from .terminal import escape, paragraph
+
+__all__ = ["VARIABLES", "device_of", "facts", "problems", "show", "tuning_problem"]
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "numba",
+    "triton",
+    "cuda-core",
+    "transformers",
+    "safetensors",
+    "matplotlib",
+    "rich",
+    "typer",
+)
+
+
+def device_of(backend: str) -> torch.device:
+    """The device on which the command line runs `backend`."""
+    return torch.device("cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
+
+
+# ---- environment variables ---------------------------------------------------------------------------------------
+
+
+def _backend(value: str) -> str | None:
+    names = backends()
+    if value not in names:
+        return f"expected one of {', '.join(names)}, got {value!r}"
+    return names[value] and f"expected a backend that is available here, got {value!r}: {names[value]}"
+
+
+def _threads(value: str) -> str | None:
+    try:
+        valid = int(value) >= 1
+    except ValueError:
+        valid = False
+    return None if valid else f"expected an int of at least 1, got {value!r}"
+
+
+def _cache(value: str) -> str | None:
+    exists = os.path.lexists(value)
+    return f"expected a folder, got the file {value!r}" if exists and not os.path.isdir(value) else None
+
+
+def tuning_problem(value: str) -> str | None:
+    """What is wrong with the tuning file at `value`; None if nothing, or if there is no file yet."""
+    path = Path(value)
+    if path.is_dir():
+        return f"expected a tuning file, got the folder {value!r}"
+    try:
+        for plans in json.loads(path.read_text())["plans"].values():
+            for tokens, plan in plans.items():
+                int(tokens)
+                LayerTiles.from_json(plan)
+    except FileNotFoundError:
+        return None  # `moealign tune` writes it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return f"expected a tuning file, got {value!r}: {type(error).__name__}"
+    return None
+
+
+def _switch(value: str) -> str | None:
+    return None if value in ("0", "1") else f"expected 1 or 0, got {value!r}"
+
+
+#: Every variable that the package reads, and what is wrong with a value of it, None if nothing.
+VARIABLES: dict[str, Callable[[str], str | None]] = {
+    "MOEALIGN_BACKEND": _backend,
+    "MOEALIGN_NUM_THREADS": _threads,
+    "MOEALIGN_CACHE_DIR": _cache,
+    "MOEALIGN_TUNING": tuning_problem,
+    **{engine.variable: _switch for engine in ENGINES.values()},
+}
+
+
+def problems() -> list[str]:
+    """What is wrong with the environment variables, one line each.  An empty variable counts as not set."""
+    lines = []
+    for name, check in VARIABLES.items():
+        value = os.environ.get(name)
+        if value and (wrong := check(value)):
+            lines.append(f"{name}: {wrong}")
+    return lines
+
+
+# ---- everything --------------------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, str]:
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"
+    return devices
+
+
+def _backend_facts() -> dict[str, dict[str, Any]]:
+    answers = {}
+    for name, reason in backends().items():
+        detail = reason or ""
+        if reason is None:
+            ids = torch.zeros(1, 8, dtype=torch.int32, device=device_of(name))
+            try:
+                detail = explain(ids, block_size=16, num_experts=64, backend=name).note
+            except MoealignError as error:
+                detail = str(error)
+        answers[name] = {"available": reason is None, "detail": detail}
+    return answers
+
+
+def facts() -> dict[str, Any]:
+    """Everything that ``moealign info`` prints, as JSON values; docs/cli.md lists the keys."""
+    unknown = sorted(name for name in os.environ if name.startswith("MOEALIGN_") and name not in VARIABLES)
+    return {
+        "moealign": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "backends": _backend_facts(),
+        "engines": {name: status(name) for name in ENGINES},
+        "environment": {name: os.environ.get(name) or None for name in VARIABLES},
+        "unknown_variables": unknown,
+        "problems": problems(),
+    }
+
+
+def _section(title: str, lines: dict[str, str]) -> None:
+    print(title)
+    indent = max(map(len, lines)) + 4
+    for name, text in lines.items():
+        print(paragraph(f"  {name:<{indent - 4}}  {escape(text)}", indent=indent))
+    print()
+
+
+def show(as_json: bool = False) -> int:
+    """Print the facts; returns the exit status, 1 if there is a problem."""
+    found = facts()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 1 if found["problems"] else 0
+    own = {"moealign": found["moealign"], "Python": found["python"], "platform": found["platform"]}
+    _section("Versions", own | {name: version or "not installed" for name, version in found["packages"].items()})
+    _section("Devices", found["devices"])
+    states = {}
+    for name, backend in found["backends"].items():
+        state = "available" if backend["available"] else "unavailable"
+        states[name] = f"{state}: {backend['detail']}" if backend["detail"] else state
+    _section("Backends, in the order in which a call tries them", states)
+    _section("Engines, in processes started from here", found["engines"])
+    variables = {name: value or "not set" for name, value in found["environment"].items()}
+    variables |= dict.fromkeys(found["unknown_variables"], "unknown: moealign does not read it")
+    _section("Environment", variables)
+    if not found["problems"]:
+        print("No problems.")
+        return 0
+    print("Problems: every other command refuses to run until they are solved")
+    for line in found["problems"]:
+        print(paragraph(f"  {escape(line)}", indent=4))
+    return 1
