@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -22,7 +22,12 @@ from . import checks
 
 __all__ = ["check", "check_experts", "check_route"]
 
-ROUTER_KINDS = ({}, {"renormalize": False}, {"scoring": "sigmoid"}, {"num_groups": 4, "topk_groups": 2})
+ROUTER_KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"renormalize": False},
+    {"scoring": "sigmoid"},
+    {"num_groups": 4, "topk_groups": 2},
+)
 MAX_ERROR = 1e-4  # relative, of float32 experts
 
 
