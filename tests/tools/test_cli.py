@@ -21,7 +21,7 @@ import moealign
 from moealign import diagnosis, startup, terminal
 from moealign.cli import app, checks
 from moealign.cli.tune import describe
-from moealign.experts.launch import Tile
+from moealign.experts.tiles import Tile
 from moealign.report import demo as demo_parts
 from moealign.testing import check_backend
 from moealign.trace import Trace, example_trace, save_trace

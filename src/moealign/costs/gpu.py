@@ -11,7 +11,7 @@ from torch import Tensor
 from ..alignment import align
 from ..errors import BackendUnavailable
 from ..experts.gemm import grouped_gemm
-from ..experts.launch import BLOCK_SIZES
+from ..experts.tiles import BLOCK_SIZES
 from ..layout import BlockLayout
 from ..timing import graph_us
 from .model import Experts, Machine

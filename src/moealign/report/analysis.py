@@ -12,7 +12,7 @@ import torch
 
 from .. import costs
 from ..errors import InvalidInput
-from ..experts.launch import BLOCK_SIZES
+from ..experts.tiles import BLOCK_SIZES
 from ..trace import Trace
 
 __all__ = ["Study", "study"]
