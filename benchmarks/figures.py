@@ -31,9 +31,17 @@ def trials(*parts: str) -> list[tuple[str, str, Maker]]:
     return [(f"trials-{part}", "trials", functools.partial(tables.trials_table, part=part)) for part in parts]
 
 
+#: The sentences of the first pages.
+GAINS: list[tuple[str, str, Maker]] = [
+    ("gain-layer", "results/plugins_{gpu}", tables.layer_sentence),
+    ("gain-model", "results/transformers_{gpu}", tables.model_sentence),
+    ("gain-align", "results/align_{gpu}", tables.align_sentence),
+]
+
 #: For each page: marker, CSV file, and the function that makes a table of its rows.
 PAGES: dict[str, list[tuple[str, str, Maker]]] = {
-    "README.md": [("versions", "results/versions", tables.versions_table)],
+    "README.md": [*GAINS, ("versions", "results/versions", tables.versions_table)],
+    "docs/index.md": GAINS,
     "docs/performance.md": [
         ("performance", "results/align_{gpu}", tables.performance_table),
         ("performance-cpu", "results/align_cpu", tables.cpu_table),

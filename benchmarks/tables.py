@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from common import SHAPES, Shape
+from vllm_layer import naive
 
 from moealign.bench import SGLANG, VLLM, cases_of, microseconds
 
@@ -226,6 +227,67 @@ def plugins_table(rows: Sequence[Row], source: str) -> str:
         lines.append([name, *cells])
     title = f"vLLM's function over ours, least and most over the sizes; {made_on(rows, source)}"
     return f"{title}\n\n{markdown(['vLLM / ours', 'on the device, CUDA graph', 'host time of an eager call'], lines)}"
+
+
+# ---- sentences of the first pages ------------------------------------------------------------------------------------
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """Minimum and maximum of `values`, once if they read the same."""
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
+
+
+def layer_sentence(rows: Sequence[Row], source: str) -> str:
+    """The share of the alignment in vLLM's fused layer, and what the drop-in makes of the layer.
+
+    vLLM does not align the smallest batches; their layers count for the second figure only.
+    """
+    aligned = {
+        (int(row["routes"]), int(row["num_experts"])): times[VLLM]
+        for row, times in cases_of(rows, "plugin-align")
+        if not row["case"].endswith("mapped")
+    }
+    shares, gains, tokens = [], [], []
+    for row, times in cases_of(rows, "plugin-layer"):
+        count, _, experts, *_ = shape_of(row)
+        gains.append(times[VLLM] / times["moealign"])
+        if not naive(int(row["routes"]), experts):
+            shares.append(aligned[int(row["routes"]), experts] / times[VLLM])
+            tokens.append(count)
+    return (
+        f"**vLLM**: the alignment takes {span(shares, '.1%')} of a fused layer of {PEERS[VLLM]} at {min(tokens):,} to "
+        f"{max(tokens):,} tokens, and the layer runs {span(gains, '.2f')} times as fast with moealign. "
+        f"{made_on(rows, source)}"
+    )
+
+
+def model_sentence(rows: Sequence[Row], source: str) -> str:
+    """Tokens a second of a Transformers model, as a multiple of those with ``grouped_mm``."""
+    steps = [times for _, times in cases_of(rows, "transformers")]
+    graph, eager = (
+        span([times[f"grouped_mm{end}"] / times[f"moealign{end}"] for times in steps if f"moealign{end}" in times], ".2f")
+        for end in ("-graph", "")
+    )
+    return (
+        f"**Transformers**: {graph} times the tokens per second of `grouped_mm` when decoding in a CUDA graph, {eager} "
+        f"times in eager decoding and prefill. {made_on(rows, source)}"
+    )
+
+
+def align_sentence(rows: Sequence[Row], source: str) -> str:
+    """The alignment alone against the faster peer, for the fewest and the most routes of 256 experts, top 8."""
+    cases = [(row, times) for row, times in cases_of(rows, "align") if (row["num_experts"], row["top_k"]) == ("256", "8")]
+    cases.sort(key=lambda case: int(case[0]["routes"]))
+    parts = []
+    for row, times in (cases[0], cases[-1]):
+        best = best_peer(times)
+        assert best is not None
+        own = times["moealign-cuda"]
+        parts.append(f"{best / own:.1f} times as fast at {int(row['routes']):,} routes ({microseconds(own)} us)")
+    return (
+        f"The alignment alone, against the faster of {' and '.join(PEERS.values())}: {' and '.join(parts)}. "
+        f"{made_on(rows, source)}"
+    )
 
 
 # ---- trials ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from moealign import BlockLayout, align, align_batched
-from moealign.bench import cases_of, in_order, is_peer, line_of, microseconds
+from moealign.bench import microseconds
 from moealign.report import ADAPTIVE, save_adaptive, study, style
 from moealign.report import write as write_report
 from moealign.report.figures import draw_block_map, map_cells, map_inches, map_lines
@@ -198,46 +198,7 @@ DRAWINGS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-# ---- the first pages ---------------------------------------------------------------------------------------------
-
-GPU_ROUTES, CPU_ROUTES = (8, 1024, 65_536, 524_288), (8, 524_288)
-
-
-def gain() -> str:
-    """The text between the ``gain`` markers of README.md and docs/index.md: 256 experts, top 8."""
-    gpu, cpu = (_times(ROOT / "benchmarks" / "results" / f"align_{name}.csv") for name in ("h200", "cpu"))
-
-    def against_peers(routes: int) -> str:
-        times = gpu[routes]
-        ours, best = times["moealign-cuda"], min(time for impl, time in times.items() if is_peer(impl))
-        return f"{best / ours:.1f}x at {routes:,}{' routes' if routes == 8 else ''} ({ours:.1f} us)"
-
-    def against_argsort(routes: int) -> str:
-        times = cpu[routes]
-        return f"{times['torch-argsort'] / times['moealign-cpu']:.1f}x at {routes:,}{' routes' if routes == 8 else ''}"
-
-    impls = in_order(impl for times in gpu.values() for impl in times if is_peer(impl))
-    names = " and ".join((line_of(impl) or (impl,))[0] for impl in impls)
-    return (
-        f"On an H200, speedup over the faster of {names} in the same run: "
-        f"{', '.join(against_peers(n) for n in GPU_ROUTES)}. On one CPU thread, over a stable argsort in torch: "
-        f"{', '.join(against_argsort(n) for n in CPU_ROUTES)}."
-    )
-
-
-def _times(path: Path) -> dict[int, dict[str, float]]:
-    with path.open(newline="") as source:
-        rows = [r for r in csv.DictReader(source) if (r["num_experts"], r["top_k"]) == ("256", "8")]
-    cases = [(row, times) for row, times in cases_of(rows, "align") if row["case"] not in ("experts", "one-expert")]
-    return {int(row["routes"]): times for row, times in cases}
-
-
-def with_gain(page: Path) -> str:
-    """The text of `page` with the current :func:`gain`."""
-    begin, end = "<!-- gain:begin -->", "<!-- gain:end -->"
-    before, rest = page.read_text().split(begin)
-    return f"{before}{begin}{gain()}{end}{rest.split(end)[1]}"
-
+# ---- figures in the text ----------------------------------------------------------------------------------------------
 
 #: A figure on a page is a link to the tables.  Its title names the CSV, the case (with the number of routes if the case
 #: has several) and the implementation.
@@ -267,10 +228,8 @@ def with_figures(text: str) -> str:
 
 
 def updated_pages() -> dict[Path, str]:
-    """README.md and every page of docs/ with current figures."""
+    """Every page of docs/ with current figures."""
     pages = {path: path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
-    for path in (ROOT / "README.md", ROOT / "docs" / "index.md"):
-        pages[path] = with_gain(path)
     return {path: with_figures(text) for path, text in pages.items()}
 
 

@@ -1,7 +1,10 @@
-"""MkDocs hooks: publish repository files that pages link to, and every tracked measurement as a table.
+"""MkDocs hooks: what the site shows otherwise than the repository does.
 
-A link such as ``../benchmarks/results/align_h200.csv`` works in the repository.  For the site, the file is copied to
-``repository/`` and the link is rewritten, so that readers can follow every figure to its table.
+* A link such as ``../benchmarks/results/align_h200.csv`` works in the repository.  For the site, the file is copied to
+  ``repository/`` and the link is rewritten, so that readers can follow every figure to its table.
+* Every tracked measurement is a table on the page of results.
+* Every drawing is a link to itself, so that a phone can enlarge it.
+* A Python session is highlighted as one: its prompts and output, which site.css marks, are not copied.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
+DRAWING = re.compile(r"^!\[[^\]]*\]\((images/[^)\s]+)\)$", re.M)
+SESSION = re.compile(r"^```python\n(?=>>> )", re.M)
 UPWARDS = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -41,7 +46,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         up = "../" * (len(PurePosixPath(source).parts) - 1)
         return f"]({up}{_published(path)})" if path else link[0]
 
-    return UPWARDS.sub(rewritten, markdown)
+    markdown = DRAWING.sub(r"[\g<0>](\1){.drawing title='Open the drawing alone'}", markdown)
+    return UPWARDS.sub(rewritten, SESSION.sub("```pycon\n", markdown))
 
 
 def _outside(source: str, target: str) -> str | None:

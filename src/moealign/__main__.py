@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from .errors import how_to_install
 from .terminal import exit_with
 
 __all__ = ["main"]
@@ -30,8 +31,7 @@ def _without_extras(arguments: list[str], missing: str | None) -> int:
     if arguments in (["info"], ["info", "--json"]):
         return diagnosis.show(as_json="--json" in arguments)
     print(
-        f"moealign: {missing} is not installed; pip install 'moealign[report]' brings it. Only `moealign info` works "
-        "without it",
+        f"moealign: {missing} is not installed: {how_to_install('report')}. Only `moealign info` works without it",
         file=sys.stderr,
     )
     return 2

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["BackendUnavailable", "InvalidInput", "InvalidType", "MoealignError", "RankFailed", "TraceError"]
+__all__ = [
+    "BackendUnavailable",
+    "InvalidInput",
+    "InvalidType",
+    "MoealignError",
+    "RankFailed",
+    "TraceError",
+    "how_to_install",
+]
 
 
 class MoealignError(Exception):
@@ -27,3 +35,20 @@ class RankFailed(MoealignError, RuntimeError):
 
 class TraceError(MoealignError, ValueError):
     """A file is missing, damaged or not a routing trace."""
+
+
+#: What each extra of pyproject.toml installs, as arguments of pip.
+_PACKAGES = {
+    "cpu": "numba",
+    "cuda": "'cuda-core[cu13]'",
+    "report": "matplotlib rich safetensors typer",
+    "transformers": "transformers",
+}
+
+
+def how_to_install(extra: str, *, upgrade: bool = False) -> str:
+    """The command that installs the packages of `extra`, for messages.
+
+    It names the packages, not ``moealign[extra]``, so that it works in a clone and without a release on an index.
+    """
+    return f"pip install {'--upgrade ' if upgrade else ''}{_PACKAGES[extra]} (moealign's extra '{extra}')"

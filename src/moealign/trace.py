@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import TraceError
+from .errors import TraceError, how_to_install
 
 __all__ = ["Trace", "example_trace", "load_trace", "save_trace"]
 
@@ -234,4 +234,4 @@ def _safetensors(module: str = "") -> Any:
     try:
         return importlib.import_module(f"safetensors.{module}" if module else "safetensors")
     except ImportError:
-        raise TraceError("safetensors is not installed; pip install 'moealign[report]' brings it") from None
+        raise TraceError(f"safetensors is not installed: {how_to_install('report')}") from None

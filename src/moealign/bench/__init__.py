@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from ..calls.dispatch import backends
-from ..errors import InvalidInput
+from ..errors import InvalidInput, how_to_install
 from ..testing import expected_layout
 from .benches import BENCHES, ON_GPU, bench_cpu
 from .candidates import POISON, Candidate, bins_difference, by_name, exact_difference, moealign_candidate
@@ -165,7 +165,7 @@ def publish(session: Session, out: Path | None, figure: Path | None = None) -> i
             draw(session.rows, figure)
             log(f"{figure}: drawn")
         except ImportError as error:
-            log(f"{figure}: not drawn, {error.name} is not installed; pip install 'moealign[report]' brings it")
+            log(f"{figure}: not drawn, {error.name} is not installed: {how_to_install('report')}")
     if session.failures:
         log(f"{len(session.failures)} WRONG, the first of them:")
     for line in session.failures[:10]:

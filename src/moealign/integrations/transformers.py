@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, how_to_install
 from ..experts.layer import fused_moe
 from .router_forms import RouterForm, UnsupportedRouter, recognise
 
@@ -80,8 +80,8 @@ def _registry() -> Any:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise BackendUnavailable(
-            f"transformers: expected release 5.16 or later, got none that can be imported ({error}); "
-            "pip install 'moealign[transformers]' brings it"
+            f"transformers: expected release 5.16 or later, got none that can be imported ({error}): "
+            f"{how_to_install('transformers', upgrade=True)}"
         ) from None
     return ALL_EXPERTS_FUNCTIONS
 

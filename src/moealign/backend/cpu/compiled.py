@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ...errors import how_to_install
+
 __all__ = ["failure", "find", "folder", "is_cached", "is_ready", "loaded"]
 
 _log = logging.getLogger("moealign")
@@ -65,7 +67,7 @@ def _import(name: str) -> Any:
 def failure() -> str | None:
     """Why numba cannot run here; None if it can, or while it is being imported.  Imports it, the only way to know."""
     if importlib.util.find_spec("numba") is None:
-        return "numba is not installed; pip install 'moealign[cpu]'"
+        return f"numba is not installed: {how_to_install('cpu')}"
     if loaded or _is_busy():
         return None
     errors: list[Exception] = []
@@ -84,7 +86,7 @@ def failure() -> str | None:
         return None
     if type(errors[0]) is not type(errors[1]):
         raise errors[0]  # it interrupted numba, which can no longer be imported
-    return f"numba cannot be imported ({errors[0]!r}); pip install --upgrade 'moealign[cpu]'"
+    return f"numba cannot be imported ({errors[0]!r}): {how_to_install('cpu', upgrade=True)}"
 
 
 def find(module: str, name: str, width: int = 0) -> Callable[..., Any] | None:

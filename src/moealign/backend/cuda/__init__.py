@@ -10,6 +10,7 @@ import importlib.util
 
 import torch
 
+from ...errors import how_to_install
 from ...problem import AlignProblem, RouteProblem
 from .. import Prepared, PreparedRoute
 from ..cache import cache_folder
@@ -42,12 +43,12 @@ def unavailable() -> str | None:
             "" if torch.version.cuda else " (this torch is built without CUDA)"
         )
     if not (_installed("cuda.core") and _installed("cuda.bindings.nvrtc")):
-        return "cuda.core is not installed: pip install 'moealign[cuda]'"
+        return f"cuda.core is not installed: {how_to_install('cuda')}"
     try:
         compiler_version()
         architectures()
     except Exception as error:  # any error while loading NVRTC is the reason
-        return f"NVRTC cannot be loaded ({error}): pip install 'moealign[cuda]'"
+        return f"NVRTC cannot be loaded ({error}): {how_to_install('cuda', upgrade=True)}"
     return driver_refuses()
 
 
@@ -60,7 +61,7 @@ def _unsupported(device: torch.device) -> str | None:
     if f"sm_{major}{minor}" not in architectures():
         return (
             f"NVRTC {compiler_version()} does not know sm_{major}{minor}, which {device} is: "
-            "pip install -U 'moealign[cuda]', or use backend 'triton'"
+            f"{how_to_install('cuda', upgrade=True)}, or use backend 'triton'"
         )
     return None
 

@@ -25,7 +25,7 @@ def interpreted() -> bool:
 def unavailable() -> str | None:
     """Why Triton cannot run here; None if it can."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; it comes with GPU builds of torch, or pip install triton"
+        return "triton is not installed: pip install triton (GPU builds of torch bring it)"
     if interpreted() or torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()):
         return None
     return "no GPU that Triton supports; for tests, TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly"
