@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-engines test-versions lint docs figures bench-cpu fuzz clean
+.PHONY: setup demo test test-engines test-versions lint docs figures dist bench-cpu fuzz clean
 
 setup: $(READY)
 
@@ -42,6 +42,13 @@ docs: $(READY)
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python docs/draw.py
+
+# Build the sdist, the wheel from that sdist, and check both.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/commands/package.py dist
 
 bench-cpu: $(READY)
 	$(BIN)/python benchmarks/align_cpu.py

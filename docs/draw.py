@@ -34,16 +34,18 @@ ALL: dict[str, bool] = dict.fromkeys(
     ("expert_counts", "expert_offsets", "group_ends", "positions", "block_rows"), True
 )  # fmt: skip
 BLOCK = 4
+WIDTH = 22.5  # cells of a drawing: at the width of a page, its smallest text has the size of a footnote
+PER_LINE = 4  # blocks
 REPORT_SIZES = (16, 32, 64, 128, 256)
 
 
-def canvas(width: float, height: float, title: str) -> tuple[Any, Any]:
-    """An empty drawing of `width` by `height` cells, y downwards."""
+def canvas(height: float, title: str) -> tuple[Any, Any]:
+    """An empty drawing of `WIDTH` by `height` cells, y downwards."""
     from matplotlib import pyplot
 
-    figure = pyplot.figure(figsize=(0.36 * width, 0.36 * height))
+    figure = pyplot.figure(figsize=(0.36 * WIDTH, 0.36 * height))
     axis = figure.add_axes((0, 0, 1, 1))
-    axis.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    axis.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="equal")
     axis.axis("off")
     text(axis, 0.5, 0.8, title, weight="bold", ha="left", size=10)
     return figure, axis
@@ -69,20 +71,17 @@ def colour_of(expert: int) -> str | None:
     return ADAPTIVE.series[expert] if expert >= 0 else None
 
 
-def rows(
-    axis: Any, y: float, layout: BlockLayout, bins: Sequence[int], first: float = 4.5, per_line: int | None = None
-) -> float:
+def rows(axis: Any, y: float, layout: BlockLayout, bins: Sequence[int], first: float = 4.5) -> float:
     """Draw sorted_token_ids block by block below expert_ids; return the y coordinate below them."""
     size, sentinel = layout.block_size, layout.num_routes
     used = layout.num_tokens_post_padded.item() // size
     ids = layout.sorted_token_ids.tolist()
     blocks = -(-len(ids) // size)
-    per_line = per_line or blocks
-    for start in range(0, blocks, per_line):
+    for start in range(0, blocks, PER_LINE):
         text(axis, first - 0.4, y + 0.45, "expert_ids", ha="right", size=8)
         text(axis, first - 0.4, y + 1.5, "sorted_token_ids", ha="right", size=8)
         x = first
-        for block in range(start, min(start + per_line, blocks)):
+        for block in range(start, min(start + PER_LINE, blocks)):
             part = ids[block * size : (block + 1) * size]
             name = layout.expert_ids[block].item()
             text(axis, x + len(part) / 2, y + 0.45, name, size=9, weight="bold" if block < used else "normal")
@@ -95,10 +94,10 @@ def rows(
     return y
 
 
-def draw_routes(figure_of: Callable[..., tuple[Any, Any]] = canvas) -> Any:
+def draw_routes() -> Any:
     """topk_ids and its layout."""
     layout = align(TOPK_IDS, block_size=BLOCK, num_experts=5)
-    figure, axis = figure_of(36.5, 13.6, "Four tokens, three experts each, become blocks of four rows")
+    figure, axis = canvas(15.8, "Four tokens, three experts each, become blocks of four rows")
     text(axis, 4.5, 1.9, "topk_ids: the expert of each route", size=9, ha="left", color=ADAPTIVE.muted)
     text(axis, 13.5, 1.9, "the number of each route, token * 3 + k", size=9, ha="left", color=ADAPTIVE.muted)
     for token, experts in enumerate(TOPK_IDS.tolist()):
@@ -119,8 +118,8 @@ def draw_routes(figure_of: Callable[..., tuple[Any, Any]] = canvas) -> Any:
 def draw_extras() -> Any:
     """The optional outputs, below the layout they belong to."""
     layout = align(TOPK_IDS, block_size=BLOCK, num_experts=5, **ALL)  # type: ignore[arg-type]
-    figure, axis = canvas(36.5, 14.4, "More outputs from the same launch")
-    rows(axis, 1.6, layout, layout.expert_ids.tolist())
+    figure, axis = canvas(16.6, "More outputs from the same launch")
+    below = rows(axis, 1.6, layout, layout.expert_ids.tolist()) + 0.4
     lines: list[tuple[str, list[int], Callable[[int], str | None]]] = [
         ("block_rows", layout.block_rows.tolist(), lambda i: colour_of(layout.expert_ids[i].item())),
         ("expert_counts", layout.expert_counts.tolist(), colour_of),
@@ -136,7 +135,7 @@ def draw_extras() -> Any:
         "the row of each route",
     )
     for i, ((name, values, colour), note) in enumerate(zip(lines, notes, strict=True)):
-        y = 4.7 + 1.85 * i
+        y = below + 1.85 * i
         text(axis, 4.1, y + 0.5, name, ha="right", size=8)
         for j, value in enumerate(values):
             cell(axis, 4.5 + j, y, value, colour(j))
@@ -147,15 +146,15 @@ def draw_extras() -> Any:
 def draw_maps() -> Any:
     """Expert parallelism: the two ways to use an expert_map."""
     expert_map = torch.tensor([-1, -1, 0, -1, 1])
-    figure, axis = canvas(36.5, 10.4, "Experts 2 and 4 live here, as local 0 and 1: expert_map = [-1, -1, 0, -1, 1]")
+    figure, axis = canvas(15.6, "Experts 2 and 4 live here, as local 0 and 1: expert_map = [-1, -1, 0, -1, 1]")
     stays = align(TOPK_IDS, block_size=BLOCK, num_experts=5, expert_map=expert_map)
     everyone = align(TOPK_IDS, block_size=BLOCK, num_experts=5).expert_ids.tolist()
     text(axis, 4.5, 2.1, "default: blocks of other ranks stay in place, marked -1", ha="left", color=ADAPTIVE.muted)
-    rows(axis, 2.7, stays, everyone)
+    y = rows(axis, 2.7, stays, everyone) + 0.9
     goes = align(TOPK_IDS, block_size=BLOCK, num_experts=5, expert_map=expert_map, ignore_invalid_experts=True)
-    text(axis, 4.5, 6.3, "ignore_invalid_experts=True: their routes are dropped", ha="left", color=ADAPTIVE.muted)
+    text(axis, 4.5, y, "ignore_invalid_experts=True: their routes are dropped", ha="left", color=ADAPTIVE.muted)
     local = {0: 2, 1: 4, -1: -1}
-    rows(axis, 6.9, goes, [local[e] for e in goes.expert_ids.tolist()])
+    rows(axis, y + 0.6, goes, [local[e] for e in goes.expert_ids.tolist()])
     return figure
 
 
@@ -163,13 +162,13 @@ def draw_batched() -> Any:
     """The batched layout."""
     counts = torch.tensor([2, 3, 0, 6, 8])
     layout = align_batched(counts, max_tokens_per_batch=8, block_size=BLOCK)
-    figure, axis = canvas(27.5, 17.2, "Five batches of up to eight rows, holding 2, 3, 0, 6 and 8")
+    figure, axis = canvas(19.9, "Five batches of up to eight rows, holding 2, 3, 0, 6 and 8")
     for batch, count in enumerate(counts.tolist()):
         text(axis, 4.1, 2.5 + batch, f"batch {batch}", ha="right", size=8)
         for j in range(8):
             filled = j < count
             cell(axis, 4.5 + j, 2 + batch, 8 * batch + j if filled else "", colour_of(batch) if filled else None)
-    y = rows(axis, 7.8, layout, layout.expert_ids.tolist(), per_line=5)
+    y = rows(axis, 7.8, layout, layout.expert_ids.tolist())
     total = layout.num_tokens_post_padded.item()
     text(axis, 4.5, y + 0.3, f"num_tokens_post_padded = {total}; the sentinel is 40", ha="left", color=ADAPTIVE.muted)
     return figure

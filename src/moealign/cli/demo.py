@@ -13,6 +13,7 @@ from ..alignment import align
 from ..calls.dispatch import backends
 from ..diagnosis import device_of
 from ..layout import EXTRAS
+from ..errors import how_to_install
 from ..report import LIGHT
 from ..report.demo import expert_layer, times_in_turns
 from ..report.figures import save_block_map
@@ -36,7 +37,7 @@ def demo(
     """Align a real routing trace on every backend: check, time, use and draw the layout."""
     checks.output("--output", output, PICTURES)
     if importlib.util.find_spec("matplotlib") is None:
-        checks.fail("demo draws with matplotlib, which is not installed; pip install 'moealign[report]' brings it")
+        checks.fail(f"demo draws with matplotlib, which is not installed: {how_to_install('report')}")
     trace = checks.load(checks.SHIPPED)
     checks.layer_of(trace, layer)
     print(paragraph(escape(f"Trace: {trace.model}, reading {trace.source}")))
