@@ -265,7 +265,9 @@ def model_sentence(rows: Sequence[Row], source: str) -> str:
     """Tokens a second of a Transformers model, as a multiple of those with ``grouped_mm``."""
     steps = [times for _, times in cases_of(rows, "transformers")]
     graph, eager = (
-        span([times[f"grouped_mm{end}"] / times[f"moealign{end}"] for times in steps if f"moealign{end}" in times], ".2f")
+        span(
+            [times[f"grouped_mm{end}"] / times[f"moealign{end}"] for times in steps if f"moealign{end}" in times], ".2f"
+        )
         for end in ("-graph", "")
     )
     return (
@@ -276,7 +278,9 @@ def model_sentence(rows: Sequence[Row], source: str) -> str:
 
 def align_sentence(rows: Sequence[Row], source: str) -> str:
     """The alignment alone against the faster peer, for the fewest and the most routes of 256 experts, top 8."""
-    cases = [(row, times) for row, times in cases_of(rows, "align") if (row["num_experts"], row["top_k"]) == ("256", "8")]
+    cases = [
+        (row, times) for row, times in cases_of(rows, "align") if (row["num_experts"], row["top_k"]) == ("256", "8")
+    ]
     cases.sort(key=lambda case: int(case[0]["routes"]))
     parts = []
     for row, times in (cases[0], cases[-1]):

@@ -197,7 +197,7 @@ DRAWINGS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-# ---- figures in the text ----------------------------------------------------------------------------------------------
+# ---- figures in the text ---------------------------------------------------------------------------------------------
 
 #: A figure on a page is a link to the tables.  Its title names the CSV, the case (with the number of routes if the case
 #: has several) and the implementation.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import doctest
 import functools
@@ -22,6 +23,7 @@ from browser import browser, look
 from helpers import ROOT
 
 from moealign.cli import app
+from moealign.errors import _PACKAGES, how_to_install
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -59,6 +61,29 @@ def test_commands_parse_and_their_files_exist(page):
             group.commands[command].make_context(command, shlex.split(arguments))
         for script in re.findall(r"(?:benchmarks|docs|examples|tests)/[\w/]+\.(?:py|sh)", block):
             assert (ROOT / script).is_file(), script
+
+
+def constants(path: Path) -> list[str]:
+    """The string constants of a module, and the constant parts of its formatted strings."""
+    return [
+        node.value
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_package():
+    """A message is an indented line; ``…`` stands for what varies."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = re.findall(r"^    (.*)", text, re.M) + re.findall(r"^\| `([^`]*)` \|", text, re.M)
+    messages.remove("operation not permitted when stream is capturing")  # torch's
+    assert len(messages) > 12
+    source = "\0".join(part for path in (ROOT / "src").rglob("*.py") for part in constants(path))
+    for message in messages:
+        for extra in _PACKAGES:
+            message = message.replace(how_to_install(extra), "…")
+        for part in re.split(r": |…|vllm|VLLM_PLUGINS|MOEALIGN_VLLM|12\.4", message):  # values of this page's examples
+            assert part.strip() in source, f"docs/troubleshooting.md quotes {part.strip()!r}"
 
 
 # ---- links and the site ------------------------------------------------------------------------------------------
@@ -161,6 +186,58 @@ def test_the_site_is_legible_and_silent_in_a_browser(site, tmp_path):
             server.shutdown()
 
 
+@pytest.fixture
+def from_disk(site, tmp_path):
+    """A browser that opens pages of the site without a server."""
+    with browser(tmp_path) as driver:
+        yield lambda name, width=1280: (look(driver, site / f"{name}.html", "light", width), driver)[1]
+
+
+def test_the_search_works_from_disk(from_disk):
+    wait = pytest.importorskip("selenium.webdriver.support.wait")
+    for name in ("index", "developers/backends"):
+        driver = from_disk(name)
+        driver.execute_script("document.getElementById('__search').click()")
+        driver.find_element("css selector", ".md-search__input").send_keys("sentinel")
+        wait.WebDriverWait(driver, 20).until(lambda d: d.find_elements("css selector", ".md-search-result__item"))
+        assert driver.get_log("browser") == []
+
+
+def test_copied_code_is_a_script(from_disk):
+    """The copy button takes what is displayed while the block has an attribute."""
+    driver = from_disk("index")
+    copied = driver.execute_script(
+        "return [...document.querySelectorAll('.highlight code')].filter(e => e.querySelector('.gp')).map(e => {"
+        "e.setAttribute('data-md-copying', ''); const text = e.innerText; e.removeAttribute('data-md-copying');"
+        "return text})"
+    )
+    assert len(copied) == (ROOT / "docs" / "index.md").read_text().count("```python")
+    for text in copied:
+        assert ">>>" not in text
+        ast.parse(text)
+    style = "return getComputedStyle(document.querySelector('.highlight .gp')).userSelect"
+    assert driver.execute_script(style) == "none"
+
+
+def test_tables_and_drawings_are_legible_at_every_width(from_disk):
+    cut = "return [...document.querySelectorAll('.md-typeset__scrollwrap')].filter(e => e.scrollWidth > e.clientWidth)"
+    for name in ("performance", "results", "experts", "routing", "parallel", "integrations"):
+        for width in (800, 1280):
+            assert from_disk(name, width).execute_script(f"{cut}.length") == 0, f"{name} at {width}"
+    smallest = (
+        "return Promise.all([...document.querySelectorAll('a.drawing')].map(async a => {"
+        "const image = a.querySelector('img'), size = image.naturalWidth;"
+        "return [a.getAttribute('href'), image.getBoundingClientRect().width / size]}))"
+    )
+    for width in (390, 1280):
+        drawings = dict(from_disk("layout", width).execute_script(smallest))
+        scales = [scale for name, scale in drawings.items() if "layout-" in name]
+        assert len(scales) == 4
+        assert min(scales) * 8 * 4 / 3 > 9, f"the smallest text, of 8 points, is under 9 pixels at {width}"
+    driver = from_disk("api")
+    assert driver.execute_script("return document.querySelectorAll('.doc-contents table').length") == 0
+
+
 def test_every_tracked_measurement_is_on_the_site(site):
     text = (site / "results.html").read_text()
     for path in (ROOT / "benchmarks" / "results").glob("*_*.csv"):
@@ -209,7 +286,7 @@ def test_roles_of_docstrings_become_markdown():
 # ---- figures -----------------------------------------------------------------------------------------------------
 
 
-def test_drawings_and_the_figures_of_the_first_page_are_those_of_today(capsys):
+def test_drawings_and_figures_in_the_text_are_those_of_today(capsys):
     pytest.importorskip("matplotlib")
     from docs import draw
 
@@ -221,11 +298,11 @@ def test_a_stale_drawing_would_be_seen(monkeypatch, capsys):
     from docs import draw
 
     monkeypatch.setattr(draw, "DRAWINGS", {"layout-routes": draw.DRAWINGS["layout-maps"]})
-    monkeypatch.setattr(draw, "gain", lambda: "100x")
+    monkeypatch.setattr(draw, "microseconds", lambda _: "100")
     assert draw.main(["--check"]) == 1
-    said = capsys.readouterr().out
-    assert "layout-routes.svg: stale" in said
-    assert "docs/index.md: its figures are not those of benchmarks/results" in said
+    output = capsys.readouterr().out
+    assert "layout-routes.svg: stale" in output
+    assert ".md: its figures are not those of benchmarks/results" in output
 
 
 def test_a_figure_is_its_row_of_the_table():
