@@ -80,13 +80,18 @@ def host_sentence(rows: Sequence[Row]) -> str:
     return ""
 
 
+def where_and_when(rows: Sequence[Row]) -> str:
+    first = rows[0]
+    return f"({first['gpu'].upper()}, torch {first['torch']}, {first['date']})"
+
+
 def made_on(rows: Sequence[Row], source: str) -> str:
     first = rows[0]
     return f"{first['gpu'].upper()}, torch {first['torch']}, {first['date']}; `{source}`."
 
 
 def caption(rows: Sequence[Row], how: str, source: str) -> str:
-    return f"Microseconds a call, {how}, median; {made_on(rows, source)}"
+    return f"Microseconds per call, {how}, median; {made_on(rows, source)}"
 
 
 def performance_table(rows: Sequence[Row], source: str) -> str:
@@ -135,7 +140,7 @@ def floor_rates(rows: Sequence[Row]) -> str:
         if tokens == 256:
             reading.append(6 * experts * hidden * inner / times["floor"] / 1e6)
         computing.append(6 * tokens * top_k * hidden * inner / times["floor"] / 1e6)
-    return f"The floor reckons with {max(reading):.2f} TB/s and {max(computing):.0f} TFLOP/s."
+    return f"The floor assumes {max(reading):.2f} TB/s and {max(computing):.0f} TFLOP/s."
 
 
 def experts_table(rows: Sequence[Row], source: str) -> str:
@@ -160,12 +165,12 @@ def experts_cpu_table(rows: Sequence[Row], source: str) -> str:
         tokens, top_k, experts, hidden, inner = shape_of(row)
         ratios = [ratio_to(times, impl, "moealign") for impl in others]
         lines.append([f"{experts}, {top_k}, {hidden}, {inner}", row["case"].split()[-1], f"{tokens:,}", *ratios])
-    title = f"How many times as long as ours the others take, one thread, medians; {made_on(rows, source)}"
+    title = f"Time of each implementation over ours, one thread, medians; {made_on(rows, source)}"
     return f"{title}\n\n{markdown(['E, k, H, I', 'dtype', 'tokens', *others.values()], lines, 2)}"
 
 
 def transformers_table(rows: Sequence[Row], source: str) -> str:
-    """Tokens a second of a whole model."""
+    """Tokens per second of a whole model."""
     impls = {"moealign": "**moealign**", "moealign-routers": "routers too", "grouped_mm": "grouped_mm",
              "batched_mm": "batched_mm"}  # fmt: skip
     lines = []
@@ -179,7 +184,7 @@ def transformers_table(rows: Sequence[Row], source: str) -> str:
                 gain = ratio_to(times, f"grouped_mm{end}", f"moealign{end}")
                 lines.append([f"{kind}, {tokens:,} token{'s' * (tokens > 1)}, {how}", *rates, gain])
     shape = " ".join(rows[0]["case"].split()[2:])
-    title = f"Tokens a second, {shape}, wall time, median; {made_on(rows, source)}"
+    title = f"Tokens per second, {shape}, wall time, median; {made_on(rows, source)}"
     return f"{title}\n\n{markdown(['step', *impls.values(), 'ours / grouped_mm'], lines)}"
 
 
@@ -225,7 +230,7 @@ def plugins_table(rows: Sequence[Row], source: str) -> str:
             ends = dict.fromkeys(f"{ratio:.2f}x" for ratio in ratios[:1] + ratios[-1:])
             cells.append(" to ".join(ends) or "-")
         lines.append([name, *cells])
-    title = f"vLLM's function over ours, least and most over the sizes; {made_on(rows, source)}"
+    title = f"Time of vLLM's function over ours, minimum to maximum over the sizes; {made_on(rows, source)}"
     return f"{title}\n\n{markdown(['vLLM / ours', 'on the device, CUDA graph', 'host time of an eager call'], lines)}"
 
 
@@ -256,13 +261,13 @@ def layer_sentence(rows: Sequence[Row], source: str) -> str:
             tokens.append(count)
     return (
         f"**vLLM**: the alignment takes {span(shares, '.1%')} of a fused layer of {PEERS[VLLM]} at {min(tokens):,} to "
-        f"{max(tokens):,} tokens, and the layer runs {span(gains, '.2f')} times as fast with moealign. "
-        f"{made_on(rows, source)}"
+        f"{max(tokens):,} tokens, and the layer runs {span(gains, '.2f')} times as fast with moealign "
+        f"{where_and_when(rows)}."
     )
 
 
 def model_sentence(rows: Sequence[Row], source: str) -> str:
-    """Tokens a second of a Transformers model, as a multiple of those with ``grouped_mm``."""
+    """Tokens per second of a Transformers model, as a multiple of those with ``grouped_mm``."""
     steps = [times for _, times in cases_of(rows, "transformers")]
     graph, eager = (
         span(
@@ -272,7 +277,7 @@ def model_sentence(rows: Sequence[Row], source: str) -> str:
     )
     return (
         f"**Transformers**: {graph} times the tokens per second of `grouped_mm` when decoding in a CUDA graph, {eager} "
-        f"times in eager decoding and prefill. {made_on(rows, source)}"
+        f"times in eager decoding and prefill {where_and_when(rows)}."
     )
 
 
@@ -289,8 +294,8 @@ def align_sentence(rows: Sequence[Row], source: str) -> str:
         own = times["moealign-cuda"]
         parts.append(f"{best / own:.1f} times as fast at {int(row['routes']):,} routes ({microseconds(own)} us)")
     return (
-        f"The alignment alone, against the faster of {' and '.join(PEERS.values())}: {' and '.join(parts)}. "
-        f"{made_on(rows, source)}"
+        f"The alignment alone, against the faster of {' and '.join(PEERS.values())}: {' and '.join(parts)} "
+        f"{where_and_when(rows)}."
     )
 
 
@@ -389,7 +394,7 @@ def parallel_model(rows: Sequence[Row], source: str = "", shape: Shape = LARGEST
         f"{terms.exchange_rate / 1e3:.0f} GB/s, weights read at {terms.memory_rate / 1e6:.1f} TB/s, "
         f"{terms.flop_rate / 1e6:.0f} TFLOP/s, all of the shape {', '.join(map(str, shape))} or of plain collectives."
     )
-    header = ["ranks", "tokens a rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
+    header = ["ranks", "tokens per rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
     return f"{title}\n\n{markdown(header, lines)}"
 
 

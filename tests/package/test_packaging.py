@@ -12,6 +12,8 @@ import pytest
 from commands import package
 from helpers import ROOT
 
+from moealign import bench
+from moealign.backend import cuda
 from moealign.errors import _PACKAGES, how_to_install
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -49,6 +51,16 @@ def test_no_message_advises_a_release_that_does_not_exist():
 
 def test_the_extra_all_names_every_extra_of_users():
     assert EXTRAS["all"] == [f"moealign[{','.join(sorted(_PACKAGES))}]"]
+
+
+def test_the_readme_s_supported_versions_are_those_of_pyproject():
+    table = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|", (ROOT / "README.md").read_text(), re.M))
+    bounds = dict(re.findall(r'"([a-z]+)>=([\d.]+)', PYPROJECT))
+    assert f'requires-python = ">={table["Python"].split()[0]}"' in PYPROJECT
+    assert table["torch"].startswith(f"{bounds['torch']} or later")
+    assert table["Transformers"].startswith(f"{bounds['transformers']} to ")
+    assert table["vLLM"].startswith(f"{bench.VLLM.removeprefix('vllm-')};")
+    assert table["NVIDIA GPUs"].startswith(f"`cuda` from compute capability {'.'.join(map(str, cuda._OLDEST))};")
 
 
 def test_links_of_the_readme_are_absolute_or_absent_on_an_index(on_an_index):

@@ -257,6 +257,40 @@ def test_every_marker_of_a_page_is_filled_by_the_script() -> None:
         assert sorted(found) == sorted(marker for marker, *_ in tables_of), page
 
 
+LAYERS = """bench,case,routes,num_experts,top_k,block_size,impl,median_us,min_us,max_us,gpu,torch,date
+plugin-align,32x8-E128-B16,256,128,8,16,vllm-0.33.0,4,4,4,h200,2.11.0,2026-11-23
+plugin-align,32x8-E128-B16 mapped,256,128,8,16,vllm-0.33.0,90,90,90,h200,2.11.0,2026-11-23
+plugin-layer,T1-k8-E128-H2048-I768,8,128,8,16,vllm-0.33.0,30,30,30,h200,2.11.0,2026-11-23
+plugin-layer,T1-k8-E128-H2048-I768,8,128,8,16,moealign,32,32,32,h200,2.11.0,2026-11-23
+plugin-layer,T32-k8-E128-H2048-I768,256,128,8,16,vllm-0.33.0,200,200,200,h200,2.11.0,2026-11-23
+plugin-layer,T32-k8-E128-H2048-I768,256,128,8,16,moealign,160,160,160,h200,2.11.0,2026-11-23
+"""
+
+
+def test_the_share_of_the_alignment_is_that_of_layers_that_align(tmp_path: Path) -> None:
+    (tmp_path / "plugins.csv").write_text(LAYERS)
+    sentence = tables.layer_sentence(figures.read(tmp_path / "plugins.csv"), "a.csv")
+    assert "takes 2.0% of a fused layer of vLLM 0.33.0 at 32 to 32 tokens" in sentence, (
+        "not one token: vLLM aligns none"
+    )
+    assert "runs 0.94 to 1.25 times as fast" in sentence
+
+
+def test_sentences_about_a_model_and_about_the_alignment(tmp_path: Path) -> None:
+    steps = {"grouped_mm": 300, "grouped_mm-graph": 40, "moealign": 200, "moealign-graph": 20, "batched_mm": 1}
+    head = LAYERS.splitlines()[0]
+    (tmp_path / "a.csv").write_text(
+        "\n".join([head, *(f"transformers,decode T1,8,128,8,0,{k},{v},1,1,h200,2.11.0,x" for k, v in steps.items())])
+    )
+    assert "2.00 times the tokens per second of `grouped_mm` when decoding in a CUDA graph, 1.50 times in" in (
+        tables.model_sentence(figures.read(tmp_path / "a.csv"), "a.csv")
+    )
+    (tmp_path / "b.csv").write_text(DONE)
+    assert "2.0 times as fast at 8 routes (2.00 us) and 8.0 times as fast at 131,072 routes (7.50 us)" in (
+        tables.align_sentence(figures.read(tmp_path / "b.csv"), "b.csv")
+    )
+
+
 VERSIONS = """name,python,torch,transformers,triton,numba,numpy,passed,failed,skipped,date
 torch-2.10,3.11.7,2.10.0,5.24.0,3.6.0,0.68.1,2.4.6,900,1,12,2026-11-26
 oldest,3.10.13,2.10.0,5.16.0,-,0.61.0,1.26.4,950,0,10,2026-11-27

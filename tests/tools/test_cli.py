@@ -21,6 +21,7 @@ import moealign
 from moealign import diagnosis, startup, terminal
 from moealign.cli import app, checks
 from moealign.cli.tune import describe
+from moealign.errors import how_to_install
 from moealign.experts.tiles import Tile
 from moealign.report import demo as demo_parts
 from moealign.testing import check_backend
