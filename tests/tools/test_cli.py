@@ -460,8 +460,7 @@ def test_without_the_extra_info_works_and_the_rest_is_one_line(tmp_path, missing
     done = bare("inspect")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"moealign: {missing} is not installed: {how_to_install('report')}. Only `moealign info` works "
-        "without it\n"
+        f"moealign: {missing} is not installed: {how_to_install('report')}. Only `moealign info` works without it\n"
     )
     assert "Backends, in the order" in bare("info").stdout
     assert "backends" in json.loads(bare("info", "--json").stdout)

@@ -12,8 +12,8 @@ from .. import costs
 from ..alignment import align
 from ..calls.dispatch import backends
 from ..diagnosis import device_of
-from ..layout import EXTRAS
 from ..errors import how_to_install
+from ..layout import EXTRAS
 from ..report import LIGHT
 from ..report.demo import expert_layer, times_in_turns
 from ..report.figures import save_block_map

@@ -66,7 +66,7 @@ def inspect(
     print(
         paragraph(
             f"{trace.layers} layers, {trace.tokens:,} tokens, {trace.top_k} of {trace.num_experts} experts each, "
-            f"{batches.shape[1]:,} batches\n"
+            f"{'one batch' if batches.shape[1] == 1 else f'{batches.shape[1]:,} batches'}\n"
         )
     )
     print()
