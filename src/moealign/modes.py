@@ -45,6 +45,7 @@ __all__ = [
     "is_batched_gradient",
     "readable",
     "refuse",
+    "size",
     "traced",
     "transformed",
     "wants_gradient",
@@ -175,6 +176,12 @@ def checked(check: Callable[..., Any], *args: Any) -> Any:
         return check(*args)
     finally:
         torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+
+def size(tensor: Tensor, axis: int) -> int:
+    """``tensor.shape[axis]``, a number under ``torch.jit.trace`` too."""
+    number: int = checked(tensor.size, axis) if _is_tracing() else tensor.shape[axis]
+    return number
 
 
 def refuse(refusal: Refusal, outputs: int = 1) -> list[Tensor]:

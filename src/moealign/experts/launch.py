@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +48,23 @@ def refuses(rows: Tensor) -> str | None:
     return None if torch.compiler.is_compiling() else unavailable()
 
 
-def run(launches: list[GemmLaunch], device: torch.device) -> None:
-    """Launch the kernels on `device`."""
+@functools.cache
+def _kernels() -> Any:
     from . import kernels  # imports Triton
 
+    return kernels
+
+
+@functools.cache
+def _descriptor_type() -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor
+
+
+def run(launches: list[GemmLaunch], device: torch.device) -> None:
+    """Launch the kernels on `device`."""
+    kernels = _kernels()
     with on_device(device):
         for one in launches:
             options: dict[str, Any] = {"num_warps": one.num_warps, "num_stages": one.num_stages}
@@ -63,9 +77,7 @@ def run(launches: list[GemmLaunch], device: torch.device) -> None:
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
+    return _descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
 def _takes_tma(matrix: Tensor) -> bool:

@@ -28,8 +28,7 @@ class ExpertWeights(NamedTuple):
     @property
     def experts(self) -> int:
         """E, a number under ``torch.jit.trace`` too."""
-        number: int = modes.checked(self.gate_up.size, 0)
-        return number
+        return modes.size(self.gate_up, 0)
 
     @property
     def hidden(self) -> int:
@@ -60,7 +59,7 @@ class Routes(NamedTuple):
         return align(
             self.ids,
             block_size=block_size,
-            num_experts=experts if self.expert_map is None else modes.checked(self.expert_map.size, 0),
+            num_experts=experts if self.expert_map is None else modes.size(self.expert_map, 0),
             expert_map=self.expert_map,
             ignore_invalid_experts=True,
             num_valid_tokens=self.num_valid_tokens,

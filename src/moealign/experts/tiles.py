@@ -217,7 +217,8 @@ def select_tiles(
     tokens, top_k = routes.ids.shape
     itemsize = hidden_states.element_size()
     sizes = (weights.experts, weights.hidden, weights.inner)
-    entry = tuned(target).get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
+    known = tuned(target)
+    entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
     if entry and block_size is None:
         tiles = entry[min(entry, key=lambda count: abs(math.log(count / max(tokens, 1))))]
     else:
