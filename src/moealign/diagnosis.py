@@ -59,6 +59,11 @@ def _threads(value: str) -> str | None:
     return None if valid else f"expected an int of at least 1, got {value!r}"
 
 
+def _trace(value: str) -> str | None:
+    folder = Path(value).absolute().parent
+    return None if folder.is_dir() else f"expected a path in a folder that exists, got {value!r}"
+
+
 def _cache(value: str) -> str | None:
     exists = os.path.lexists(value)
     return f"expected a folder, got the file {value!r}" if exists and not os.path.isdir(value) else None
@@ -91,6 +96,9 @@ VARIABLES: dict[str, Callable[[str], str | None]] = {
     "MOEALIGN_NUM_THREADS": _threads,
     "MOEALIGN_CACHE_DIR": _cache,
     "MOEALIGN_TUNING": tuning_problem,
+    "MOEALIGN_TRACE": _trace,
+    "MOEALIGN_TRACE_MB": _threads,
+    "MOEALIGN_TRACE_LAYERS": _threads,
     **{engine.variable: _switch for engine in ENGINES.values()},
 }
 

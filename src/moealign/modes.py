@@ -180,7 +180,9 @@ def checked(check: Callable[..., Any], *args: Any) -> Any:
 
 def size(tensor: Tensor, axis: int) -> int:
     """``tensor.shape[axis]``, a number under ``torch.jit.trace`` too."""
-    number: int = checked(tensor.size, axis) if _is_tracing() else tensor.shape[axis]
+    if _is_compiling() or not _is_tracing():
+        return tensor.shape[axis]
+    number: int = checked(tensor.size, axis)
     return number
 
 

@@ -690,11 +690,11 @@ def test_an_exception_from_elsewhere_passes_through_the_import_of_numba(monkeypa
 @numba
 def test_info_shows_the_state_of_the_cpu_backend(tmp_path: Path) -> None:
     pytest.importorskip("typer")
-    code = "from moealign.__main__ import main; import sys; sys.argv = ['moealign', 'info']; main()"
+    code = "from moealign import diagnosis; diagnosis.show()"
     rows: list[tuple[dict[str, str | None], str]] = [
-        ({"MOEALIGN_CACHE_DIR": str(tmp_path)}, "ready; the first call compiles with numba"),
+        ({"MOEALIGN_CACHE_DIR": str(tmp_path)}, "available: the first call compiles with numba"),
         ({"NUMBA_DISABLE_JIT": "1"}, "unavailable: NUMBA_DISABLE_JIT is set"),
-        ({"MOEALIGN_NUM_THREADS": "0"}, "ready; but calls are refused: MOEALIGN_NUM_THREADS"),
+        ({"MOEALIGN_NUM_THREADS": "0"}, "available: but calls are refused: MOEALIGN_NUM_THREADS"),
     ]
     for environment, text in rows:
         assert text in " ".join(printed(code, **environment).split())

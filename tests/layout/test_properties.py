@@ -202,7 +202,7 @@ def unstable(case, layout):
 
 
 def spare_block(case, layout):
-    layout.num_tokens_post_padded += case.block
+    layout.num_tokens_post_padded.add_(case.block)
 
 
 def stale_tail(case, layout):
