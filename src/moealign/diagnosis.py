@@ -16,7 +16,7 @@ from . import __version__
 from .alignment import explain
 from .calls.dispatch import backends
 from .errors import MoealignError
-from .experts.tiles import LayerTiles
+from .experts.tiles import parse_tuning
 from .integrations.engines import ENGINES, status
 from .terminal import escape, paragraph
 
@@ -75,14 +75,11 @@ def tuning_problem(value: str) -> str | None:
     if path.is_dir():
         return f"expected a tuning file, got the folder {value!r}"
     try:
-        for plans in json.loads(path.read_text())["plans"].values():
-            for tokens, plan in plans.items():
-                int(tokens)
-                LayerTiles.from_json(plan)
+        parse_tuning(path.read_bytes())
     except FileNotFoundError:
         return None  # `moealign tune` writes it
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        return f"expected a tuning file, got {value!r}: {type(error).__name__}"
+    except (OSError, ValueError) as error:
+        return f"expected a tuning file, got {value!r}: {type(error.__cause__ or error).__name__}"
     return None
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "LayerTiles",
     "Target",
     "Tile",
+    "parse_tuning",
     "select_block_size",
     "select_tiles",
     "target_of",
@@ -188,6 +189,19 @@ def _read(path: Path) -> dict[str, dict[int, LayerTiles]]:
     except OSError:
         return {}
     try:
+        return parse_tuning(data)
+    except ValueError as error:
+        warnings.warn(f"{path}: expected a tuning file, got {error.__cause__!r}; rules are used instead", stacklevel=3)
+        return {}
+
+
+def parse_tuning(data: bytes) -> dict[str, dict[int, LayerTiles]]:
+    """Tiles by layer and number of tokens.
+
+    Raises:
+        ValueError: `data` is no tuning file; its cause says why.
+    """
+    try:
         plans = json.loads(data.decode())["plans"]
         result = {
             key: {int(tokens): LayerTiles.from_json(one) for tokens, one in entry.items()}
@@ -196,10 +210,9 @@ def _read(path: Path) -> dict[str, dict[int, LayerTiles]]:
         for key, entry in result.items():
             if min(entry, default=1) < 1:
                 raise ValueError(f"{min(entry)} tokens in {key}")
-        return result
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        warnings.warn(f"{path}: expected a tuning file, got {error!r}; rules are used instead", stacklevel=3)
-        return {}
+        raise ValueError("no tuning file") from error
+    return result
 
 
 # ---- the tiles of a call ---------------------------------------------------------------------------------------------
