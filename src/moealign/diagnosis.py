@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,9 +16,10 @@ import torch
 from . import __version__
 from .alignment import explain
 from .calls.dispatch import backends
-from .errors import MoealignError
+from .errors import InvalidInput, MoealignError
 from .experts.tiles import parse_tuning
 from .integrations.engines import ENGINES, status
+from .integrations.recording import LIMITS, limit_of
 from .terminal import escape, paragraph
 
 __all__ = ["VARIABLES", "device_of", "facts", "problems", "show", "tuning_problem"]
@@ -64,6 +66,14 @@ def _trace(value: str) -> str | None:
     return None if folder.is_dir() else f"expected a path in a folder that exists, got {value!r}"
 
 
+def _limit(name: str, value: str) -> str | None:
+    try:
+        limit_of(name, value)
+    except InvalidInput as error:
+        return str(error).removeprefix(f"{name}: ")
+    return None
+
+
 def _cache(value: str) -> str | None:
     exists = os.path.lexists(value)
     return f"expected a folder, got the file {value!r}" if exists and not os.path.isdir(value) else None
@@ -94,8 +104,7 @@ VARIABLES: dict[str, Callable[[str], str | None]] = {
     "MOEALIGN_CACHE_DIR": _cache,
     "MOEALIGN_TUNING": tuning_problem,
     "MOEALIGN_TRACE": _trace,
-    "MOEALIGN_TRACE_MB": _threads,
-    "MOEALIGN_TRACE_LAYERS": _threads,
+    **{name: functools.partial(_limit, name) for name in LIMITS},
     **{engine.variable: _switch for engine in ENGINES.values()},
 }
 

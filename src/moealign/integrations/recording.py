@@ -26,7 +26,7 @@ from ..errors import InvalidInput, TraceError
 from ..trace import Trace, save_trace
 from .steps import Call, assemble
 
-__all__ = ["Recorder", "recorder_from_environment"]
+__all__ = ["LIMITS", "Recorder", "limit_of", "recorder_from_environment"]
 
 FIRST_WRITE = 1 << 20  # bytes; the file is rewritten whenever the recording has doubled, in case the process is killed
 CALL_BYTES = 512  # of Python and allocator overhead per call, counted towards the limit
@@ -256,14 +256,25 @@ def recorder_from_environment(engine: str) -> Recorder:
     Raises:
         InvalidInput: a variable has an invalid value.
     """
-    megabytes = _positive("MOEALIGN_TRACE_MB", float, "a number of MiB above 0")
-    layers = _positive("MOEALIGN_TRACE_LAYERS", int, "a whole number of MoE layers above 0")
+    megabytes, layers = (limit_of(name, os.environ.get(name)) for name in LIMITS)
     limit = 64 << 20 if megabytes is None else int(megabytes * 2**20)
     return Recorder(engine, Path(os.environ["MOEALIGN_TRACE"]).absolute(), limit, layers)
 
 
-def _positive(variable: str, kind: Any, description: str) -> Any:
-    value = os.environ.get(variable)
+#: Optional variables beside MOEALIGN_TRACE: the type of a value, and what is expected.
+LIMITS: dict[str, tuple[Any, str]] = {
+    "MOEALIGN_TRACE_MB": (float, "a number of MiB above 0"),
+    "MOEALIGN_TRACE_LAYERS": (int, "a whole number of MoE layers above 0"),
+}
+
+
+def limit_of(variable: str, value: str | None) -> Any:
+    """The number that `value` of one of `LIMITS` means, None if it is not set.
+
+    Raises:
+        InvalidInput: the value is invalid.
+    """
+    kind, description = LIMITS[variable]
     if not value:
         return None
     try:
