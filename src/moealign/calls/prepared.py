@@ -157,9 +157,10 @@ def route(
     flags = (pad_sorted_ids, ignore_invalid_experts)
     tensors = (router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
     key: Any = (*facts, block_size, *flags, extras, backend, *map(signature, tensors))
-    call = _lookup(key) if type(block_size) is type(facts[0]) is type(facts[3]) is type(facts[4]) is int else None
+    top_k, scoring, renormalize, num_groups, topk_groups, scale = facts
+    exact = type(block_size) is type(top_k) is type(num_groups) is type(topk_groups) is int  # as a key, True equals 1
+    call = _lookup(key) if exact else None
     if call is None:
-        top_k, scoring, renormalize, num_groups, topk_groups, scale = facts
         problem = check_route(
             router_logits,
             top_k,
@@ -172,7 +173,7 @@ def route(
             num_valid_tokens,
         )
         call = _prepare_route(problem, router_logits, block_size, expert_map, flags, error_word, extras, backend)
-        if all(type(each) is int for each in (block_size, top_k, num_groups, topk_groups)):
+        if exact:
             _store(cached, key, call)
     weights, ids, mean = outputs_of(router_logits, call.problem.top_k, mean_probability)
     made = _outputs(call.layout, out, (ids, expert_map, None, error_word))

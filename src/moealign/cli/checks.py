@@ -122,15 +122,6 @@ def distinct(paths: Sequence[tuple[str, Path]]) -> None:
             fail(f"{option}: expected another path than {other}'s, got {path}")
 
 
-def console() -> Any:
-    """A console of rich as wide as the terminal; figures are not highlighted."""
-    from rich.console import Console
-
-    from ..terminal import width
-
-    return Console(width=width(), highlight=False)
-
-
 def progress() -> Any:
     """A progress bar on stderr, only where a person watches."""
     from rich.console import Console
