@@ -182,7 +182,8 @@ def show(as_json: bool = False) -> int:
     if as_json:
         print(json.dumps(found, indent=2))
         return 1 if found["problems"] else 0
-    own = {"moealign": found["moealign"], "Python": found["python"], "platform": found["platform"]}
+    system = f"{platform.system()} {platform.release()}, {platform.machine()}"  # in words: platform() is one long one
+    own = {"moealign": found["moealign"], "Python": found["python"], "platform": system}
     _section("Versions", own | {name: version or "not installed" for name, version in found["packages"].items()})
     _section("Devices", found["devices"])
     states = {}

@@ -416,6 +416,15 @@ def test_a_dark_and_a_light_png(tmp_path):
         assert (abs(pixels - ink).max(axis=2) <= 8).sum() > 1000, "text is there, in the theme's ink"
 
 
+WITHOUT_A_GPU = [
+    (("--gpu",), "--gpu: expected a GPU that torch can use, found none"),
+    (
+        ("--engine-config", "x"),
+        "engine configuration: expected the name of the GPU, which names the file, got none",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -424,17 +433,13 @@ def test_a_dark_and_a_light_png(tmp_path):
         ((str(example_trace()), str(example_trace())), "TRACE: expected one trace, or two to compare, got 3"),
         ((str(example_trace()), "--placement", "p.json"), "--placement: expected a single trace, got two"),
         (
-            ("--engine-config", "x"),
-            "engine configuration: expected the name of the GPU, which names the file, got none",
-        ),
-        (
             ("--engine-config", "x", "--block-size", "16,100", "--device-name", "G"),
             "engine configuration: expected block sizes among 16, 32, 64, 128, 256, got 100",
         ),
         (("--placement", "p.json", "--replicas", "3"), "replicas: expected 0 or a multiple of 8 more"),
         (("--layer", "9"), "--layer: expected a layer below 4, got 9"),
         (("--block-size", "16,x"), "--block-size: expected ints of at least 1, separated by commas, got '16,x'"),
-        *([] if torch.cuda.is_available() else [(("--gpu",), "--gpu: expected a GPU that torch can use, found none")]),
+        *([] if torch.cuda.is_available() else WITHOUT_A_GPU),
     ],
 )
 def test_refusals_of_the_command(arguments, message, tmp_path, monkeypatch):

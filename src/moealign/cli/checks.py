@@ -96,7 +96,8 @@ def output(option: str, path: Path, suffixes: Collection[str] = ()) -> Path:
         fail(f"{option}: expected a file, got the folder {path}")
     try:
         _try_to_write(path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link to itself, before Python 3.13
+    # RuntimeError: a symbolic link to itself, before Python 3.13.  ValueError: a null byte, from 3.12 on.
+    except (OSError, RuntimeError, ValueError) as error:
         fail(f"{option}: expected a path that can be written, got {path} ({getattr(error, 'strerror', None) or error})")
     return path
 
