@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """`moealign bench` with the repository's defaults: the peers in .peers, and the tracked CSV for a complete run.
 
-    python benchmarks/align.py                    # everything, on the GPU; under four minutes
+    python benchmarks/align.py                    # everything, on the GPU; under eight minutes
     python benchmarks/align.py --quick            # a few sizes
     python benchmarks/align.py --bench eager-host # one part
     python benchmarks/align.py --device cpu       # a trial without a GPU; align_cpu.py is the benchmark of the CPU

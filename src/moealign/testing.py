@@ -249,7 +249,10 @@ def expected_layout(
         if ignore:
             bins = np.where(bins >= 0, local[bins], -1)
     kept = bins >= 0
-    order = np.argsort(np.where(kept, bins, num_experts), kind="stable")[: int(kept.sum())]
+    keys = np.where(kept, bins, num_experts)
+    if num_experts < 2**15:  # numpy sorts 16 bits by radix
+        keys = keys.astype(np.int16)
+    order = np.argsort(keys, kind="stable")[: int(kept.sum())]
     counts = np.bincount(bins[kept], minlength=num_experts)
     blocks = -(-counts // block_size)
     offsets = np.concatenate(([0], np.cumsum(blocks * block_size)))

@@ -103,10 +103,12 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_specialisation_compiles_and_spills_nothing(arch):
+    few = 16  # bytes, of a kernel that keeps 64-bit ids and every extra in 64 registers
     wrong = []
     for file, name, defines in specialisations(int(arch[3:-1])):
         needs = resources(compile_.build(compile_.source(file), name, defines, arch), name)
-        if needs.stack or not 0 < needs.registers <= min(255, 65536 // threads_of(defines)):
+        threads = threads_of(defines)
+        if needs.stack > few * (threads == 1024) or not 0 < needs.registers <= min(255, 65536 // threads):
             wrong.append((file, name, defines, needs))
         if set(needs.parameters) != {8}:  # as Kernel.launch passes them
             wrong.append((file, name, defines, needs))
@@ -188,10 +190,11 @@ def test_kernels_get_the_memory_that_they_take_and_no_less(experts):
         (256, {"WORDS": 6}, "within a warp"),
         (2000, {"WORDS": 32}, "a thread per route of my chunk"),
         (2000, {"STEPS": 128}, "counted in 16 bits"),
-        (40000, {"STEPS": 32}, "eight rows at a time"),
+        (40000, {"STEPS": 64}, "added packed"),
         (40000, {"EXPERTS": 65537}, "a bin fits local_bin"),
         (40000, {"GRID_CTAS": 1}, "every row of the table"),
-        (2**21, {"THREADS": 128}, "for each digit"),
+        (2**21, {"STEPS": 256}, "fit 16 bits"),
+        (2**21, {"EXPERTS": 65535}, "that of a dropped route"),
     ],
 )
 def test_a_size_that_a_kernel_cannot_count_is_refused_by_the_compiler(routes, changed, message):
@@ -529,21 +532,66 @@ def test_the_multiprocessors_of_a_stream_are_those_of_its_green_context(said, mo
     assert asked == [1234]
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 2, 8, 14, 32, 66, 132])
-@pytest.mark.parametrize("experts", [1, 8, 256, 2048, 65536])
-def test_ctas_that_wait_for_each_other_are_no_more_than_multiprocessors(multiprocessors, experts):
-    align_ = sys.modules["moealign.backend.cuda.align"]
+class Gpu(NamedTuple):
+    """What decides the path; the figures of NVIDIA's tables of compute capabilities and of the products' pages."""
+
+    multiprocessors: int
+    shared: int  # KiB of a CTA at most; a multiprocessor has one more
+    clusters: int  # CTAs
+    threads: int  # of a multiprocessor
+
+
+A100, H100 = Gpu(108, 163, 1, 2048), Gpu(132, 227, 16, 2048)
+GPUS = {
+    "A100": A100,
+    "A100 MIG 1g": A100._replace(multiprocessors=14),
+    "L4": Gpu(58, 99, 1, 1536),
+    "RTX 4090": Gpu(128, 99, 1, 1536),
+    "RTX 5090": Gpu(170, 99, 8, 1536),
+    "H100, H200, GH200": H100,
+    "H100 PCIe": H100._replace(multiprocessors=114),
+    "H100 MIG 1g": H100._replace(multiprocessors=16),
+    "H100 MIG 3g": H100._replace(multiprocessors=60),
+    "B200": Gpu(148, 227, 16, 2048),
+    "green context of 8": H100._replace(multiprocessors=8, clusters=8),
+    "one multiprocessor": Gpu(1, 99, 1, 1536),
+}
+
+
+@pytest.mark.parametrize("name", GPUS)
+@pytest.mark.parametrize("experts", [1, 8, 64, 128, 256, 512, 1000, 1024, 2047, 2048, 2049, 4096, 4097, 65536])
+def test_a_path_fits_the_device(name, experts):
+    """All CTAs of a cooperative launch are resident at once, and no launch asks for more than there is."""
+    align_, gpu = sys.modules["moealign.backend.cuda.align"], GPUS[name]
     names = set()
-    for routes in (0, 1, 300, 5000, 12001, 32769, 40000, 65536, 131072, 524288, 524289, 2**20, 2**24):
+    for routes in (0, 1, 33, 300, 5000, 12001, 32769, 40000, 65536, 131072, 524288, 524289, 2**20, 2**20 + 1, 2**24):
         problem = AlignProblem("align", torch.device("cuda"), torch.int32, routes, 1, experts, 16)
-        for shared, clusters in ((99 * 1024, 1), (227 * 1024, 8)):
-            path = align_.path_of(problem, multiprocessors, shared, clusters)
-            names.add(path.name)
-            if path.name in align_._COOPERATIVE:
-                assert path.grid <= multiprocessors
-            else:
-                assert path.scratch.elements(path.grid, routes) == 0  # a call relies on it
-    assert "radix" in names
+        path = align_.path_of(problem, gpu.multiprocessors, 1024 * gpu.shared, gpu.clusters)
+        names.add(path.name)
+        shared = path.shared_bytes + align_._STATIC_SHARED
+        assert shared <= 1024 * gpu.shared
+        assert path.cluster <= gpu.clusters
+        if path.name in align_._COOPERATIVE:
+            assert path.grid <= path.resident * gpu.multiprocessors
+            assert path.resident * (shared + 1024) <= 1024 * (gpu.shared + 1)
+            assert path.resident * path.threads <= gpu.threads
+        else:
+            assert path.scratch.elements(path.grid, routes) == 0  # a call relies on it
+    assert "radix" not in names or experts > 2048
+    assert "radix" in names or experts <= 4096
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("experts", [1, 200, 256, 300, 1024, 2048])
+@pytest.mark.parametrize("name", ["A100", "L4", "H100, H200, GH200"])
+def test_the_registers_of_the_tiles_suffice_for_their_ctas(name, experts):
+    align_, gpu = sys.modules["moealign.backend.cuda.align"], GPUS[name]
+    problem = AlignProblem("align", torch.device("cuda"), torch.int64, 2**22, 8, experts, 16)
+    path = align_.path_of(problem, gpu.multiprocessors, 1024 * gpu.shared, gpu.clusters)
+    assert path.name == "tiles"
+    architecture = "sm_80" if gpu.clusters == 1 else "sm_90"
+    cubin = compile_.build(compile_.source(path.file), path.name, align_.defines_of(problem, path), architecture)
+    assert resources(cubin, path.name).registers * path.threads * path.resident <= 65536
 
 
 def test_a_call_takes_the_grid_of_its_stream(monkeypatch):
@@ -560,13 +608,56 @@ def test_a_call_takes_the_grid_of_its_stream(monkeypatch):
     monkeypatch.setattr(align_, "kernel", kernel)
     monkeypatch.setattr(align_, "green_multiprocessors", lambda index: next(green))
     ids = torch.zeros(2**17, 8, dtype=torch.int32)
-    problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 2**20, 8, 256, 128)
+    problem = AlignProblem("align", torch.device("cuda", 0), torch.int32, 2**20, 8, 4096, 128)
     out = BlockLayout(*(torch.zeros(1, dtype=torch.int32) for _ in range(3)))
     alignment = align_.Alignment(problem)
     for _ in range(5):
         alignment.run(ids, None, None, None, out)
-    assert launched == [132, 32, 16, 132, 32]
+    assert launched == [128, 32, 16, 128, 32]
     assert len(alignment._compiled) == 3
+
+
+def test_a_green_context_too_small_for_the_clusters_gets_smaller_ones(monkeypatch):
+    """The driver refuses the launch for the whole device; the call is prepared for the context, once."""
+    align_ = sys.modules["moealign.backend.cuda.align"]
+    launched: list[int] = []
+    green = [8]
+
+    def kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> types.SimpleNamespace:
+        cluster = dict(defines)["CLUSTER"]
+
+        def launch(*args: int) -> None:
+            launched.append(cluster)
+            if cluster > 1 and green[0]:
+                raise RuntimeError("no room for a cluster")
+
+        return types.SimpleNamespace(
+            prepare=lambda *shape: launch, max_clusters=lambda size, *shape: int(not green[0] or size == 1)
+        )
+
+    facts = types.SimpleNamespace(multi_processor_count=132, major=9, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(align_, "kernel", kernel)
+    monkeypatch.setattr(align_, "green_multiprocessors", lambda index: green[0])
+    ids = torch.zeros(2048, 8, dtype=torch.int32)
+    alignment = align_.Alignment(AlignProblem("align", torch.device("cuda", 0), torch.int32, 2**14, 8, 256, 128))
+    out = [torch.zeros(1, dtype=torch.int32) for _ in range(3)]
+    green[0] = 0
+    alignment.required(ids, *out)  # prepared for the whole device
+    assert launched == [8]
+    green[0] = 8
+    alignment.required(ids, *out)
+    assert launched[-1] == 1
+    alignment.run(ids, None, None, None, BlockLayout(*out))
+    assert launched[-1] == 1
+    assert len(alignment._compiled) == 2
+    green[0] = 0
+    alignment.required(ids, *out)
+    assert launched[-1] == 8
+    monkeypatch.setattr(align_, "green_multiprocessors", lambda index: 0)
+    green[0] = 8
+    with pytest.raises(RuntimeError, match="no room"):
+        alignment.run(ids, None, None, None, BlockLayout(*out))
 
 
 def test_more_experts_than_kernels_count_is_a_reason():

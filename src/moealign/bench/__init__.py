@@ -1,6 +1,6 @@
 """moealign, its peers, the torch formulation and the floors, side by side in one process; see docs/performance.md.
 
-    moealign bench                        # everything, on the GPU if there is one; under four minutes
+    moealign bench                        # everything, on the GPU if there is one; under eight minutes
     moealign bench --quick                # a few sizes
     moealign bench --bench eager-host     # one part
     python -m moealign.bench              # the same without typer and rich

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import contextlib
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -11,6 +14,7 @@ from .candidates import Candidate, argsort_candidate, moealign_candidate
 from .cases import Case, Size, case_name
 from .names import ARGSORT, find_peer
 from .peers import MAX_EXPERTS, argument_count, sglang_candidate, vllm_candidate
+from .progress import log
 from .session import Session, time_cpu, time_graphs, time_host
 
 # Sizes: (tokens, top_k, num_experts, block_size); batched: (batches, max_tokens_per_batch, block_size).
@@ -25,8 +29,18 @@ SKEW_SIZES = [size for size in E256 if size[0] in (1, 32, 256, 2048, 8192, 65536
 MAP_SIZES = [(32, 8, 256, 16), (256, 8, 256, 64), (2048, 8, 256, 128), (16384, 8, 256, 128)]
 BATCHED_SIZES = [(8, 128, 16), (32, 512, 64), (64, 512, 64), (256, 256, 64), (256, 1024, 128), (32, 8192, 128)]
 LARGE_E = [(1024, 8, experts, 16) for experts in (1024, 2048, 4096, 8192, 16384, 32768, 65536)]
+SCALE_SIZES = [
+    *((routes // 8, 8, experts, 128) for routes in (2**20, 2**21, 2**22) for experts in (8, 64, 256, 512, 1024)),
+    *((2**21, 8, experts, 128) for experts in (8, 256, 1024)),
+]
 HOST_SIZES = [(1, 8, 256, 16), (32, 8, 256, 16), (1024, 8, 256, 128)]
 CPU_SIZES = [(1, 8, 256, 16), (32, 8, 256, 16), (256, 8, 256, 64), (2048, 8, 256, 128), (65536, 8, 256, 128)]
+
+# What random shapes are drawn from: experts of models and odd numbers of them.
+RANDOM_SHAPES, RANDOM_ROUTES = 200, 262_144
+RANDOM_EXPERTS = (8, 16, 32, 60, 64, 128, 160, 256, 384, 512, 7, 37, 100, 257, 333, 992)
+RANDOM_TOP_K = (1, 2, 4, 6, 8, 10)
+RANDOM_BLOCKS = (16, 32, 64, 128)
 
 # Numbers of routes.
 QUICK = {8, 256, 8192, 524288}
@@ -143,6 +157,48 @@ def bench_large_e(session: Session) -> None:
         session.run(case, moealign_candidates(session, case, routes, ()), time_graphs)
 
 
+@contextlib.contextmanager
+def _slots(session: Session, slots: int, replays: int) -> Iterator[None]:
+    """At most so many sets of tensors and replays: for large cases, and for many."""
+    held = session.slots, session.replays
+    session.slots, session.replays = min(slots, session.slots), min(replays, session.replays)
+    try:
+        yield
+    finally:
+        session.slots, session.replays = held
+
+
+def bench_scale(session: Session) -> None:
+    """Long prefill, training and data-parallel batches."""
+    for size in SCALE_SIZES[7:8] if session.quick else SCALE_SIZES:
+        with _slots(session, max(2, 2**24 // (size[0] * size[1]) * 2), 20):
+            case = Case("align-scale", case_name(size), size, session.inputs("uniform", size))
+            candidates = moealign_candidates(session, case, {case.routes} if size[2] == 256 else (), ())
+            run_with_floors(session, case, candidates)
+
+
+def random_sizes(seed: int) -> list[Size]:
+    """Distinct sizes; the number of routes is uniform in its logarithm."""
+    draw, sizes = random.Random(seed), dict[Size, None]()
+    while len(sizes) < RANDOM_SHAPES:
+        experts, block_size = draw.choice(RANDOM_EXPERTS), draw.choice(RANDOM_BLOCKS)
+        top_k = draw.choice([k for k in RANDOM_TOP_K if k <= experts])
+        tokens = max(1, round(RANDOM_ROUTES ** draw.random() / top_k))
+        sizes[tokens, top_k, experts, block_size] = None
+    return list(sizes)
+
+
+def bench_random(session: Session) -> None:
+    """Shapes that nobody tuned for, others in every run."""
+    seed = time.time_ns() % 2**32
+    log(f"align-random: seed {seed}")
+    for size in random_sizes(seed)[: 3 if session.quick else RANDOM_SHAPES]:
+        with _slots(session, 8, 15):
+            case = Case("align-random", case_name(size), size, session.inputs("uniform", size))
+            candidates = [moealign_candidate(each, case) for each in session.backends if each == "cuda"]
+            session.run(case, [*candidates, *peer_candidates(session, case)], time_graphs)
+
+
 def bench_host(session: Session) -> None:
     """``drop-in``: vLLM's signature, which allocates its results; ``out``: into preallocated buffers."""
     backends = [backend for backend in session.backends if backend != "reference"]
@@ -176,6 +232,8 @@ ON_GPU: dict[str, Callable[[Session], None]] = {
     "align-skew": bench_skew,
     "align-map": bench_map,
     "large-e": bench_large_e,
+    "align-scale": bench_scale,
+    "align-random": bench_random,
     "eager-host": bench_host,
 }
 BENCHES = tuple(ON_GPU)

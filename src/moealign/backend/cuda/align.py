@@ -45,12 +45,17 @@ _GRID = (
     (1024, 4, 128),
     (512, 8, 128),
     (256, 8, 128),
+    (1024, 8, 128),
 )
 #: grid: rows of the table that a thread reads, 16 at a time; the number of CTAs is rounded up to fit
 _GRID_ROWS = (1, 2, 4, 8, 12, 16, 32, 48, 64, 80, 96, 112, 128)
+#: tiles: (max experts, threads, routes per thread of a tile, max CTAs per multiprocessor); the first row applies that
+#: fits shared memory, with as many CTAs per multiprocessor as fit
+_TILES = ((512, 512, 16, 2), (2048, 512, 32, 1), (4096, 512, 16, 1), (2048, 512, 8, 2), (2048, 256, 8, 2))
+_RESERVED_SHARED = 1024  #: bytes of a multiprocessor's shared memory that every CTA takes beside its own
 _RADIX_THREADS = 1024
 _RADIX_EXPERTS = 4096  #: per CTA, with few routes
-_COOPERATIVE = ("grid", "radix")  #: paths whose CTAs wait for each other
+_COOPERATIVE = ("grid", "tiles", "radix")  #: paths whose CTAs wait for each other
 _PER_EXPERT = {"expert_counts", "expert_offsets", "group_ends"}
 _STATIC_SHARED = 2048  #: bytes set aside for static shared memory
 
@@ -85,6 +90,7 @@ class Path(NamedTuple):
     scratch: Scratch = Scratch()
     cluster: int = 1  # CTAs
     compact: bool = False
+    resident: int = 1  # CTAs per multiprocessor
 
     @property
     def file(self) -> str:
@@ -98,6 +104,15 @@ class Compiled(NamedTuple):
     scratch: int  # int32 elements; 0 if and only if the CTAs do not wait for each other
     common: bool  # three outputs of contiguous ids and no option: a kernel with few parameters
     cluster: int  # CTAs
+
+    def run(self, head: tuple[int, ...], tail: tuple[int, ...], device: torch.device) -> None:
+        """Launch with the parameters before and behind the scratch."""
+        if not self.scratch:
+            self.launch(*head, 0, *tail)
+            return
+        # Freed on return: the allocator reuses it only for later work on the same stream.
+        scratch = torch.empty(self.scratch, dtype=torch.int32, device=device)
+        self.launch(*head, scratch.data_ptr(), *tail)
 
 
 def _cluster_sizes(major: int) -> tuple[int, ...]:
@@ -169,10 +184,28 @@ def _grid(problem: AlignProblem, multiprocessors: int, max_shared: int) -> Path 
     return None
 
 
+def _tiles_shared_bytes(experts: int, threads: int, steps: int) -> int:
+    table = threads // 32 * ((experts + 1) // 2 | 1)
+    return 4 * (max(table + threads * steps, 2 * experts + 1) + 3 * experts)
+
+
+def _tiles(problem: AlignProblem, multiprocessors: int, max_shared: int) -> Path | None:
+    n, experts = problem.routes, problem.num_experts
+    for max_experts, threads, steps, max_resident in _TILES:
+        shared = _tiles_shared_bytes(experts, threads, steps)
+        if experts <= max_experts and shared <= max_shared:
+            each = shared + _STATIC_SHARED + _RESERVED_SHARED
+            resident = min(max_resident, (max_shared + _STATIC_SHARED + _RESERVED_SHARED) // each)
+            grid = min(resident * multiprocessors, cdiv(n, threads * steps))
+            scratch = Scratch(per_cta=experts, fixed=experts)
+            return Path("tiles", grid, threads, 1, steps, shared, scratch, resident=resident)
+    return None
+
+
 def _radix(problem: AlignProblem, multiprocessors: int) -> Path:
     n, experts = problem.routes, problem.num_experts
     grid = max(1, min(max(cdiv(n, _RADIX_THREADS), cdiv(experts, _RADIX_EXPERTS)), multiprocessors))
-    passes = cdiv(experts.bit_length(), 8)
+    passes = max(1, cdiv((experts - 1).bit_length(), 8))
     scratch = Scratch(passes * 256 + 2, 4 if passes > 1 else 2, 3 * experts)
     return Path("radix", grid, _RADIX_THREADS, 1, 1, 0, scratch)
 
@@ -195,12 +228,13 @@ def path_of(problem: AlignProblem, multiprocessors: int, max_shared: int, max_cl
     return (
         _independent(problem, max_shared, max_cluster)
         or _grid(problem, multiprocessors, max_shared)
+        or _tiles(problem, multiprocessors, max_shared)
         or _radix(problem, multiprocessors)
     )
 
 
 def _reads_vectors(path: Path) -> bool:
-    return path.name == "independent" and path.steps > _STEPS_OF_ONE
+    return path.name == "tiles" or (path.name == "independent" and path.steps > _STEPS_OF_ONE)
 
 
 def defines_of(
@@ -232,6 +266,7 @@ def defines_of(
         ("SCRATCH_FIXED", path.scratch.fixed),
         ("MIN_CTAS", _INDEPENDENT_MIN_CTAS),
         ("GRID_CTAS", path.grid if path.name == "grid" else 0),
+        ("RESIDENT", path.resident),
         *(error_bits if problem.has_error_word else ()),
     )
 
@@ -289,7 +324,11 @@ class Alignment:
         out: BlockLayout,
     ) -> None:
         """Fill `out` on the current stream, in one launch.  Ids of more than two axes that cannot be viewed as two are
-        copied."""
+        copied.
+
+        A green context can be too small for the clusters that the whole device holds.  The driver then refuses the
+        launch, and the call is prepared once more, for that context.
+        """
         s0 = s1 = 0
         strided = not topk_ids.is_contiguous()
         if strided:
@@ -305,43 +344,45 @@ class Alignment:
         rows_at = rows.data_ptr()
         key = (strided, not ids & 15, not rows_at & 15, 0)
         compiled = self._compiled.get(key) or self._compile(key)
-        scratch_at, scratch = 0, None
         if compiled.scratch:
-            green = green_multiprocessors(self._index)
-            if green:
-                key = (*key[:3], green)
-                compiled = self._compiled.get(key) or self._compile(key)
-            # Freed on return: the allocator reuses it only for later work on the same stream.
-            scratch = torch.empty(compiled.scratch, dtype=torch.int32, device=topk_ids.device)
-            scratch_at = scratch.data_ptr()
-        blocks_at, total_at = out.expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr()
-        sizes = (*self._sizes, rows.numel(), scratch_at)
-        if compiled.common:
-            compiled.launch(ids, rows_at, blocks_at, total_at, *sizes)
-            return
-        compiled.launch(
-            ids,
-            *pointers(expert_map, num_valid_tokens, error_word),
-            rows_at,
-            blocks_at,
-            total_at,
-            *pointers(
+            compiled = self._of_green_context(key) or compiled
+        head: tuple[int, ...] = (ids, rows_at, out.expert_ids.data_ptr(), out.num_tokens_post_padded.data_ptr())
+        tail: tuple[int, ...] = ()
+        if not compiled.common:
+            extras = (
                 out.expert_counts, out.expert_offsets, out.group_ends, out.positions, out.block_rows, out.scatter_idx
-            ),
-            *sizes,
-            s0,
-            s1,
-            0 if expert_map is None else expert_map.stride(0),
-        )
+            )  # fmt: skip
+            head = (ids, *pointers(expert_map, num_valid_tokens, error_word), *head[1:], *pointers(*extras))
+            tail = (s0, s1, 0 if expert_map is None else expert_map.stride(0))
+        head = (*head, *self._sizes, rows.numel())
+        try:
+            compiled.run(head, tail, topk_ids.device)
+        except RuntimeError:
+            smaller = self._of_green_context(key) if compiled.cluster > 1 else None
+            if smaller is None:
+                raise
+            smaller.run(head, tail, topk_ids.device)
+
+    def _of_green_context(self, key: _Key) -> Compiled | None:
+        """The launch for the green context of the current stream; None if it has none."""
+        green = green_multiprocessors(self._index)
+        if not green:
+            return None
+        key = (*key[:3], green)
+        return self._compiled.get(key) or self._compile(key)
 
     def required(self, topk_ids: Tensor, rows: Tensor, blocks: Tensor, total: Tensor) -> None:
         """:meth:`run` without options, into the three required outputs."""
         ids, rows_at = topk_ids.data_ptr(), rows.data_ptr()
         compiled = self._compiled.get((not topk_ids.is_contiguous(), not ids & 15, not rows_at & 15, 0))
-        if compiled is None or compiled.scratch or not compiled.common:
-            self.run(topk_ids, None, None, None, BlockLayout(rows, blocks, total))
-            return
-        compiled.launch(ids, rows_at, blocks.data_ptr(), total.data_ptr(), *self._sizes, rows.numel(), 0)
+        if compiled is not None and compiled.common and not compiled.scratch:
+            try:
+                compiled.launch(ids, rows_at, blocks.data_ptr(), total.data_ptr(), *self._sizes, rows.numel(), 0)
+                return
+            except RuntimeError:
+                if compiled.cluster == 1:
+                    raise
+        self.run(topk_ids, None, None, None, BlockLayout(rows, blocks, total))
 
 
 def pointers(*tensors: Tensor | None) -> list[int]:
@@ -359,8 +400,9 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
     def one(routes: int, experts: int, block_size: int, **facts: Any) -> tuple[str, str, Defines]:
         layout = {name: facts.pop(name) for name in ("strided", "vector_in", "vector_out") if name in facts}
         device, dtype = torch.device("cuda"), facts.pop("dtype", torch.int32)
+        multiprocessors, shared = facts.pop("fits", (108, 99 * 1024))  # the minimum over sm_80 to sm_120
         problem = AlignProblem("align", device, dtype, routes, 8, experts, block_size)._replace(**facts)
-        path = path_of(problem, 108, 99 * 1024, clusters)  # the minimum over sm_80 to sm_120
+        path = path_of(problem, multiprocessors, shared, clusters)
         layout.setdefault("vector_in", _reads_vectors(path))
         return path.file, path.name, defines_of(problem, path, **layout)
 
@@ -368,6 +410,10 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
     for routes in sizes:
         yield one(routes, 256, 16 if routes <= 1024 else 128)
         yield one(routes, 256, 128, extras=EXTRAS, has_num_valid_tokens=True, has_error_word=True)
+    for routes in (2**20, 2**22):  # with the tiles of larger devices
+        for experts in (8, 256, 512, 1024, 2048):
+            for dtype, extras in ((torch.int32, ()), (torch.int64, EXTRAS)):
+                yield one(routes, experts, 128, dtype=dtype, extras=extras, fits=(128, 227 * 1024))
     if major >= 9:  # overlapping with the router
         for routes, experts in ((64, 256), (256, 128), (264, 8), (320, 512), *((n, 256) for n in sizes[4:])):
             file, name, defines = one(routes, experts, 16 if routes <= 1024 else 128)

@@ -1,4 +1,4 @@
-// What the five paths of the layout share: macros, parameters, reading ids, filling, error bits.
+// What the six paths of the layout share: macros, parameters, reading ids, filling, error bits.
 //
 // align.py selects the path by size and passes the constants of a call as macros:
 //
@@ -11,7 +11,7 @@
 //   VECTOR_IN, VECTOR_OUT  ids, sorted_token_ids are aligned to 16 bytes
 //   THREADS, STEPS     threads per CTA, routes per thread
 //   WORDS              words of 32 routes that a CTA ranks; on grid, rows of the table that a thread reads
-//   CLUSTER, COMPACT, MIN_CTAS  of independent.cu;  GRID_CTAS  of grid.cu
+//   CLUSTER, COMPACT, MIN_CTAS  of independent.cu;  GRID_CTAS  of grid.cu;  RESIDENT  CTAs per multiprocessor, of tiles.cu
 //   SHARED_BYTES       dynamic shared memory of the launch
 //   SCRATCH_PER_CTA, SCRATCH_PER_ROUTE, SCRATCH_FIXED  words of device memory of the launch
 //   PDL_WAIT           the launch may start before the kernel ahead of it has ended
@@ -125,6 +125,30 @@ DEV id_t id_at(const id_t *ids, u32 i, u32 top_k, i64 id_stride0, i64 id_stride1
 #endif
 }
 
+// Load the four ids from `i` on, as vectors if they are aligned; ids past n are not read.
+DEV void load4(const id_t *ids, u32 i, u32 n, u32 top_k, i64 id_stride0, i64 id_stride1, id_t v[4]) {
+#if VECTOR_IN && !STRIDED
+    if (i + 4 <= n) {
+        if (sizeof(id_t) == 8) {
+            longlong2 a = *(const longlong2 *)(ids + i), b = *(const longlong2 *)(ids + i + 2);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)b.x, v[3] = (id_t)b.y;
+        } else if (sizeof(id_t) == 4) {
+            int4 a = *(const int4 *)(ids + i);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
+        } else if (sizeof(id_t) == 2) {
+            short4 a = *(const short4 *)(ids + i);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
+        } else {
+            char4 a = *(const char4 *)(ids + i);
+            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
+        }
+        return;
+    }
+#endif
+#pragma unroll
+    for (int j = 0; j < 4; j++) v[j] = i + j < n ? id_at(ids, i + j, top_k, id_stride0, id_stride1) : (id_t)0;
+}
+
 // The bin of a route with id `v`, -1 if the route is dropped.  A bad id of a valid token sets BAD_ID in `errors`.
 DEV int bin_of(id_t v, bool valid, const map_t *map, i64 map_stride, u32 &errors) {
     bool in = in_range(v);
@@ -167,12 +191,14 @@ DEV u32 lanes_below(u32 lane) { return (1u << lane) - 1u; }
 DEV u32 blocks_of(u32 routes) { return (routes + (B - 1u)) / B; }
 
 // The lanes of `active` whose bin, a number of NUM_BITS bits, equals mine.
+// A test of the sign takes fewer instructions than one of a bit.
 template <int NUM_BITS> DEV u32 lanes_with_bin(u32 bin, u32 active) {
     u32 equal = active;
 #pragma unroll
     for (int b = 0; b < NUM_BITS; b++) {
-        u32 plane = __ballot_sync(FULL, (bin >> b) & 1);
-        equal &= (bin >> b) & 1 ? plane : ~plane;
+        const bool one = (int)(bin << (31 - b)) < 0;
+        const u32 plane = __ballot_sync(FULL, one);
+        equal &= one ? plane : ~plane;
     }
     return equal;
 }

@@ -6,6 +6,7 @@
 
 #include "common.cuh"
 #include "scan.cuh"
+#include "rank.cuh"
 #include "barrier.cuh"
 
 DEV u32 load_relaxed(const u32 *p) {
@@ -15,11 +16,12 @@ DEV u32 load_relaxed(const u32 *p) {
 }
 DEV void store_relaxed(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory"); }
 
-#define PAIRS ((E + 1) / 2)
-#define STRIDE (PAIRS | 1)
 #define PER_THREAD ((E + THREADS - 1) / THREADS)
 #define ROUTES (THREADS * STEPS)
-#define BATCH (WORDS < 16 ? WORDS : 16)
+// Rows that a thread loads at once: fewer where the routes take more registers.
+#define MAX_BATCH (ROUTES > 4096 ? 8 : 16)
+#define BATCH (WORDS < MAX_BATCH ? WORDS : WORDS % MAX_BATCH == 0 ? MAX_BATCH : 4)
+static_assert(WORDS % BATCH == 0, "no row behind the table is read");
 #define EMPTY 0xffffffffu  // never a pair of counts: a CTA has fewer than 65,535 routes
 // Groups of threads that share the rows of the table.
 #define EACH_PAIR (THREADS / PAIRS)
@@ -27,7 +29,8 @@ DEV void store_relaxed(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.u32 [%0], %
 #define SUMS (SEGMENTS * 4 * PAIRS)
 #define FRONT (SUMS > WARPS * STRIDE ? SUMS : WARPS * STRIDE)
 static_assert(SEGMENTS * WORDS == GRID_CTAS, "every row of the table is the row of a CTA");
-static_assert(8 * ROUTES <= 0xffff, "pairs of counts are added packed, eight rows at a time");
+#define PACKED (8 * ROUTES <= 0xffff ? 8 : 4)  // rows that are added without unpacking
+static_assert(PACKED * ROUTES <= 0xffff, "pairs of counts are added packed");
 static_assert(E <= 0x10000, "a bin fits local_bin");
 static_assert(PAIRS <= SCRATCH_PER_CTA, "a row of counts fits");
 
@@ -82,51 +85,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
 #endif
     }
     __syncwarp();
-#pragma unroll
-    for (int r = 0; r < STEPS; r++) {
-        u32 ahead = peers[r] & lanes_below(lane), old = 0;
-        u16 *slot = (u16 *)mine + (bin[r] < 0 ? 0 : bin[r]);
-        if (r > 0) {
-            old = *slot;
-            __syncwarp();
-        }
-        if (bin[r] >= 0 && ahead == 0) *slot = (u16)(old + __popc(peers[r]));
-        if (r + 1 < STEPS) __syncwarp();
-        rank[r] = old + __popc(ahead);
-    }
+    rank_in_warp(bin, peers, (u16 *)mine, lane, rank);
     __syncthreads();
 
-    // Prefix sums over the warps, eight threads per pair of bins.
-    constexpr int WARPS_EACH = (WARPS + 7) / 8;
-#pragma unroll 1
-    for (u32 at = t >> 3; at < (PAIRS + 3) / 4 * 4; at += THREADS / 8) {
-        u32 seg = t & 7, run = 0, part[WARPS_EACH];
-        bool ok = at < PAIRS;
-#pragma unroll
-        for (int k = 0; k < WARPS_EACH; k++) {
-            u32 w = seg * WARPS_EACH + k;
-            part[k] = ok && w < WARPS ? pairs[w * STRIDE + at] : 0;
-            run += part[k];
-        }
-        u32 sum = run;
-#pragma unroll
-        for (int d = 1; d < 8; d *= 2) {
-            u32 p = __shfl_up_sync(FULL, sum, d);
-            if (seg >= d) sum += p;
-        }
-        if (ok && seg == 7) {
-            store_relaxed(&table[cta * PAIRS + at], sum);
-            count[2 * at] = sum & 0xffff;
-            if (2 * at + 1 < E) count[2 * at + 1] = sum >> 16;
-        }
-        run = sum - run;
-#pragma unroll
-        for (int k = 0; k < WARPS_EACH; k++) {
-            u32 w = seg * WARPS_EACH + k;
-            if (ok && w < WARPS) pairs[w * STRIDE + at] = run;
-            run += part[k];
-        }
-    }
+    add_up_warps(pairs, t, [&](u32 at, u32 sum) {
+        store_relaxed(&table[cta * PAIRS + at], sum);
+        count[2 * at] = sum & 0xffff;
+        if (2 * at + 1 < E) count[2 * at + 1] = sum >> 16;
+    });
     const u32 peeked = barrier.peek();
     __syncthreads();
 
@@ -174,10 +140,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
                 for (int k = 0; k < BATCH; k++) largest = max(largest, w[k]);
             } while (largest == EMPTY);
 #pragma unroll
-            for (int k = 0; k < BATCH; k += 8) {
+            for (int k = 0; k < BATCH; k += PACKED) {
                 u32 sum = 0, before = 0;
 #pragma unroll
-                for (int j = k; j < k + 8 && j < BATCH; j++) {
+                for (int j = k; j < k + PACKED && j < BATCH; j++) {
                     sum += w[j];
                     if (seg + (first + j) * SEGMENTS < cta) before += w[j];
                 }

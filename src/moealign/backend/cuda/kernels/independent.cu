@@ -53,30 +53,6 @@ template <int K> DEV void count_warp(u32 *table, const int *bin, const bool *ear
     }
 }
 
-// Load the four ids from `i` on, as vectors if they are aligned; ids past n are not read.
-DEV void load4(const id_t *ids, u32 i, u32 n, u32 top_k, i64 id_stride0, i64 id_stride1, id_t v[4]) {
-#if VECTOR_IN && !STRIDED
-    if (i + 4 <= n) {
-        if (sizeof(id_t) == 8) {
-            longlong2 a = *(const longlong2 *)(ids + i), b = *(const longlong2 *)(ids + i + 2);
-            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)b.x, v[3] = (id_t)b.y;
-        } else if (sizeof(id_t) == 4) {
-            int4 a = *(const int4 *)(ids + i);
-            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
-        } else if (sizeof(id_t) == 2) {
-            short4 a = *(const short4 *)(ids + i);
-            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
-        } else {
-            char4 a = *(const char4 *)(ids + i);
-            v[0] = (id_t)a.x, v[1] = (id_t)a.y, v[2] = (id_t)a.z, v[3] = (id_t)a.w;
-        }
-        return;
-    }
-#endif
-#pragma unroll
-    for (int j = 0; j < 4; j++) v[j] = i + j < n ? id_at(ids, i + j, top_k, id_stride0, id_stride1) : (id_t)0;
-}
-
 #define PER_THREAD ((E + THREADS - 1) / THREADS)
 #define PAIRS ((E + 1) / 2)
 // The slot of expert e: threads that scan PER_THREAD experts each are an odd number of words apart.

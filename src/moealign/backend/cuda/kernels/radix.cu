@@ -1,5 +1,5 @@
 // The layout of any number of routes and experts: a stable radix sort of the bins, least significant digit first, eight
-// bits per pass.  A dropped route has key E and sorts last.  Runs of equal keys then give the counts, and one scan over
+// bits per pass.  The first pass leaves dropped routes out.  Runs of equal keys then give the counts, and one scan over
 // the experts, shared by the grid, gives the rows.
 //
 // Launch: cooperative, any number of CTAs of THREADS threads; no dynamic shared memory.  common.cuh lists macros and
@@ -14,7 +14,7 @@
 
 DEV u32 load_l2(const u32 *p) { return __ldcg(p); }
 
-#define PASSES ((bits_of(E) + 7) / 8)
+#define PASSES (BITS > 8 ? (BITS + 7) / 8 : 1)
 static_assert(THREADS % 256 == 0, "a segment of threads has one for each digit");
 static_assert(PASSES * 256 + 2 <= SCRATCH_PER_CTA, "tables and sums fit");
 static_assert((PASSES > 1 ? 4 : 2) <= SCRATCH_PER_ROUTE, "keys and routes fit");
@@ -46,28 +46,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) radix(PARAMETERS) {
     }
     for (u32 e = grid_thread; e < E; e += grid_threads) begin[e] = end[e] = 0;
 
-    const u32 tiles = (n + THREADS - 1) / THREADS, share = (tiles + ctas - 1) / ctas;
-    const u32 from = min((u64)cta * share * THREADS, (u64)n), to = min((u64)from + (u64)share * THREADS, (u64)n);
-    u32 *keys_in = nullptr, *routes_in = nullptr;
+    u32 *keys_in = nullptr, *routes_in = nullptr, kept_routes = n;  // what a pass reads: all routes, then those kept
 #pragma unroll 1
     for (int pass = 0; pass < PASSES; pass++) {
         u32 *keys_out = pass & 1 ? other : keys, *routes_out = keys_out + n;
         const int shift = 8 * pass;
+        const u32 tiles = (kept_routes + THREADS - 1) / THREADS, share = (tiles + ctas - 1) / ctas;
+        const u32 from = min((u64)cta * share * THREADS, (u64)kept_routes);
+        const u32 to = min((u64)from + (u64)share * THREADS, (u64)kept_routes);
         for (u32 i = t; i < 256; i += THREADS) table[i] = 0;
         __syncthreads();
 #pragma unroll 1
         for (u32 tile = from; tile < to; tile += THREADS) {
-            u32 i = tile + t, key = E;
-            int digit = -1;
+            const u32 i = tile + t;
+            int key = -1;
             if (i < to) {
-                if (pass == 0) {
-                    int bin = bin_of(id_at(ids, i, top_k, id_stride0, id_stride1), i < limit, map, map_stride, errors);
-                    key = bin < 0 ? E : (u32)bin;
-                } else {
-                    key = load_l2(&keys_in[i]);
-                }
-                digit = (key >> shift) & 255;
+                if (pass == 0)
+                    key = bin_of(id_at(ids, i, top_k, id_stride0, id_stride1), i < limit, map, map_stride, errors);
+                else
+                    key = (int)load_l2(&keys_in[i]);
             }
+            const int digit = key < 0 ? -1 : (key >> shift) & 255;
             int first = __shfl_sync(FULL, digit, 0);
             u32 same = __ballot_sync(FULL, digit == first);
             if (digit >= 0 && (lane == 0 || digit != first)) atomicAdd(&table[digit], lane == 0 ? __popc(same) : 1);
@@ -92,26 +91,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) radix(PARAMETERS) {
             for (int s = 0; s < THREADS / 256; s++) a += sums[0][s * 256 + t], before += sums[1][s * 256 + t];
         scan_cta(a, unused, x, y, partial, false);
         if (t < 256) table[t] = a + before;
+        kept_routes = x;
 #pragma unroll 1
         for (u32 tile = from; tile < to; tile += THREADS) {
             for (u32 i = lane; i < 256; i += 32) of_warp[warp][i] = 0;
             __syncwarp();
-            u32 i = tile + t, key = E, route = i;
-            bool ok = i < to;
-            if (ok) {
+            const u32 i = tile + t;
+            u32 route = i;
+            int key = -1;
+            if (i < to) {
                 if (pass == 0) {
                     u32 ignored = 0;
-                    int bin = bin_of(id_at(ids, i, top_k, id_stride0, id_stride1), i < limit, map, map_stride, ignored);
-                    key = bin < 0 ? E : (u32)bin;
+                    key = bin_of(id_at(ids, i, top_k, id_stride0, id_stride1), i < limit, map, map_stride, ignored);
 #if SCATTER
-                    scatter[i] = bin < 0 ? -1 : (int)i;
+                    scatter[i] = key < 0 ? -1 : (int)i;
+#endif
+#if POSITIONS
+                    if (key < 0) positions[i] = -1;
 #endif
                 } else {
-                    key = load_l2(&keys_in[i]);
+                    key = (int)load_l2(&keys_in[i]);
                     route = load_l2(&routes_in[i]);
                 }
             }
-            u32 digit = (key >> shift) & 255;
+            const bool ok = key >= 0;
+            const u32 digit = (key >> shift) & 255;
             u32 equal = lanes_with_bin<8>(digit, __ballot_sync(FULL, ok)), ahead = equal & lanes_below(lane);
             if (ok && ahead == 0) of_warp[warp][digit] = __popc(equal);
             __syncthreads();
@@ -128,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) radix(PARAMETERS) {
             __syncthreads();
             if (ok) {
                 u32 at = of_warp[warp][digit] + __popc(ahead);
-                __stcg(&keys_out[at], key);
+                __stcg(&keys_out[at], (u32)key);
                 __stcg(&routes_out[at], route);
             }
             __syncwarp();
@@ -137,11 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) radix(PARAMETERS) {
         barrier.sync();
     }
 
-    for (u32 i = grid_thread; i < n; i += grid_threads) {
-        u32 key = load_l2(&keys_in[i]);
-        if (key >= E) continue;
+    for (u32 i = grid_thread; i < kept_routes; i += grid_threads) {
+        const u32 key = load_l2(&keys_in[i]);
         if (i == 0 || load_l2(&keys_in[i - 1]) != key) __stcg(&begin[key], i);
-        if (i + 1 == n || load_l2(&keys_in[i + 1]) != key) __stcg(&end[key], i + 1);
+        if (i + 1 == kept_routes || load_l2(&keys_in[i + 1]) != key) __stcg(&end[key], i + 1);
     }
     barrier.sync();
 
@@ -203,14 +206,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) radix(PARAMETERS) {
     }
     barrier.sync();
 
-    for (u32 i = grid_thread; i < n; i += grid_threads) {
-        u32 key = load_l2(&keys_in[i]), route = load_l2(&routes_in[i]);
-        if (key >= E) {
-#if POSITIONS
-            positions[route] = -1;
-#endif
-            continue;
-        }
+    for (u32 i = grid_thread; i < kept_routes; i += grid_threads) {
+        const u32 key = load_l2(&keys_in[i]), route = load_l2(&routes_in[i]);
         u32 rank = i - load_l2(&begin[key]), row = load_l2(&row_of[key]) + rank;
         sorted[row] = (int)route;
 #if POSITIONS
