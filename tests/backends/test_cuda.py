@@ -13,7 +13,7 @@ from helpers import in_threads, run_python
 import moealign
 from moealign.calls import prepared
 from moealign.layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched
-from moealign.testing import assert_same_layout, oracle_align, oracle_align_batched, poisoned
+from moealign.testing import assert_same_layout, expected_layout, oracle_align, oracle_align_batched, poisoned
 
 cuda = importlib.import_module("moealign.backend.cuda")
 
@@ -24,7 +24,7 @@ BATCHED_EXTRAS = ("expert_counts", "expert_offsets", "group_ends", "positions", 
 ALL = dict.fromkeys(BATCHED_EXTRAS, True)
 
 #: Every path, and both sides of the sizes at which one takes over from another.
-ROUTES = (1, 8, 63, 64, 65, 127, 128, 129, 1000, 5000, 16384, 16385, 32768, 32769, 200000)
+ROUTES = (1, 8, 63, 64, 65, 127, 128, 129, 1000, 5000, 7000, 8193, 16384, 16385, 32768, 32769, 200000)
 EXPERTS = (8, 256, 512, 3000, 65536)
 BATCHED = (
     (8, 128, 16),
@@ -72,6 +72,54 @@ def test_every_path_is_the_oracles(routes, experts, mapped):
         layout = moealign.align(ids.to(DEVICE), **options, **chosen, error_word=word, backend="cuda")
         assert_same_layout(layout, expected)
         assert word.tolist() == expected["error_word"]
+
+
+@pytest.mark.parametrize("routes", [12001, 40000, 200003])
+@pytest.mark.parametrize("experts", [1, 8, 256, 600, 2048, 4096])
+@pytest.mark.parametrize("mapped", ["plain", "map", "ignore"])
+@pytest.mark.parametrize("shared", [99, 227], ids="{} KiB".format)
+def test_tiles_are_the_oracles(routes, experts, mapped, shared, monkeypatch):
+    """The path of more routes than fit the grid, at sizes that a loop in Python can check."""
+    align_ = sys.modules["moealign.backend.cuda.align"]
+    path_of, taken = align_.path_of, []
+
+    def smaller(problem, multiprocessors, max_shared, max_cluster):
+        taken.append(path_of(problem, multiprocessors, min(max_shared, 1024 * shared), max_cluster))
+        return taken[-1]
+
+    monkeypatch.setattr(prepared, "cached", {})
+    monkeypatch.setattr(align_, "path_of", smaller)
+    monkeypatch.setattr(align_, "_independent", lambda *facts: None)
+    monkeypatch.setattr(align_, "_grid", lambda *facts: None)
+    dtype, poison = (torch.int64, -7) if mapped == "ignore" else (torch.int32, 123456)
+    ids = some_ids(routes, experts).to(dtype)
+    options: dict[str, object] = {"block_size": 16, "num_experts": experts}
+    if mapped != "plain":
+        options |= {"expert_map": some_map(experts), "ignore_invalid_experts": mapped == "ignore"}
+        options |= {"num_valid_tokens": torch.tensor([routes - routes // 5], dtype=torch.int32)}
+    expected = oracle_align(ids, **options)
+    options = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    for chosen in ({**ALL, "scatter_idx": mapped != "map"}, {}):
+        word = moealign.new_error_word(DEVICE)
+        sizes = capacity(routes, block_size=16, num_experts=experts)
+        out = poisoned(sizes, tuple(name for name, wanted in chosen.items() if wanted), DEVICE, poison)
+        layout = moealign.align(ids.to(DEVICE), **options, **chosen, error_word=word, out=out, backend="cuda")
+        assert_same_layout(layout, expected)
+        assert word.tolist() == expected["error_word"]
+    holds = 4096 if shared == 227 else 2048
+    assert {path.name for path in taken} == {"tiles" if experts <= holds else "radix"}
+
+
+@pytest.mark.parametrize("routes", [2**19 + 8, 2**20, 2**20 + 8, 3_000_000])
+@pytest.mark.parametrize("experts", [8, 255, 256, 512, 1024, 4096])
+def test_millions_of_routes_are_the_fast_oracles(routes, experts):
+    ids = some_ids(routes, experts, top_k=8)
+    layout = moealign.align(ids.to(DEVICE), block_size=64, num_experts=experts, **ALL, backend="cuda")
+    expected = expected_layout(
+        ids.flatten().numpy(), block_size=64, num_experts=experts, length=layout.sorted_token_ids.numel()
+    )
+    for name in ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", *BATCHED_EXTRAS):
+        assert torch.equal(getattr(layout, name).cpu().long(), torch.from_numpy(expected[name]).long()), name
 
 
 @pytest.mark.parametrize("routes", [1000, 4096, 5000, 12000, 12001, 40000])

@@ -11,6 +11,7 @@ under all four tools.
 from __future__ import annotations
 
 import argparse
+import importlib
 import random
 import sys
 import time
@@ -72,6 +73,12 @@ CASES = [
     Case("grid, map and valid", 4200, 8, 256, 128, torch.int64, map=torch.int64, ignore=True, valid=4100),
     Case("grid, few experts", 17001, 2, 8, 128, torch.int16, ids="one-expert", map=torch.int32),
     Case("grid, nothing kept", 4200, 8, 128, 64, ids="none"),
+    Case("tiles", 4200, 8, 256, 128, ids="bad"),
+    Case("tiles, three outputs", 4200, 8, 256, 128, extras=False, shift=1),
+    Case("tiles, map and valid", 4200, 8, 256, 128, torch.int64, map=torch.int64, ignore=True, valid=4100),
+    Case("tiles, few experts", 17001, 2, 8, 1, torch.int16, ids="one-expert", strided=True),
+    Case("tiles, nothing kept", 4200, 8, 128, 64, ids="none"),
+    Case("tiles, 2,000 experts", 4200, 8, 2000, 7, torch.int64, ids="bad", valid=4199),
     Case("pairwise, 3,000 experts", 5, 8, 3000, 16, ids="bad"),
     Case("independent, 3,000 experts", 64, 8, 3000, 16, map=torch.int32, ignore=True),
     Case("grid, 3,000 experts", 2500, 8, 3000, 7, torch.int64, ids="bad", valid=2499),
@@ -137,6 +144,8 @@ def run_align(case: Case, backend: str, device: torch.device, draw: random.Rando
         "num_valid_tokens": None if valid is None else valid.to(device),
     }
     wanted = dict.fromkeys(extras, True)
+    if backend == "cuda" and case.path.startswith("tiles"):  # at sizes that the grid path would take
+        importlib.import_module("moealign.backend.cuda.align")._grid = lambda *facts: None
     moealign.align(there, **sizes, **flags, **moved, **wanted, error_word=word, out=out, backend=backend)
     found = difference({name: tensor.cpu() for name, tensor in out.items()}, expected)
     if found is None and word.tolist() != expected["error_word"]:

@@ -16,7 +16,7 @@ from .launch import Launch, kernel
 __all__ = ["BatchedAlignment", "specialisations"]
 
 SOURCE = "batched.cu"
-MAX_FEW = 32  # batches of batched_few: one per lane
+GROUPS_FEW = (1, 2)  # counts per lane of batched_few
 THREADS_FEW = 128
 THREADS_MANY = 128
 PER_THREAD = (1, 2, 4)  # counts per thread of batched_many: the first that needs a single tile, else the last
@@ -25,8 +25,8 @@ CTAS_PER_MULTIPROCESSOR = 8
 
 def specialise(dtype: torch.dtype, batches: int, block_size: int, aligned: bool) -> tuple[str, Defines]:
     """Name and macros of the kernel for `batches` counts of `dtype`.  They do not depend on the slots per batch."""
-    few = batches <= MAX_FEW
-    threads = THREADS_FEW if few else THREADS_MANY
+    groups = next((groups for groups in GROUPS_FEW if batches <= 32 * groups), 0)
+    threads = THREADS_FEW if groups else THREADS_MANY
     defines = (
         ("COUNT_BYTES", dtype.itemsize),
         ("COUNT_SIGNED", int(dtype.is_signed)),
@@ -35,8 +35,8 @@ def specialise(dtype: torch.dtype, batches: int, block_size: int, aligned: bool)
         ("THREADS", threads),
         ("BAD_COUNT", BAD_COUNT),
     )
-    if few:
-        return "batched_few", (*defines, ("PER_THREAD", 0))
+    if groups:
+        return "batched_few", (*defines, ("PER_THREAD", 0), ("GROUPS", groups))
     one_tile = (counts for counts in PER_THREAD if threads * counts >= batches)
     return "batched_many", (*defines, ("PER_THREAD", next(one_tile, PER_THREAD[-1])))
 

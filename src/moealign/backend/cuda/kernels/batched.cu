@@ -6,6 +6,7 @@
 //   COUNT_BYTES, COUNT_SIGNED  dtype of the counts      B  rows per block      THREADS  threads per CTA
 //   VECTOR      4: rows are stored in 16 bytes, which needs B % 4 == 0 and an aligned sorted_token_ids; otherwise 1
 //   PER_THREAD  0 compiles batched_few, otherwise batched_many with so many counts per thread
+//   GROUPS      counts per lane of batched_few
 //   BAD_COUNT   the error bit of a count outside [0, M]
 //
 // M is a parameter, so another M compiles no kernel.  Every parameter is 8 bytes.
@@ -83,19 +84,45 @@ __device__ void store_rows(
   }
 }
 
-// ---- up to 32 batches -----------------------------------------------------------------------------------------------
+// ---- up to 32 * GROUPS batches --------------------------------------------------------------------------------------
 
 #if PER_THREAD == 0
 
-__device__ int inclusive_scan(int value, int lane) {
-  for (int distance = 1; distance < 32; distance *= 2) {
-    int other = __shfl_up_sync(ALL, value, distance);
-    if (lane >= distance) value += other;
+// A value of each batch: in lane l, number g is that of batch 32 g + l.
+struct PerBatch {
+  int of[GROUPS];
+  __device__ int operator[](int batch) const {  // the same in all lanes, or another in each
+    int value = 0;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      int other = __shfl_sync(ALL, of[g], batch % 32);
+      value = g == 0 || batch >= 32 * g ? other : value;
+    }
+    return value;
+  }
+  // How many values are at most `limit`, which is the same in all lanes.
+  __device__ int at_most(unsigned limit) const {
+    int sum = 0;
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) sum += __popc(__ballot_sync(ALL, (unsigned)of[g] <= limit));
+    return sum;
+  }
+};
+
+__device__ PerBatch inclusive_scan(PerBatch value, int lane) {
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+    int before = g > 0 ? __shfl_sync(ALL, value.of[g > 0 ? g - 1 : 0], 31) : 0;
+    if (lane == 0) value.of[g] += before;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      int other = __shfl_up_sync(ALL, value.of[g], distance);
+      if (lane >= distance) value.of[g] += other;
+    }
   }
   return value;
 }
 
-// Every warp scans the counts, one per lane, with shuffles: no barrier and no shared memory.
+// Every warp scans the counts, GROUPS per lane, with shuffles: no barrier and no shared memory.
 extern "C" __global__ void __launch_bounds__(THREADS) batched_few(
     // Inputs: [batches] of `stride`; sizes; the constants that divide by M.
     const Count* __restrict__ counts, long long stride, long long batches, long long rows, long long slots64,
@@ -110,46 +137,55 @@ extern "C" __global__ void __launch_bounds__(THREADS) batched_few(
   const Divisor by_batch(packed_reciprocal);
   const Outputs out{sorted_token_ids, expert_ids, block_rows};
 
-  // Lane b holds batch b, or an empty one past the last batch.
+  // Past the last batch there are empty ones.
   bool bad = false;
-  const int count = lane < batches ? clamped(counts, stride, lane, M, bad) : 0;
-  const int end = inclusive_scan(blocks_of(count), lane);  // in blocks
-  const int start = end - blocks_of(count);
+  PerBatch count, end, start;  // end and start in blocks
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) {
+    const int batch = 32 * g + lane;
+    count.of[g] = batch < batches ? clamped(counts, stride, batch, M, bad) : 0;
+    end.of[g] = blocks_of(count.of[g]);
+  }
+  end = inclusive_scan(end, lane);
+#pragma unroll
+  for (int g = 0; g < GROUPS; ++g) start.of[g] = end.of[g] - blocks_of(count.of[g]);
 
   // Rows.  The ballots count the batches that end before the first and before the last block of the warp's rows.
   const Share mine((unsigned)rows / VECTOR);
   for (unsigned unit = mine.first + warp_start; unit < mine.last; unit += THREADS) {
     unsigned row = (unit + lane) * VECTOR;
     unsigned block = row / B;
-    int batch = __popc(__ballot_sync(ALL, (unsigned)end <= unit * VECTOR / B));
-    int last = __popc(__ballot_sync(ALL, (unsigned)end <= (unit + 31) * VECTOR / B));
-    for (int other = batch; other < last; ++other) batch += (unsigned)__shfl_sync(ALL, end, other) <= block;
-    int from = __shfl_sync(ALL, start, batch % 32);
-    int routes = __shfl_sync(ALL, count, batch % 32);
-    if (unit + lane < mine.last) store_rows(out, row, batch < 32 ? batch : -1, (unsigned)from * B, routes, M, sentinel);
+    int batch = end.at_most(unit * VECTOR / B);
+    int last = end.at_most((unit + 31) * VECTOR / B);
+    for (int other = batch; other < last; ++other) batch += (unsigned)end[other] <= block;
+    int from = start[batch], routes = count[batch];
+    const bool used = batch < 32 * GROUPS;
+    if (unit + lane < mine.last) store_rows(out, row, used ? batch : -1, (unsigned)from * B, routes, M, sentinel);
   }
 
   if (positions) {
     const Share slots(sentinel);
     for (unsigned slot = slots.first + warp_start; slot < slots.last; slot += THREADS) {
       unsigned batch = by_batch.divide(slot + lane), index = slot + lane - batch * M;
-      int from = __shfl_sync(ALL, start, batch % 32);
-      int routes = __shfl_sync(ALL, count, batch % 32);
+      int from = start[batch], routes = count[batch];
       if (slot + lane < slots.last) positions[slot + lane] = (int)index < routes ? from * B + (int)index : -1;
     }
   }
 
   if (blockIdx.x == 0 && warp_start == 0) {
     if (bad && error_word) atomicOr(error_word, BAD_COUNT);
-    if (lane == 31) *total = end * B;
-    if (expert_offsets) {
-      if (lane < batches) expert_offsets[lane] = start * B;
-      if (lane == 31) expert_offsets[batches] = end * B;
+    const PerBatch sums = inclusive_scan(count, lane);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) {
+      const int batch = 32 * g + lane;
+      if (batch >= batches) continue;
+      if (expert_offsets) expert_offsets[batch] = start.of[g] * B;
+      if (expert_counts) expert_counts[batch] = count.of[g];
+      if (group_ends) group_ends[batch] = sums.of[g];
     }
-    if (expert_counts && lane < batches) expert_counts[lane] = count;
-    if (group_ends) {
-      int sum = inclusive_scan(count, lane);
-      if (lane < batches) group_ends[lane] = sum;
+    if (lane == 31) {
+      *total = end.of[GROUPS - 1] * B;
+      if (expert_offsets) expert_offsets[batches] = end.of[GROUPS - 1] * B;
     }
   }
 }
