@@ -11,7 +11,8 @@
 //   VECTOR_IN, VECTOR_OUT  ids, sorted_token_ids are aligned to 16 bytes
 //   THREADS, STEPS     threads per CTA, routes per thread
 //   WORDS              words of 32 routes that a CTA ranks; on grid, rows of the table that a thread reads
-//   CLUSTER, COMPACT, MIN_CTAS  of independent.cu;  GRID_CTAS  of grid.cu;  RESIDENT  CTAs per multiprocessor, of tiles.cu
+//   CLUSTER, COMPACT, MIN_CTAS  of independent.cu;  GRID_CTAS  of grid.cu
+//   RESIDENT           CTAs per multiprocessor, of tiles.cu
 //   SHARED_BYTES       dynamic shared memory of the launch
 //   SCRATCH_PER_CTA, SCRATCH_PER_ROUTE, SCRATCH_FIXED  words of device memory of the launch
 //   PDL_WAIT           the launch may start before the kernel ahead of it has ended
@@ -72,7 +73,9 @@ constexpr int BITS = bits_of(E - 1);  // of a bin
     i64 n64, i64 top_k64, i64 length64, int *scratch
 #define DECLARE_ABSENT \
     const map_t *const map = nullptr; const int *const num_valid = nullptr; int *const error_word = nullptr; \
+    int *const counts = nullptr, *const offsets = nullptr, *const ends = nullptr; \
     const i64 id_stride0 = 0, id_stride1 = 0, map_stride = 0; \
+    (void)counts, (void)offsets, (void)ends; \
     (void)map, (void)num_valid, (void)error_word, (void)id_stride0, (void)id_stride1, (void)map_stride
 #endif
 // The first line of every kernel: absent parameters, and sizes in 32 bits.

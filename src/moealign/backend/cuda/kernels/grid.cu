@@ -7,6 +7,7 @@
 #include "common.cuh"
 #include "scan.cuh"
 #include "rank.cuh"
+#include "rows.cuh"
 #include "barrier.cuh"
 
 DEV u32 load_relaxed(const u32 *p) {
@@ -16,7 +17,6 @@ DEV u32 load_relaxed(const u32 *p) {
 }
 DEV void store_relaxed(u32 *p, u32 v) { asm volatile("st.relaxed.gpu.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory"); }
 
-#define PER_THREAD ((E + THREADS - 1) / THREADS)
 #define ROUTES (THREADS * STEPS)
 // Rows that a thread loads at once: fewer where the routes take more registers.
 #define MAX_BATCH (ROUTES > 4096 ? 8 : 16)
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
     barrier.wait_from(peeked);
 
     // Sum over the rows of the table.  Segment `seg` reads rows seg, seg + SEGMENTS, ... of pair `p`, polling each word
-    // until it is not EMPTY.  Pairs are added packed, eight rows at a time.
+    // until it is not EMPTY.  Pairs are added packed, PACKED rows at a time.
     u32 *sum_all = pairs, *sum_before = pairs + SEGMENTS * 2 * PAIRS;
 #pragma unroll 1
     for (u32 at = t; at < SEGMENTS * PAIRS; at += THREADS) {
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
         *(uint2 *)(sum_before + seg * 2 * PAIRS + 2 * p) = make_uint2(lo_before, hi_before);
     }
     __syncthreads();
-    u32 blocks = 0, routes = 0, total, kept;
+    u32 blocks = 0, routes = 0;
 #pragma unroll (PER_THREAD <= 4 ? PER_THREAD : 1)
     for (int k = 0; k < PER_THREAD; k++) {
         u32 e = t * PER_THREAD + k, c = 0, before = 0;
@@ -168,38 +168,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
         blocks += blocks_of(c);
         routes += c;
     }
-    scan_cta(blocks, routes, total, kept, partial2, ENDS != 0);
-#pragma unroll (PER_THREAD <= 4 ? PER_THREAD : 1)
-    for (int k = 0; k < PER_THREAD; k++) {
-        u32 e = t * PER_THREAD + k;
-        if (e >= E) break;
-        u32 c = count[e];
-        first_row[e] = blocks * B;
-        base[e] += blocks * B;
-        routes += c;
-        if (e % ctas == cta) {
-#if COUNTS
-            counts[e] = c;
-#endif
-#if OFFSETS
-            offsets[e] = blocks * B;
-#endif
-#if ENDS
-            ends[e] = routes;
-#endif
-        }
-        blocks += blocks_of(c);
-    }
-    total *= B;
-    if (t == 0) {
-        first_row[E] = total;
-        if (cta == 0) {
-            total_out[0] = (int)total;
-#if OFFSETS
-            offsets[E] = (int)total;
-#endif
-        }
-    }
+    const u32 total = rows_of_bins(
+        count, blocks, routes, first_row, base, partial2, total_out, counts, offsets, ends);
     __syncthreads();
 
 #pragma unroll
@@ -217,14 +187,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
         for (u32 r = first_row[e] + count[e] + lane; r < first_row[e + 1]; r += 32) sorted[r] = (int)n;
 #pragma unroll 1
     for (u32 r = total + grid_thread; r < L; r += grid_threads) sorted[r] = (int)n;
-    // Blocks in equal shares, so that a hot expert is shared too: the last e with first_row[e] <= row owns the row.
+    // Blocks in equal shares, so that a hot expert is shared too.
 #pragma unroll 1
     for (u32 b = cta + ctas * t; b < num_blocks; b += grid_threads) {
         u32 row = b * B, e = 0;
         if (row < total) {
-#pragma unroll 1
-            for (int step = BITS ? 1 << (BITS - 1) : 0; step; step /= 2)
-                if (e + step < E && first_row[e + step] <= row) e += step;
+            e = owner_of(first_row, row);
             expert_ids[b] = expert_of_bin(map, map_stride, (int)e);
         } else {
             expert_ids[b] = -1;

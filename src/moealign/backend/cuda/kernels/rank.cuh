@@ -4,10 +4,11 @@
 #define PAIRS ((E + 1) / 2)
 #define STRIDE (PAIRS | 1)  // words of a warp's table
 
-// The ranks of the warp's routes among its own, in the order of steps and lanes; `counts`, zero before, gets the counts.
-// `peers` are the lanes of the same step with the same bin.
+// The ranks of the warp's routes among its own, in the order of steps and lanes.  `counts`, zero before, receives the
+// counts.  `peers` are the lanes of the same step with the same bin.
 template <int ROUNDS>
-DEV void rank_in_warp(const int (&bin)[ROUNDS], const u32 (&peers)[ROUNDS], u16 *counts, u32 lane, u32 (&rank)[ROUNDS]) {
+DEV void rank_in_warp(
+    const int (&bin)[ROUNDS], const u32 (&peers)[ROUNDS], u16 *counts, u32 lane, u32 (&rank)[ROUNDS]) {
 #pragma unroll
     for (int r = 0; r < ROUNDS; r++) {
         u32 ahead = peers[r] & lanes_below(lane), old = 0;

@@ -7,14 +7,15 @@
 #include "common.cuh"
 #include "scan.cuh"
 #include "rank.cuh"
+#include "rows.cuh"
 #include "barrier.cuh"
 
-#define PER_THREAD ((E + THREADS - 1) / THREADS)
 #define TILE (THREADS * STEPS)
 #define OF_TILE bits_of(TILE - 1)  // bits of a place in a tile
 #define SORT_WORDS (WARPS * STRIDE + TILE)
-// Counters per bin, so that lanes with the same bin seldom meet; all the memory that the sort needs later.
-#define COPIES (32 * E <= SORT_WORDS ? 32 : 16 * E <= SORT_WORDS ? 16 : 8 * E <= SORT_WORDS ? 8 : 4 * E <= SORT_WORDS ? 4 : 1)
+// Counters per bin, so that lanes with the same bin seldom meet: as many as fit the memory that the sort takes later.
+#define COPIES \
+    (32 * E <= SORT_WORDS ? 32 : 16 * E <= SORT_WORDS ? 16 : 8 * E <= SORT_WORDS ? 8 : 4 * E <= SORT_WORDS ? 4 : 1)
 #define IN_FLIGHT 4  // loads of four ids that a thread has under way while it counts
 static_assert(E <= 1 << (32 - OF_TILE), "a bin and a place in a tile fit one word");
 #define DROPPED 0xffffu            // the bin of a dropped route
@@ -30,7 +31,7 @@ struct Shared {
             u32 first_row[E + 1];
             u32 total[E];
         } bins;
-        struct {                     // of a tile
+        struct {                         // of a tile
             u32 counts[WARPS * STRIDE];  // pairs of counts per warp
             u32 sorted[TILE];            // bin and place
         } tile;
@@ -41,15 +42,6 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "counts, bins and sorted routes fit");
 extern __shared__ __align__(16) u32 shared[];
-
-// The bin that owns `row`: the last one that begins at or before it.
-DEV u32 owner_of(const u32 *first_row, u32 row) {
-    u32 e = 0;
-#pragma unroll 1
-    for (int step = BITS ? 1 << (BITS - 1) : 0; step; step /= 2)
-        if (e + step < E && first_row[e + step] <= row) e += step;
-    return e;
-}
 
 // Bring the line of id `i` to the L2 cache.
 DEV void prefetch_line(const id_t *ids, u32 i, u32 to, bool active) {
@@ -127,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tiles(PARAMETERS
     }
     barrier.sync();
 
-    u32 blocks = 0, routes = 0, total, kept;
+    u32 blocks = 0, routes = 0;
     u32 *first_row = s.at.bins.first_row;
 #pragma unroll (PER_THREAD <= 4 ? PER_THREAD : 1)
     for (int k = 0; k < PER_THREAD; k++) {
@@ -139,38 +131,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tiles(PARAMETERS
         blocks += blocks_of(c);
         routes += c;
     }
-    scan_cta(blocks, routes, total, kept, partial, ENDS != 0);
-#pragma unroll (PER_THREAD <= 4 ? PER_THREAD : 1)
-    for (int k = 0; k < PER_THREAD; k++) {
-        u32 e = t * PER_THREAD + k;
-        if (e >= E) break;
-        u32 c = s.at.bins.total[e];
-        first_row[e] = blocks * B;
-        s.row[e] += blocks * B;
-        routes += c;
-        if (e % ctas == cta) {
-#if COUNTS
-            counts[e] = c;
-#endif
-#if OFFSETS
-            offsets[e] = blocks * B;
-#endif
-#if ENDS
-            ends[e] = routes;
-#endif
-        }
-        blocks += blocks_of(c);
-    }
-    total *= B;
-    if (t == 0) {
-        first_row[E] = total;
-        if (cta == 0) {
-            total_out[0] = (int)total;
-#if OFFSETS
-            offsets[E] = (int)total;
-#endif
-        }
-    }
+    const u32 total = rows_of_bins(
+        s.at.bins.total, blocks, routes, first_row, s.row, partial, total_out, counts, offsets, ends);
     __syncthreads();
 
     // What the routes do not reach: the rest of each bin's last block, and the rows behind the last block.
