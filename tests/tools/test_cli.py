@@ -524,7 +524,14 @@ def test_a_terminal_that_cannot_encode(variables, tmp_path):
 
 def interrupted(*arguments: str, after: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "moealign", *arguments]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests under nohup inherit that it is ignored
+    )
     time.sleep(after)
     child.send_signal(signal.SIGINT)
     return child
@@ -533,8 +540,11 @@ def interrupted(*arguments: str, after: float) -> subprocess.Popen[str]:
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("after", [0.3, 0.8, 1.5, 4.0, 8.0])
 def test_an_interrupt_at_any_time_is_silent_and_130(after, tmp_path):
-    child = interrupted("check", "--cases", "100000", after=after)
-    _, errors = child.communicate(timeout=60)
+    with interrupted("check", "--cases", "100000", after=after) as child:
+        try:
+            _, errors = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert (child.returncode, errors) == (130, "")
 
 
