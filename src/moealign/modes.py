@@ -235,6 +235,9 @@ def differentiable(
     formula: Callable[..., Any],
     save: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
+    *,
+    forward: Callable[..., Any] | None = None,
+    takes: Callable[..., bool] | None = None,
 ) -> None:
     """Register the derivatives of operator `name`.
 
@@ -243,6 +246,8 @@ def differentiable(
             if there is no `backward`, wherever a gradient is needed.
         save: ``(ctx, inputs, output)``, stores what the backward needs.
         backward: ``(ctx, *gradients of the outputs)``, a gradient or None for each input, by differentiable operations.
+        forward: computes the result, first, and what `save` needs beside it; by default the operator itself does.
+        takes: whether `forward` and `backward` take these inputs; by default always.  Otherwise `formula` does.
     """
     operator = getattr(torch.ops.moealign, name).default
 
@@ -250,10 +255,10 @@ def differentiable(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                result = operator(*args)
+                result = (forward or operator)(*args)
             assert save is not None
             save(ctx, args, result)
-            return result
+            return result if forward is None else result[0]
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
@@ -266,7 +271,9 @@ def differentiable(
         if transformed():
             return formula(*args)
         if wants_gradient(*args):
-            return formula(*args) if backward is None else Recorded.apply(*args)  # type: ignore[no-untyped-call]
+            if backward is None or not (takes is None or takes(*args)):
+                return formula(*args)
+            return Recorded.apply(*args)  # type: ignore[no-untyped-call]
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 

@@ -216,14 +216,80 @@ def test_float32_gradients_equal_those_of_plain_loops():
         assert relative_error(ours, theirs) < 1e-5
 
 
-def test_a_kernel_that_gives_no_gradients_is_not_taken():
+def test_kernels_are_not_taken_for_derivatives_that_they_do_not_give():
     x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4, dtype=torch.float32)
     x.requires_grad_()
-    assert fused_moe(x, gate_up, down, weights, ids).requires_grad
-    with pytest.raises(BackendUnavailable, match="gives no gradients"):
-        fused_moe(x, gate_up, down, weights, ids, backend="triton")
+    for options in ({"activation": lambda rows: rows[:, :4]}, {"output_rows": torch.sin}):
+        assert fused_moe(x, gate_up, down, weights, ids, **options).requires_grad
+        with pytest.raises(BackendUnavailable, match="no gradients of callables"):
+            fused_moe(x, gate_up, down, weights, ids, **options, backend="triton")
     with torch.no_grad():
         assert not fused_moe(x, gate_up, down, weights, ids).requires_grad
+
+
+# ---- what a backward keeps, and where it writes ----------------------------------------------------------------------
+
+
+def training_step(options, bias=False, dtype=torch.float64, activation="silu"):
+    """Gradients of a layer's inputs, and the number of elements that its graph keeps beside them."""
+    *tensors, ids, biases = random_layer(9, 2, 4, 8, 6, dtype=dtype, bias=bias)
+    inputs = [each.requires_grad_() for each in (*tensors, *(biases or ()))]
+    extra = dict(zip(("gate_up_bias", "down_bias"), inputs[4:], strict=False))
+    kept, own = [], {each.data_ptr() for each in (*inputs, ids)}
+
+    def pack(tensor):
+        kept.append(tensor.numel() if tensor.data_ptr() not in own else 0)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+        out = fused_moe(*inputs[:4], ids, **extra, activation=activation, **options)
+    out.square().sum().backward()
+    return [each.grad for each in inputs], sum(kept)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu", lambda rows: rows[:, :6] * rows[:, 6:]])
+def test_recomputed_rows_give_the_same_gradients_and_are_not_kept(bias, activation):
+    want, kept = training_step({}, bias, activation=activation)
+    got, less = training_step({"recompute": True}, bias, activation=activation)
+    assert all(map(torch.equal, got, want))
+    assert less < kept
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["silu", lambda rows: rows[:, :6] * rows[:, 6:]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_of_weights_are_added_to_buffers(recompute, activation, dtype):
+    want, _ = training_step({}, dtype=dtype, activation=activation)
+    start = [torch.randn(each.shape, dtype=dtype) for each in want[1:3]]
+    buffers = tuple(each.clone() for each in start)
+    options = {"recompute": recompute, "weight_grads": buffers}
+    got, _ = training_step(options, dtype=dtype, activation=activation)
+    assert got[1] is None
+    assert got[2] is None
+    assert torch.equal(got[0], want[0])
+    for buffer, before, one in zip(buffers, start, want[1:3], strict=True):
+        assert torch.equal(buffer, before + one)
+
+
+def test_buffers_that_cannot_hold_the_gradients_are_refused():
+    x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4, dtype=torch.bfloat16)
+    right = (torch.zeros(gate_up.shape), torch.zeros(down.shape))
+
+    def refused(buffers, error, message, **options):
+        with pytest.raises(error, match=message):
+            fused_moe(x, gate_up, down, weights, ids, weight_grads=buffers, **options)
+
+    refused(right[0], InvalidType, "expected two tensors")
+    refused((right[0], None), InvalidType, r"weight_grads\[1\]: expected a torch.Tensor")
+    refused(right[::-1], InvalidInput, r"weight_grads\[0\]: expected a contiguous")
+    refused((right[0].transpose(1, 2).contiguous().transpose(1, 2), right[1]), InvalidInput, "contiguous")
+    refused((right[0].double(), right[1]), InvalidType, "expected float32 or torch.bfloat16")
+    refused((right[0].requires_grad_(), right[1]), InvalidInput, "requires_grad=True")
+    right[0].requires_grad_(False)
+    refused(right, InvalidType, "recompute: expected True or False", recompute=1)
+    with pytest.raises(InvalidInput, match="expected an eager call"):
+        torch.compile(fused_moe, backend="eager")(x, gate_up, down, weights, ids, weight_grads=right)
 
 
 # ---- one product ---------------------------------------------------------------------------------------------------
@@ -327,7 +393,7 @@ def test_fused_moe_refuses(changed, error, message):
         ({"activation": "silu_div"}, InvalidInput, "activation: expected one of"),
         ({"out": torch.zeros(8, 3)}, InvalidInput, r"out: expected a contiguous \[8, 12\]"),
         ({"b": torch.zeros(8, 8)}, InvalidInput, r"a, b: expected \[T, K\] and \[E, N, K\]"),
-        ({"backend": "triton", "a": torch.zeros(4, 8, requires_grad=True)}, BackendUnavailable, "no gradients"),
+        ({"backend": "triton"}, BackendUnavailable, "expected tensors on a GPU"),
     ],
 )
 def test_grouped_gemm_refuses(changed, error, message):

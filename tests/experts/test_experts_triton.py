@@ -18,6 +18,7 @@ from moealign.layout import BlockLayout, capacity
 
 pytest.importorskip("triton")
 launch = importlib.import_module("moealign.experts.launch")
+gradients = importlib.import_module("moealign.experts.gradients")
 
 H200 = tiles.Target("NVIDIA H200", 132, True)
 A100 = tiles.Target("NVIDIA A100", 108, False)
@@ -29,6 +30,16 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("release", releases())
 def test_interpreted_they_equal_plain_loops(release):
     assert_passes(WORKERS / "experts_interpret.py", release, interpreted=True)
+
+
+@pytest.mark.parametrize("release", releases())
+def test_interpreted_gradients_equal_those_of_plain_loops(release):
+    assert_passes(WORKERS / "gradients_interpret.py", release, interpreted=True)
+
+
+@pytest.mark.parametrize("release", releases())
+def test_interpreted_in_every_mode_of_pytorch(release):
+    assert_passes(WORKERS / "modes_interpret.py", release, interpreted=True)
 
 
 @pytest.mark.parametrize("release", releases())
@@ -58,6 +69,30 @@ def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, 
     launches, out = launch.layer_launches(selected, x, layer, routes, layout, "silu", target)
     assert out.shape == x.shape
     return selected, launches
+
+
+def kernel_of(one):
+    return getattr(importlib.import_module(f"moealign.experts.{one.module}"), one.kernel)
+
+
+def planned_gradients(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, bias=False, **options):
+    """The launches of a backward; nothing runs."""
+    count, top_k, hidden, inner = shape
+    new = lambda *size, dtype=dtype: torch.empty(size, dtype=dtype)  # noqa: E731
+    x, ids = new(tokens, hidden), torch.zeros(tokens, top_k, dtype=torch.int64)
+    gate_up = new(count, hidden, 2 * inner) if transposed else new(count, 2 * inner, hidden)
+    down = new(count, inner, hidden) if transposed else new(count, hidden, inner)
+    biases = (new(count, 2 * inner), new(count, hidden)) if bias else (None, None)
+    layer = ExpertWeights(gate_up, down, *biases, transposed)
+    routes = Routes(new(tokens, top_k, dtype=torch.float32), ids)
+    buffers = tuple(new(*each.shape, dtype=torch.float32) for each in (gate_up, down)) if options.get("buffers") else ()
+    before = None if options.get("recompute") else new(tokens * top_k, 2 * inner)
+    needed, launches = (True, True, True, True, bias, bias), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "target_of", lambda device: target)
+        patch.setattr(launch, "run", lambda some, device: launches.extend(some))
+        gradients.layer_gradients(x, before, x, layer, routes, "silu", needed, buffers or (None, None))
+    return launches
 
 
 def test_blocks_grow_with_rows_an_expert():
@@ -199,7 +234,19 @@ def test_the_stride_of_a_single_row_compiles_nothing(target):
 
 def widths(one):
     """Of a product: columns, depth, top_k and strides; of a sum: columns."""
-    return one.arguments[11:13] + one.arguments[15:] if one.kernel == "gemm" else one.arguments[3]
+    return one.arguments[12:14] + one.arguments[16:] if one.kernel == "gemm" else one.arguments[3]
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 128, 64), (60, 6, 100, 77)], ids=str)
+@pytest.mark.parametrize("target", [H200, A100], ids=lambda target: target.name)
+def test_numbers_of_tokens_compile_no_gradient(shape, target):
+    keys, tilings = set(), set()
+    for tokens in (1, 2, *range(16, 100, 3)):
+        tiles_of = gradients.select_gradient_tiles(target, tokens * shape[1], shape[0], 2)
+        tilings.add(tiles_of)
+        launches = planned_gradients(shape, tokens, target=target, bias=True, recompute=True)
+        keys.update((tiles_of, index, specialisation(kernel_of(one), one)) for index, one in enumerate(launches))
+    assert len(keys) == len(tilings) * len(launches)
 
 
 def test_neither_tokens_nor_alignments_compile_a_router():
@@ -246,6 +293,13 @@ def every_configuration():
         yield product_with_blocks(tokens, size, gated=True)
     yield from planned(SHAPES[0], 512, block_size=128)[1][:2]
     yield from planned(SHAPES[1], 1, block_size=128)[1][:2]
+    for target in (H200, A100):
+        for tokens in (16, 256, 512, 4096):
+            yield from planned_gradients(SHAPES[0], tokens, target=target)
+        yield from planned_gradients(SHAPES[2], 600, target=target, transposed=True, bias=True, recompute=True)
+        yield from planned_gradients((7, 3, 100, 77), 500, target=target, dtype=torch.float16, bias=True)
+    yield from planned_gradients(SHAPES[0], 4096, buffers=True)
+    yield from planned_gradients((7, 3, 100, 77), 50, dtype=torch.float32, bias=True)
 
 
 def product_with_blocks(tokens, size, gated):
@@ -270,10 +324,8 @@ def distinct():
 
 def compile_one(number):
     """Compile one configuration for its targets; it waits for the previous kernel before it accesses memory."""
-    from moealign.experts import kernels as gemm
-
     one = distinct()[number]
-    function = getattr(gemm, one.kernel)
+    function = kernel_of(one)
     signature, constants = signature_of(function, one.arguments, one.constants)
     attributes = {}
     fixed = {each.name for each in function.params if each.do_not_specialize}
@@ -284,12 +336,16 @@ def compile_one(number):
             signature[name], constants[name] = "constexpr", 1
         elif name not in anywhere and (isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0)):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    targets = [each for each in TARGETS if one.pdl == (each[0] == "cuda" and each[1] >= 90)]
+    if one.module == "gradient_kernels" and one.num_stages == 2:
+        targets = TARGETS
+    else:
+        hopper = one.pdl or one.module == "gradient_kernels"
+        targets = [each for each in TARGETS if hopper == (each[0] == "cuda" and each[1] >= 90)]
     options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
     for arch, binary in compile_ahead(function, signature, constants, attributes, targets, **options):
-        if arch == 90 and one.constants.get("B_TMA"):
+        if arch == 90 and one.constants.get("B_TMA") and (one.constants["BLOCK_M"] >= 64 or one.constants.get("SWAP")):
             assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
-        if arch == 90 and disassembler():
+        if arch == 90 and one.pdl and disassembler():
             assert touched_before_the_wait(binary.asm["cubin"]) == [], f"{one.kernel} {one.constants}"
 
 
@@ -423,22 +479,124 @@ def test_gpu_a_server_that_is_warm_compiles_nothing():
         assert compiled() - before <= 3 * len(plans), tokens
 
 
+def gradients_of(inputs, ids, cast=torch.bfloat16, **options):
+    """The gradients of a layer's inputs, None for biases that there are not."""
+    from moealign import fused_moe
+
+    leaves = [None if each is None else each.detach().to(cast).requires_grad_() for each in inputs]
+    out = fused_moe(*leaves[:4], ids, gate_up_bias=leaves[4], down_bias=leaves[5], **options)
+    (out * torch.linspace(-1, 1, out.shape[1], device=out.device, dtype=cast)).sum().backward()
+    return [None if each is None else each.grad for each in leaves]
+
+
 @gpu
-def test_gpu_gradients_against_float64():
+@pytest.mark.parametrize("size", GPU_SIZES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpu_gradients_against_float64(size, bias, dtype):
+    from cases.experts import relative_error
+
+    layer, ids, extra = layer_of(*size, bias=bias)
+    ids[-1, 0] = size[2]
+    inputs = [*layer, *extra.values()]
+    got, want = gradients_of(inputs, ids, dtype), gradients_of(inputs, ids, torch.float64)
+    for one, other in zip(got, want, strict=True):
+        assert other is None or relative_error(one, other) < (1e-5 if dtype is torch.float32 else 2e-2)
+    for one, other in zip(got, gradients_of(inputs, ids, dtype), strict=True):
+        assert other is None or torch.equal(one, other), "the same bits every time"
+    again = gradients_of(inputs, ids, dtype, recompute=True)
+    for one, other in zip(again, want, strict=True):
+        assert other is None or relative_error(one, other) < (1e-5 if dtype is torch.float32 else 2e-2)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_gradients_are_added_to_buffers(dtype):
+    from cases.experts import relative_error
+
+    layer, ids, extra = layer_of(300, 4, 16, 256, 128)
+    inputs = [*layer, *extra.values()]
+    buffers = tuple(torch.ones_like(each, dtype=dtype) for each in layer[1:3])
+    got, want = gradients_of(inputs, ids, weight_grads=buffers), gradients_of(inputs, ids, torch.float64)
+    assert got[1] is None
+    assert got[2] is None
+    for buffer, one in zip(buffers, want[1:3], strict=True):
+        assert relative_error(buffer, one + 1) < 2e-2
+
+
+@gpu
+@pytest.mark.parametrize("size", [(2, 8, 64, 256, 128), (300, 4, 16, 256, 128)])
+def test_gpu_a_training_step_in_a_graph(size):
+    """Forward, backward and optimiser are captured, replayed with other routes, and equal the eager step."""
+    from moealign import fused_moe
+
+    def start():
+        layer, ids, _ = layer_of(*size)
+        layer = [each.requires_grad_() for each in layer]
+        return layer, ids, torch.optim.SGD(layer[1:3], lr=0.1, foreach=False)
+
+    def step(layer, ids, optimiser):
+        for each in layer:
+            each.grad = None
+        fused_moe(*layer, ids).square().mean().backward()
+        optimiser.step()
+
+    captured, eager = start(), start()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(*captured)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*captured)
+    step(*eager)  # the warm-up; capturing computes nothing
+    for seed in range(3):
+        other, ids, _ = layer_of(*size, seed=seed)
+        for each, _, _ in (captured, eager):
+            each[0].data.copy_(other[0])
+        captured[1].copy_(ids)
+        eager[1].copy_(ids)
+        graph.replay()
+        step(*eager)
+        for one, same in zip(captured[0], eager[0], strict=True):
+            assert torch.equal(one, same)
+            assert torch.equal(one.grad, same.grad)
+
+
+@gpu
+def test_gpu_a_training_step_keeps_one_tensor():
+    layer, ids, _ = layer_of(300, 4, 16, 256, 128)
+    inputs, own, kept = [each.requires_grad_() for each in layer], {each.data_ptr() for each in (*layer, ids)}, []
+
+    def pack(tensor):
+        kept.extend([tuple(tensor.shape)] if tensor.data_ptr() not in own else [])
+        return tensor
+
+    from moealign import fused_moe
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each):
+        fused_moe(*inputs, ids)
+        assert kept == [(1200, 256)]
+        kept.clear()
+        fused_moe(*inputs, ids, recompute=True)
+        assert not kept
+
+
+@gpu
+def test_gpu_a_compiled_training_step_is_one_graph():
     from cases.experts import relative_error
 
     from moealign import fused_moe
 
-    layer, ids, extra = layer_of(120, 4, 16, 128, 64, bias=True)
-    ids[3, 1] = 16
-    grads = []
-    for cast in (torch.bfloat16, torch.float64):
-        leaves = [each.detach().to(cast).requires_grad_() for each in (*layer, *extra.values())]
-        out = fused_moe(*leaves[:4], ids, gate_up_bias=leaves[4], down_bias=leaves[5])
-        out.square().sum().backward()
-        grads.append([each.grad for each in leaves])
-    for ours, want in zip(*grads, strict=True):
-        assert relative_error(ours, want) < 2e-2
+    layer, ids, extra = layer_of(300, 4, 16, 256, 128, bias=True)
+    inputs = [*layer, *extra.values()]
+    leaves = [each.detach().requires_grad_() for each in inputs]
+    compiled = torch.compile(fused_moe, fullgraph=True)
+    out = compiled(*leaves[:4], ids, gate_up_bias=leaves[4], down_bias=leaves[5])
+    (out * torch.linspace(-1, 1, out.shape[1], device=out.device, dtype=out.dtype)).sum().backward()
+    for one, other in zip(leaves, gradients_of(inputs, ids, torch.float64), strict=True):
+        assert relative_error(one.grad, other) < 2e-2
 
 
 @gpu

@@ -13,14 +13,21 @@ from . import launch, packed
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES
 
-__all__ = ["PATHS", "check_layer", "check_out", "check_product", "select_path"]
+__all__ = ["PATHS", "check_layer", "check_out", "check_product", "check_training", "select_path"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PATHS = ("triton", "packed")
+_NO_GRADIENTS = (
+    "it gives no gradients of callables and no forward-mode derivatives; call it under torch.no_grad() or leave "
+    "backend out"
+)
 
 
-def select_path(rows: Tensor, backend: str | None, gradients: bool, block_size: int | None = None) -> str:
-    """``triton`` where it runs, takes the dtype and the blocks, and no gradients are needed; else ``packed``.
+def select_path(rows: Tensor, backend: str | None, torch_only: bool, block_size: int | None = None) -> str:
+    """``triton`` where it runs and takes the dtype and the blocks; else ``packed``.
+
+    Args:
+        torch_only: the call needs derivatives that the kernels do not give.
 
     Raises:
         BackendUnavailable: `backend` names no path, or one that cannot take this call.
@@ -29,7 +36,7 @@ def select_path(rows: Tensor, backend: str | None, gradients: bool, block_size: 
         raise BackendUnavailable(f"backend: expected one of {', '.join(PATHS)}, got {backend!r}")
     if backend == "packed":
         return backend
-    reason = "it gives no gradients; call it under torch.no_grad()" if gradients else launch.refuses(rows)
+    reason = _NO_GRADIENTS if torch_only else launch.refuses(rows)
     if reason is None and block_size is not None and block_size not in BLOCK_SIZES:
         reason = f"it takes blocks of {', '.join(map(str, BLOCK_SIZES))} rows, these are of {block_size}"
     if reason is None:
@@ -100,6 +107,40 @@ def check_layer(
     if block_size is not None and block_size not in BLOCK_SIZES:
         raise InvalidInput(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
     return gated
+
+
+def check_training(
+    weights: ExpertWeights, recompute: object, weight_grads: object, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """Refuse what :func:`moealign.fused_moe` does not take as `recompute` and `weight_grads`.
+
+    Args:
+        dtypes: of both projections before autocast.
+    """
+    if not isinstance(recompute, bool):
+        raise InvalidType(f"recompute: expected True or False, got {type(recompute).__name__}")
+    if weight_grads is None:
+        return
+    if not isinstance(weight_grads, (tuple, list)) or len(weight_grads) != 2:
+        raise InvalidType(f"weight_grads: expected two tensors, got {type(weight_grads).__name__}")
+    for index, (buffer, like) in enumerate(zip(weight_grads, (weights.gate_up, weights.down), strict=True)):
+        name = f"weight_grads[{index}]"
+        if not isinstance(buffer, Tensor):
+            raise InvalidType(f"{name}: expected a torch.Tensor, got {type(buffer).__name__}")
+        if buffer.shape != like.shape or not buffer.is_contiguous() or buffer.device != like.device:
+            raise InvalidInput(
+                f"{name}: expected a contiguous {list(like.shape)} on {like.device} like the projection, got "
+                f"{list(buffer.shape)} on {buffer.device}"
+            )
+        if buffer.dtype not in (torch.float32, dtypes[index]):
+            raise InvalidType(f"{name}: expected float32 or {dtypes[index]} like the projection, got {buffer.dtype}")
+        if buffer.requires_grad:
+            raise InvalidInput(f"{name}: expected a buffer without a gradient of its own, got requires_grad=True")
+    if modes.followed() or modes.forward_mode():
+        raise InvalidInput(
+            "weight_grads: expected an eager call, which can write to buffers in its backward, got one that is "
+            "compiled, traced or transformed; leave it out there"
+        )
 
 
 def _check_ids(routes: Routes, gate_up: Tensor) -> None:

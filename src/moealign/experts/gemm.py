@@ -66,10 +66,10 @@ def grouped_gemm(
         refusal = modes.checked(check_out, out, a, routes, columns, gradients)
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
-    path = select_path(x, backend, gradients, layout.block_size)
+    path = select_path(x, backend, modes.forward_mode(), layout.block_size)
     product = product._replace(activation=name, gated=gated)
     blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
-    if modes.watched(x, weights, added, row_weights, *blocks):
+    if modes.watched(x, weights, added, row_weights, *blocks) or (path == "triton" and gradients):
         operator = operators.product_formula if backend == "packed" else torch.ops.moealign.grouped_gemm
         options = (top_k, layout.block_size, row_weights, added, name, gated, transposed)
         result: Tensor = modes.call(operator, x, weights, *blocks, *options)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["gemm", "sum_rows"]
+__all__ = ["GELU", "GELU_TANH", "NONE", "RELU", "RELU2", "SILU", "gemm", "product", "sum_rows"]
 
 # The activations, as `ACT` of a kernel.
 NONE = tl.constexpr(0)
@@ -43,7 +43,7 @@ def _activate(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _product(
+def product(
     a, b, a_rows, a_first, kept, expert, column, N, K, steps, outputs,
     a_stride, b_stride_e, b_stride_n, b_stride_k,
     GATED: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr,
@@ -58,6 +58,7 @@ def _product(
     weights     b; expert; column: the first output column
     sizes       N output columns; K; steps of BLOCK_K; outputs: rows of an expert's weights
     strides     in elements, of a's rows and of b's experts, outputs and K
+    B_TMA       1: b describes [experts * outputs, K]; 2: [experts * K, outputs], where BLOCK_K divides K
     """
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -70,7 +71,10 @@ def _product(
     if not A_TMA:
         a_at = a + a_rows[:, None] * a_stride + depth[None, :]
     if B_TMA:
-        b_row = (expert * outputs).to(tl.int32) + column
+        if B_TMA == 2:
+            b_row = (expert * K).to(tl.int32)
+        else:
+            b_row = (expert * outputs).to(tl.int32) + column
     else:
         safe = tl.where(columns < N, columns, 0).to(tl.int64)  # columns past the end read the first; never stored
         b_at = b + expert * b_stride_e + safe[:, None] * b_stride_n + (depth * b_stride_k)[None, :]
@@ -82,7 +86,9 @@ def _product(
             x = tl.load(a_at, mask=kept[:, None], other=0.0)
         else:
             x = tl.load(a_at, mask=kept[:, None] & (depth[None, :] < K - start), other=0.0)
-        if B_TMA:
+        if B_TMA == 2:
+            w = b.load([b_row + start, column]).T
+        elif B_TMA:
             w = b.load([b_row, start])
         elif EVEN_K:
             w = tl.load(b_at)
@@ -93,7 +99,9 @@ def _product(
         else:
             first = tl.dot(x, w.T, first, input_precision=PRECISION)
         if GATED:
-            if B_TMA:
+            if B_TMA == 2:
+                u = b.load([b_row + start, column + N]).T
+            elif B_TMA:
                 u = b.load([b_row + N, start])
             elif EVEN_K:
                 u = tl.load(b_at + N * b_stride_n)
@@ -115,7 +123,7 @@ def _product(
 
 @triton.jit
 def _rows(
-    a, b, bias, weights, routes, out,
+    a, b, bias, weights, routes, before, out,
     expert, block_start, column, num_routes, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
@@ -144,7 +152,7 @@ def _rows(
     local = (expert >= 0) & (expert < num_local)
     steps = tl.where(local, tl.cdiv(K, BLOCK_K), 0)
     safe_expert = tl.where(local, expert, 0)
-    x, up = _product(
+    x, up = product(
         a, b, a_rows, block_start, kept, safe_expert, column, N, K, steps, outputs,
         a_stride, b_stride_e, b_stride_n, b_stride_k,
         GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
@@ -156,6 +164,11 @@ def _rows(
         x += tl.load(at, mask=bounds, other=0.0).to(tl.float32)[None, :]
         if GATED:
             up += tl.load(at + N, mask=bounds, other=0.0).to(tl.float32)[None, :]
+    if before is not None:
+        before_at = before + routes[:, None] * outputs + columns[None, :]
+        tl.store(before_at, x.to(before.dtype.element_ty), mask=stored)
+        if GATED:
+            tl.store(before_at + N, up.to(before.dtype.element_ty), mask=stored)
     x = _activate(x, ACT)
     if GATED:
         x = x * up
@@ -167,7 +180,7 @@ def _rows(
 
 @triton.jit
 def _tile(
-    a, a_half, b, bias, weights, sorted_ids, expert_ids, out,
+    a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
@@ -193,21 +206,21 @@ def _tile(
         whole = tl.load(sorted_ids + start + HALF_ROWS) < num_routes
         if whole:
             _rows(
-                a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), out,
+                a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), before, out,
                 expert, start, column, num_routes, N, K, num_local, outputs, top_k,
                 a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
                 ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _rows(
-                a_half, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, HALF_ROWS)), out,
+                a_half, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, HALF_ROWS)), before, out,
                 expert, start, column, num_routes, N, K, num_local, outputs, top_k,
                 a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
                 ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, HALF_ROWS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _rows(
-            a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), out,
+            a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), before, out,
             expert, start, column, num_routes, N, K, num_local, outputs, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
             ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -221,7 +234,7 @@ def _tile(
     do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total"],
 )
 def gemm(
-    a, a_half, b, bias, weights, sorted_ids, expert_ids, total, out,
+    a, a_half, b, bias, weights, sorted_ids, expert_ids, total, before, out,
     num_routes, num_blocks, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
@@ -238,7 +251,8 @@ def gemm(
     inputs      a [rows, K], a_half: its descriptor with HALF_ROWS rows; b [experts, outputs, K]; bias [experts,
                 outputs] or None; weights [num_routes] or None.  a and b are TMA descriptors with A_TMA and B_TMA
     layout      sorted_ids, expert_ids, total.  With NO_LAYOUT each route is a tile, and sorted_ids are its experts
-    output      out, a row per route, or with OUT_LAYOUT a row per row of the layout
+    output      out, a row per route, or with OUT_LAYOUT a row per row of the layout; before [num_routes, outputs] or
+                None: the rows before the activation, which a backward needs
     sizes       num_routes; num_blocks: those that the layout's tensors hold; N output columns; K; num_local experts;
                 outputs: rows of an expert's weights, N or with GATED 2 N, the gate's first; top_k
     strides     in elements; K is contiguous in a, N in out
@@ -256,7 +270,7 @@ def gemm(
         expert = tl.load(sorted_ids + block).to(tl.int64)
         routes = tl.where(tl.arange(0, BLOCK_M) == 0, block, num_routes)
         _rows(
-            a, b, bias, weights, routes, out,
+            a, b, bias, weights, routes, before, out,
             expert, 0, tl.program_id(0) % num_n * BLOCK_N, num_routes, N, K, num_local, outputs, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
             ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -266,7 +280,7 @@ def gemm(
         if PERSISTENT:
             for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=HALF_ROWS == 0):
                 _tile(
-                    a, a_half, b, bias, weights, sorted_ids, expert_ids, out,
+                    a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
                     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
                     ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
@@ -276,7 +290,7 @@ def gemm(
             tile = tl.program_id(0)
             if tile < num_m * num_n:
                 _tile(
-                    a, a_half, b, bias, weights, sorted_ids, expert_ids, out,
+                    a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
                     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
                     ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,

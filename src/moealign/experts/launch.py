@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -14,16 +15,24 @@ from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, with_block_size
 
 __all__ = [
+    "ACTIVATION_CODES",
     "GemmLaunch",
+    "descriptor",
     "fill_product",
+    "gemm_launch",
     "layer_launches",
     "product_launch",
     "refuses",
+    "row_major",
+    "row_stride",
     "run",
     "run_layer",
+    "sum_launch",
+    "takes_tma",
+    "weights_operand",
 ]
 
-_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -37,6 +46,7 @@ class GemmLaunch(NamedTuple):
     num_warps: int
     num_stages: int
     pdl: bool
+    module: str = "kernels"  # of this package, with the kernel
 
 
 def refuses(rows: Tensor) -> str | None:
@@ -49,10 +59,8 @@ def refuses(rows: Tensor) -> str | None:
 
 
 @functools.cache
-def _kernels() -> Any:
-    from . import kernels  # imports Triton
-
-    return kernels
+def _kernel(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)  # imports Triton
 
 
 @functools.cache
@@ -64,33 +72,40 @@ def _descriptor_type() -> Any:
 
 def run(launches: list[GemmLaunch], device: torch.device) -> None:
     """Launch the kernels on `device`."""
-    kernels = _kernels()
     with on_device(device):
         for one in launches:
             options: dict[str, Any] = {"num_warps": one.num_warps, "num_stages": one.num_stages}
             if one.pdl:
                 options["launch_pdl"] = True
-            getattr(kernels, one.kernel)[one.grid](*one.arguments, **one.constants, **options)
+            _kernel(one.module, one.kernel)[one.grid](*one.arguments, **one.constants, **options)
 
 
 # ---- one product -----------------------------------------------------------------------------------------------------
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return _descriptor_type()(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns])
 
 
-def _takes_tma(matrix: Tensor) -> bool:
+def takes_tma(matrix: Tensor) -> bool:
     pitch = matrix.stride(-2) * matrix.element_size()
     return matrix.stride(-1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.numel() > 0
 
 
-def _row_stride(matrix: Tensor) -> int:
+def weights_operand(b: Tensor, tile: Tile, tma: int) -> Any:
+    """`b` or its descriptor, as `B_TMA` of the kernels says."""
+    if tma == 0:
+        return b
+    shape = (tile.k, tile.n) if tma == 2 else (tile.n, tile.k)
+    return descriptor(b.view(-1, b.shape[2]), *shape)
+
+
+def row_stride(matrix: Tensor) -> int:
     """The distance of rows.  A single row's stride is arbitrary, and would compile another kernel."""
     return matrix.shape[1] if matrix.shape[0] == 1 else matrix.stride(0)
 
 
-def _gemm(
+def gemm_launch(
     target: Target,
     tile: Tile,
     product: Product,
@@ -98,8 +113,10 @@ def _gemm(
     routes: int,
     ids: Tensor | None = None,
     *,
+    before: Tensor | None = None,
     a_layout: bool = False,
     out_layout: bool = False,
+    transposed_tma: bool = False,
 ) -> GemmLaunch:
     """A launch of the kernel `gemm`.
 
@@ -107,16 +124,22 @@ def _gemm(
         out: ``[routes, N]``, or ``[rows of the layout, N]`` if `out_layout`.
         routes: number of routes, which differs from ``a``'s rows times ``top_k`` if `a_layout`.
         ids: the expert of each route, where there is no layout.
+        before: ``[routes, outputs]`` for the rows before the activation.
         a_layout: rows of ``a`` are in layout order.
         out_layout: rows of `out` are in layout order.
+        transposed_tma: load transposed weights by TMA too.  The rules for a layer's tiles were measured without.
     """
     a, b, layout, top_k, weights, bias, activation, gated, transposed = product
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
     columns = product_columns(b, gated, transposed)
     strides = (b.stride(0), b.stride(2), b.stride(1)) if transposed else b.stride()
-    b_tma = bool(tile.tma and target.hopper and not transposed and b.is_contiguous() and _takes_tma(b))
-    a_tma = bool(b_tma and tile.tma > 1 and a_layout and _takes_tma(a))
+    by_tma = tile.tma and target.hopper and b.is_contiguous() and takes_tma(b)
+    if transposed:
+        b_tma = 2 if by_tma and transposed_tma and depth % tile.k == 0 else 0
+    else:
+        b_tma = 1 if by_tma else 0
+    a_tma = bool(b_tma and tile.tma > 1 and a_layout and takes_tma(a))
     no_layout = layout is None
     if layout is None:
         rows: tuple[Tensor | None, ...] = (ids, None, None)
@@ -132,15 +155,15 @@ def _gemm(
         "gemm",
         (min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles,),
         (
-            _descriptor(a, tile.m, tile.k) if a_tma else a,
-            (_descriptor(a, half_rows, tile.k) if a_tma else a) if half_rows else None,
-            _descriptor(b.view(-1, depth), tile.n, tile.k) if b_tma else b,
-            bias, None if weights is None else weights.reshape(-1), *rows, out,
+            descriptor(a, tile.m, tile.k) if a_tma else a,
+            (descriptor(a, half_rows, tile.k) if a_tma else a) if half_rows else None,
+            weights_operand(b, tile, b_tma),
+            bias, None if weights is None else weights.reshape(-1), *rows, before, out,
             routes, max_blocks, columns, depth, experts, outputs, top_k,
-            _row_stride(a), *strides, 0 if bias is None else bias.stride(0), _row_stride(out),
+            row_stride(a), *strides, 0 if bias is None else bias.stride(0), row_stride(out),
         ),
         {
-            "ACT": _ACTIVATIONS[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
+            "ACT": ACTIVATION_CODES[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
             "HALF_ROWS": half_rows, "NO_LAYOUT": no_layout, "PDL": target.hopper,
             "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
@@ -163,10 +186,10 @@ def product_launch(product: Product, out: Tensor, target: Target) -> GemmLaunch:
     tiles = tiles_by_rule(target, routes, 1, b.shape[0], depth, depth, itemsize)
     tiles = with_block_size(tiles, layout.block_size, itemsize)
     tile = tiles.first if product.gated else tiles.second
-    return _gemm(target, tile, product._replace(a=_row_major(a)), out, routes)
+    return gemm_launch(target, tile, product._replace(a=row_major(a)), out, routes)
 
 
-def _row_major(rows: Tensor) -> Tensor:
+def row_major(rows: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
@@ -186,6 +209,7 @@ def layer_launches(
     layout: BlockLayout | None,
     activation: str,
     target: Target,
+    before: Tensor | None = None,
 ) -> tuple[list[GemmLaunch], Tensor]:
     """The launches of :func:`run_layer`, and the tensor ``[T, H]`` that they fill."""
     tokens, top_k = routes.ids.shape
@@ -193,6 +217,7 @@ def layer_launches(
     new = hidden_states.new_empty
     if layout is None:
         ids: Tensor | None = routes.ids.reshape(-1)
+        assert ids is not None
         kept, limit, rows = ids, weights.experts, count
     else:
         assert layout.positions is not None
@@ -202,25 +227,30 @@ def layer_launches(
     activated = new(rows, weights.inner)
     out, of_routes = new(tokens, hidden), new(count, hidden)
     gate_up, down, gate_up_bias, down_bias, transposed = weights
-    x = _row_major(hidden_states)
+    x = row_major(hidden_states)
     first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated, transposed)
     second = Product(activated, down, layout, 1, routes.weights, down_bias, None, False, transposed)
+    launches = [
+        gemm_launch(target, tiles.first, first, activated, count, ids, before=before, out_layout=in_layout),
+        gemm_launch(target, tiles.second, second, of_routes, count, ids, a_layout=in_layout),
+        sum_launch(target, of_routes, top_k, kept, limit, out),
+    ]
+    return launches, out
+
+
+def sum_launch(target: Target, rows: Tensor, top_k: int, kept: Tensor, limit: int, out: Tensor) -> GemmLaunch:
+    """A launch of the kernel `sum_rows`: ``[T * k, H]`` `rows` into ``[T, H]`` `out`."""
+    tokens, hidden = out.shape
     block = min(1024, power_of_two(hidden))
-    sum_rows = GemmLaunch(
+    return GemmLaunch(
         "sum_rows",
         (tokens, cdiv(hidden, block)),
-        (of_routes, kept, out, hidden, limit),
+        (rows, kept, out, hidden, limit),
         {"TOP_K": top_k, "BLOCK": block, "PDL": target.hopper},
         4,
         3,
         target.hopper,
     )
-    launches = [
-        _gemm(target, tiles.first, first, activated, count, ids, out_layout=in_layout),
-        _gemm(target, tiles.second, second, of_routes, count, ids, a_layout=in_layout),
-        sum_rows,
-    ]
-    return launches, out
 
 
 def run_layer(
@@ -230,9 +260,16 @@ def run_layer(
     routes: Routes,
     layout: BlockLayout | None,
     activation: str,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """A layer of experts, ``[T, H]``.  `layout` has blocks of ``tiles.block_size``, or is None if that is 0."""
+    """A layer of experts, ``[T, H]``.
+
+    Args:
+        layout: with blocks of ``tiles.block_size``, or None if that is 0.
+        before: ``[T * k, 2I]`` or ``[T * k, I]`` for the first product's rows before the activation, in the order of
+            the routes; those of dropped routes are not written.
+    """
     target = target_of(hidden_states.device)
-    launches, out = layer_launches(tiles, hidden_states, weights, routes, layout, activation, target)
+    launches, out = layer_launches(tiles, hidden_states, weights, routes, layout, activation, target, before)
     run(launches, hidden_states.device)
     return out

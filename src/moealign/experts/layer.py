@@ -3,20 +3,22 @@
 There are three ways to the same result, up to rounding:
 
 ``triton``   on GPUs: align (except for very few routes), a product with the activation in its epilogue, a product with
-             the routing weight in its epilogue, and a sum over ``top_k`` in a fixed order.  No atomics, no
-             synchronisation.
-``packed``   on CPUs, in float64, and where gradients are needed: one matrix product per expert, in torch.
+             the routing weight in its epilogue, and a sum over ``top_k`` in a fixed order.  Gradients by kernels of
+             the same kind.  No atomics, no synchronisation.
+``packed``   on CPUs, in float64, and for gradients of callables: one matrix product per expert, in torch.
 a callable   on GPUs runs between two ``triton`` products, on rows in the order of the routes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import modes
 from . import operators, packed
-from .checks import check_layer, select_path
+from .checks import check_layer, check_training, select_path
 from .packed import Rows
 from .records import ExpertWeights, Routes
 from .tiles import select_block_size
@@ -39,6 +41,8 @@ def fused_moe(
     transposed: bool = False,
     output_rows: Rows | None = None,
     block_size: int | None = None,
+    recompute: bool = False,
+    weight_grads: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``out[t] = sum_j topk_weights[t, j] * expert(topk_ids[t, j], hidden_states[t])``, summed in the order of ``j``.
@@ -64,7 +68,12 @@ def fused_moe(
         transposed: weights are ``[E, H, 2I]`` and ``[E, I, H]``.
         output_rows: a callable on the rows of the second product ``[rows, H]``, before the routing weight.
         block_size: rows per block on a GPU, a power of two from 16 to 128; by default a measured rule decides.
-        backend: ``triton`` or ``packed``; by default chosen by the device, the dtype and whether gradients are needed.
+        recompute: keep only the inputs for the backward, which computes the first product again, instead of ``2I``
+            elements a route.
+        weight_grads: contiguous buffers like `gate_up_proj` and `down_proj`, in their dtype or float32.  The backward
+            adds the gradients of the projections to them, and leaves those of the projections themselves undefined
+            (``.grad`` stays as it is): gradient accumulation without a second pass.  Eager calls only.
+        backend: ``triton`` or ``packed``; by default chosen by the device, the dtype and the derivatives needed.
 
     Returns:
         ``[T, H]`` in the dtype of `hidden_states`, also under autocast, which computes the products in its own dtype.
@@ -74,6 +83,7 @@ def fused_moe(
         InvalidInput, InvalidType: shapes, dtypes or devices do not match.
         BackendUnavailable: `backend` cannot take this call.
     """
+    dtypes = (getattr(gate_up_proj, "dtype", None), getattr(down_proj, "dtype", None))
     tensors = (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
     x, gate_up_proj, down_proj, *biases = modes.in_autocast_dtype(*tensors)
     weights = ExpertWeights(gate_up_proj, down_proj, biases[0], biases[1], transposed)
@@ -81,22 +91,31 @@ def fused_moe(
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
-    gradients = modes.forward_mode() or modes.wants_gradient(x, *weights, topk_weights)
-    path = select_path(x, backend, gradients)
+    training: tuple[Any, ...] = ()
+    if recompute is not False or weight_grads is not None:
+        refusal = modes.checked(check_training, weights, recompute, weight_grads, dtypes)
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
+        training = (recompute, *(weight_grads or (None, None)))
+    gradients = modes.wants_gradient(x, *weights, topk_weights)
+    name = activation if isinstance(activation, str) and output_rows is None else None
+    path = select_path(x, backend, modes.forward_mode() or (gradients and name is None))
     apply = packed.ACTIVATIONS[activation, gated] if isinstance(activation, str) else activation
     result: Tensor
-    if isinstance(activation, str) and output_rows is None:
-        if modes.watched(x, gate_up_proj, down_proj, *biases, *routes) and backend != "packed":
-            options = (activation, *biases, transposed, block_size)
+    if name is not None:
+        watched = modes.watched(x, gate_up_proj, down_proj, *biases, *routes) and backend != "packed"
+        if watched or (path == "triton" and gradients):
+            options = (name, *biases, transposed, block_size, *training)
             result = modes.call(torch.ops.moealign.fused_moe, x, gate_up_proj, down_proj, *routes, *options)
         elif path == "triton":
-            result = operators.run_layer(x, weights, routes, activation, block_size)
+            result = operators.run_layer(x, weights, routes, name, block_size)
         else:
-            result = modes.call(packed.run_layer, x, weights, routes, apply)
+            result = modes.call(packed.run_training, x, weights, routes, apply, *training)
     elif path == "triton" and not operators.is_empty(x, weights, routes):
         result = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size)
     else:
-        result = modes.call(packed.run_layer, x, weights, routes, apply, output_rows, zero_dropped_rows=True)
+        options = (*(training or (False, None, None)), output_rows, True)
+        result = modes.call(packed.run_training, x, weights, routes, apply, *options)
     return result.to(hidden_states.dtype)
 
 

@@ -1,9 +1,11 @@
-"""The experts' operators ``torch.ops.moealign.*``: schemas, fakes, formulas, gradients and FLOPs."""
+"""The experts' operators ``torch.ops.moealign.*``: schemas, fakes, formulas, gradients and FLOPs.
+
+On GPUs a gradient is computed by kernels, elsewhere by the formula: torch's gradients of the packed path's operators.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from torch import Tensor
 
 from .. import modes
 from ..layout import BlockLayout
-from . import launch, packed
+from . import gradients, launch, packed, packed_operators  # noqa: F401  (registers its operators)
 from .checks import select_path
 from .records import ExpertWeights, Product, Routes, product_columns
-from .tiles import select_tiles
+from .tiles import BLOCK_SIZES, select_tiles
 
 __all__ = ["fill_product", "is_empty", "product_formula", "run_layer", "run_product"]
 
@@ -23,10 +25,18 @@ _library = torch.library.Library("moealign", "FRAGMENT")
 
 # ---- fused_moe -------------------------------------------------------------------------------------------------------
 
-_library.define(
-    "fused_moe(Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids, "
+_LAYER = (
+    "Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, Tensor topk_weights, Tensor topk_ids, "
     "Tensor? expert_map, Tensor? num_valid_tokens, str activation, Tensor? gate_up_bias, Tensor? down_bias, "
-    "bool transposed, int? block_size) -> Tensor"
+    "bool transposed, int? block_size"
+)
+_TRAINING = "bool recompute=False, Tensor? gate_up_grad=None, Tensor? down_grad=None"
+_library.define(f"fused_moe({_LAYER}, {_TRAINING}) -> Tensor")
+_library.define(f"fused_moe_forward({_LAYER}) -> (Tensor, Tensor)")
+_library.define(f"fused_moe_backward(Tensor grad, Tensor? before, {_LAYER}, bool[] needed) -> Tensor[]")
+_library.define(
+    f"fused_moe_backward.accumulate(Tensor grad, Tensor? before, {_LAYER}, bool[] needed, "
+    "Tensor(a!)? gate_up_grad, Tensor(b!)? down_grad) -> Tensor[]"
 )
 
 
@@ -37,14 +47,19 @@ def is_empty(hidden_states: Tensor, weights: ExpertWeights, routes: Routes) -> b
 
 
 def run_layer(
-    hidden_states: Tensor, weights: ExpertWeights, routes: Routes, activation: str, block_size: int | None
+    hidden_states: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    activation: str,
+    block_size: int | None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """A layer of experts on plain tensors, ``[T, H]``."""
+    """A layer of experts on plain tensors, ``[T, H]``; `before` receives the first product's rows."""
     if launch.refuses(hidden_states) is not None or is_empty(hidden_states, weights, routes):
         return packed.run_layer(hidden_states, weights, routes, packed.ACTIVATIONS[activation, weights.gated])
     tiles = select_tiles(hidden_states, weights, routes, block_size)
     layout = routes.layout(tiles.block_size, weights.experts) if tiles.block_size else None
-    return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation)
+    return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation, before)
 
 
 def _records(
@@ -67,12 +82,14 @@ def _records(
 
 
 def _layer(*args: Any) -> Tensor:
-    return run_layer(*_records(*args))
+    return run_layer(*_records(*args[:12]))
 
 
 def _layer_formula(*args: Any) -> Tensor:
-    hidden_states, weights, routes, activation, _ = _records(*args)
-    return packed.run_layer(hidden_states, weights, routes, packed.ACTIVATIONS[activation, weights.gated])
+    hidden_states, weights, routes, activation, _ = _records(*args[:12])
+    return packed.run_training(
+        hidden_states, weights, routes, packed.ACTIVATIONS[activation, weights.gated], *args[12:]
+    )
 
 
 def _layer_fake(hidden_states: Tensor, *args: object) -> Tensor:
@@ -84,11 +101,117 @@ def _layer_flops(rows: Any, gate_up: Any, down: Any, topk_weights: Any, *_: Any,
     return 2 * int(math.prod(topk_weights) * (math.prod(gate_up[1:]) + math.prod(down[1:])))
 
 
+def _before_like(hidden_states: Tensor, weights: ExpertWeights, routes: Routes) -> Tensor:
+    outputs = weights.gate_up.shape[2 if weights.transposed else 1]
+    return hidden_states.new_empty(routes.ids.shape[0] * routes.ids.shape[1], outputs)
+
+
+def _layer_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """The layer, and the rows of the first product before the activation, in the order of the routes."""
+    hidden_states, weights, routes, activation, block_size = _records(*args)
+    before = _before_like(hidden_states, weights, routes)
+    return run_layer(hidden_states, weights, routes, activation, block_size, before), before
+
+
+def _layer_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    hidden_states, weights, routes, _, _ = _records(*args)
+    return _layer_fake(hidden_states), _before_like(hidden_states, weights, routes)
+
+
+def _layer_kept(*args: Any) -> tuple[Tensor, Tensor | None]:
+    """The result of the forward, and what it keeps for the backward beside its inputs."""
+    if any(args[12:13]):  # recompute
+        return torch.ops.moealign.fused_moe.default(*args[:12]), None
+    result: tuple[Tensor, Tensor] = torch.ops.moealign.fused_moe_forward.default(*args[:12])
+    return result
+
+
+#: The places of the floating inputs of a layer among the operator's arguments, in the order of `LayerGradients`.
+_FLOATING = (0, 1, 2, 3, 8, 9)
+
+
+def _layer_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+    tensors = [each if isinstance(each, Tensor) else None for each in inputs[:12]]
+    ctx.options = [None if isinstance(each, Tensor) else each for each in inputs[:12]]
+    ctx.buffers, ctx.arguments = (*inputs[13:], None, None)[:2], len(inputs)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    before, *tensors = ctx.saved_tensors
+    inputs = [option if each is None else each for each, option in zip(tensors, ctx.options, strict=True)]
+    needed = [ctx.needs_input_grad[place] for place in _FLOATING]
+    if ctx.buffers[0] is None:
+        if modes.is_batched_gradient(grad):  # of torch.autograd.grad(..., is_grads_batched=True)
+            parts = _layer_backward_formula(grad, before, *inputs, needed)
+        else:
+            parts = torch.ops.moealign.fused_moe_backward.default(grad, before, *inputs, needed)
+    else:
+        parts = torch.ops.moealign.fused_moe_backward.accumulate(grad, before, *inputs, needed, *ctx.buffers)
+        needed[1] = needed[2] = False
+    result: list[Tensor | None] = [None] * ctx.arguments
+    for place, part, wanted in zip(_FLOATING, parts, needed, strict=True):
+        result[place] = part if wanted else None
+    return tuple(result)
+
+
+def _layer_gradients(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
+    hidden_states, weights, routes, activation, _ = _records(*args[:12])
+    needed, buffers = args[12], args[13:] or (None, None)
+    inputs = (hidden_states, weights.gate_up, weights.down, routes.weights, weights.gate_up_bias, weights.down_bias)
+    if is_empty(hidden_states, weights, routes):
+        return [grad.new_empty(0) if each is None else torch.zeros_like(each) for each in inputs]
+    parts = gradients.layer_gradients(grad, before, hidden_states, weights, routes, activation, needed, buffers)
+    return [grad.new_empty(0) if each is None else each for each in parts]
+
+
+def _layer_backward_fake(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
+    inputs, needed = [args[place] for place in _FLOATING], list(args[12])
+    if args[13:] and args[13] is not None:
+        needed[1] = needed[2] = False
+    return [
+        torch.empty_like(each, memory_format=torch.contiguous_format) if wanted else grad.new_empty(0)
+        for each, wanted in zip(inputs, needed, strict=True)
+    ]
+
+
+def _layer_backward_formula(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
+    """The gradients as torch's gradients of the formula: these can be differentiated again."""
+    needed = args[12]
+    wanted = [args[place] for place, one in zip(_FLOATING, needed, strict=True) if one]
+    with torch.enable_grad():
+        out = _layer_formula(*args[:12])
+    parts = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
+    return [next(parts) if one else grad.new_empty(0) for one in needed]
+
+
+def _layer_backward_flops(grad: Any, before: Any, *args: Any, **options: Any) -> int:
+    """Twice the forward's products: one for rows, one for weights."""
+    return 2 * _layer_flops(*args[:4])
+
+
+def by_kernels(rows: Tensor, *_: Any) -> bool:
+    """Whether gradients of a layer or a product of these rows are computed by kernels."""
+    return launch.refuses(rows) is None
+
+
 _library.impl("fused_moe", _layer, "CompositeExplicitAutograd")
+_library.impl("fused_moe_forward", _layer_forward, "CompositeExplicitAutograd")
+_library.impl("fused_moe_backward", _layer_gradients, "CompositeExplicitAutograd")
+_library.impl("fused_moe_backward.accumulate", _layer_gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("moealign::fused_moe", _layer_fake, lib=_library)
-modes.differentiable(_library, "fused_moe", _layer_formula)
+torch.library.register_fake("moealign::fused_moe_forward", _layer_forward_fake, lib=_library)
+torch.library.register_fake("moealign::fused_moe_backward", _layer_backward_fake, lib=_library)
+torch.library.register_fake("moealign::fused_moe_backward.accumulate", _layer_backward_fake, lib=_library)
+modes.differentiable(
+    _library, "fused_moe", _layer_formula, _layer_save, _layer_backward, forward=_layer_kept, takes=by_kernels
+)
+modes.differentiable(_library, "fused_moe_backward", _layer_backward_formula)
 modes.batched(_library, "fused_moe")
+modes.batched(_library, "fused_moe_backward")
 modes.flops("fused_moe", _layer_flops)
+modes.flops("fused_moe_forward", _layer_flops)
+modes.flops("fused_moe_backward", _layer_backward_flops)
 
 
 # ---- grouped_gemm ----------------------------------------------------------------------------------------------------
@@ -99,6 +222,11 @@ _PRODUCT = (
 )
 _library.define(f"grouped_gemm({_PRODUCT}) -> Tensor")
 _library.define(f"grouped_gemm.out({_PRODUCT}, *, Tensor(a!) out) -> ()")
+_library.define(
+    "grouped_gemm_weights(Tensor grad, Tensor a, Tensor sorted_token_ids, Tensor expert_ids, "
+    "Tensor num_tokens_post_padded, int top_k, int block_size, SymInt experts, bool transposed, bool with_bias) "
+    "-> (Tensor, Tensor)"
+)
 
 
 def _product(
@@ -152,6 +280,95 @@ def product_formula(*args: Any) -> Tensor:
     return packed.run_product(_product(*args))
 
 
+def _product_for_gradients(*args: Any) -> Tensor:
+    """The operator in differentiable operations: the product by kernels where they run, what follows it in torch."""
+    product = _product(*args)
+    if modes.transformed() or not _takes_product(product):
+        return packed.run_product(product)
+    options = (None, product.bias, None, False, product.transposed)
+    rows: Tensor = torch.ops.moealign.grouped_gemm(*args[:7], *options)
+    if product.activation is not None:
+        rows = packed.ACTIVATIONS[product.activation, product.gated](rows)
+    if product.row_weights is not None:
+        assert product.layout is not None
+        kept = gradients.experts_of_routes(product.layout, rows.shape[0], product.b.shape[0]) >= 0
+        factor = product.row_weights.reshape(-1).masked_fill(~kept, 0)
+        rows = (rows * factor.unsqueeze(1)).to(product.a.dtype)
+    return rows
+
+
+def _takes_product(product: Product) -> bool:
+    """Whether the kernels take this product and give its gradients."""
+    blocks = product.layout is not None and product.layout.block_size in BLOCK_SIZES
+    return blocks and by_kernels(product.a) and 0 not in (*product.a.shape, *product.b.shape)
+
+
+def _is_plain_product(*args: Any) -> bool:
+    """Whether the kernels give the gradients of the operator: nothing follows the product but its bias."""
+    product = _product(*args)
+    return product.activation is None and product.row_weights is None and _takes_product(product)
+
+
+def _product_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, *blocks = inputs[:5]
+    ctx.top_k, ctx.block_size, ctx.has_bias, ctx.transposed = *inputs[5:7], inputs[8] is not None, inputs[11]
+    ctx.save_for_backward(a, b, *blocks)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b, *blocks = ctx.saved_tensors
+    grad = grad.contiguous()
+    result: list[Tensor | None] = [None] * 12
+    if ctx.needs_input_grad[0]:
+        options = (1, ctx.block_size, None, None, None, False, not ctx.transposed)
+        rows = modes.call(torch.ops.moealign.grouped_gemm, grad, b, *blocks, *options)
+        result[0] = rows if ctx.top_k == 1 else rows.view(a.shape[0], ctx.top_k, a.shape[1]).sum(1)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[8]:
+        facts = (ctx.top_k, ctx.block_size, b.shape[0], ctx.transposed, ctx.needs_input_grad[8])
+        result[1], result[8] = modes.call(torch.ops.moealign.grouped_gemm_weights, grad, a, *blocks, *facts)
+        if not ctx.has_bias:
+            result[8] = None
+    return tuple(result)
+
+
+def _product_weights(
+    grad: Tensor,
+    a: Tensor,
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_post_padded: Tensor,
+    top_k: int,
+    block_size: int,
+    experts: int,
+    transposed: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a product for its weights and, if `with_bias`, its bias; else that is empty."""
+    layout = BlockLayout(sorted_token_ids, expert_ids, num_tokens_post_padded, block_size=block_size)
+    weights, bias = gradients.product_gradients(grad, a, layout, top_k, experts, transposed, with_bias)
+    return weights, grad.new_empty(0) if bias is None else bias
+
+
+def _product_weights_fake(grad: Tensor, a: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    experts, transposed, with_bias = args[5:]
+    columns = (a.shape[1], grad.shape[1]) if transposed else (grad.shape[1], a.shape[1])
+    return a.new_empty(experts, *columns), a.new_empty((experts, grad.shape[1]) if with_bias else 0)
+
+
+def _product_weights_formula(grad: Tensor, a: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    ids, owners, total, top_k, block_size, experts, transposed, with_bias = args
+    layout = BlockLayout(ids, owners, total, block_size=block_size)
+    order, positions, ends = packed.pack_layout(layout, grad.shape[0], experts)
+    gather = torch.ops.moealign.gather_rows
+    grads, rows = gather(grad, order, positions, 1, True), gather(a, order, positions, top_k, True)
+    left, right = (rows, grads) if transposed else (grads, rows)
+    weights = torch.ops.moealign.grouped_mm_weights(left, right, ends, experts)
+    if not with_bias:
+        return weights, grad.new_zeros(0)
+    experts_of = torch.searchsorted(ends, torch.arange(order.shape[0], device=ends.device), right=True)
+    return weights, (experts_of == torch.arange(experts, device=ends.device).unsqueeze(1)).to(grads.dtype) @ grads
+
+
 def _product_fake(a: Tensor, b: Tensor, *args: Any) -> Tensor:
     return a.new_empty(a.shape[0] * args[3], product_columns(b, args[8], args[9]))
 
@@ -168,148 +385,13 @@ _library.impl("grouped_gemm", _product_op, "CompositeExplicitAutograd")
 _library.impl("grouped_gemm.out", _product_op_out, "CompositeExplicitAutograd")
 torch.library.register_fake("moealign::grouped_gemm", _product_fake, lib=_library)
 torch.library.register_fake("moealign::grouped_gemm.out", _product_fake_out, lib=_library)
-modes.differentiable(_library, "grouped_gemm", product_formula)
+modes.differentiable(
+    _library, "grouped_gemm", _product_for_gradients, _product_save, _product_backward, takes=_is_plain_product
+)
 modes.batched(_library, "grouped_gemm")
 modes.flops("grouped_gemm", _product_flops)
-
-
-# ---- the packed path's operators -------------------------------------------------------------------------------------
-#
-# Each is linear in every floating tensor, so its gradients are these operators again.
-
-_library.define("gather_rows(Tensor source, Tensor routes, Tensor positions, SymInt top_k, bool blank) -> Tensor")
-_library.define("scatter_rows(Tensor rows, Tensor routes, Tensor positions) -> Tensor")
-_library.define("grouped_mm(Tensor rows, Tensor weights, Tensor ends, bool transposed=False) -> Tensor")
-_library.define("grouped_mm_weights(Tensor grads, Tensor rows, Tensor ends, SymInt experts) -> Tensor")
-
-
-def _gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
-    """With `blank`, rows of the sentinel are zero."""
-    rows = packed.gather(source, routes, positions, top_k)
-    return rows.masked_fill_((routes >= positions.shape[0]).unsqueeze(1), 0) if blank else rows
-
-
-def _gather_fake(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
-    return source.new_empty(routes.shape[0], source.shape[1])
-
-
-def _gather_formula(source: Tensor, routes: Tensor, positions: Tensor, top_k: int, blank: bool) -> Tensor:
-    """Rows of the sentinel are always zero: otherwise the last token would receive their gradients."""
-    rows = packed.gather(source, routes, positions, top_k)
-    return rows.masked_fill((routes >= positions.shape[0]).unsqueeze(1), 0)
-
-
-def _gather_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    source, routes, positions, ctx.top_k, _ = inputs
-    ctx.tokens = source.shape[0]
-    ctx.save_for_backward(routes, positions)
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    routes, positions = ctx.saved_tensors
-    rows = packed.scatter_rows(grad, routes, positions)
-    if ctx.top_k != 1:
-        rows = rows.view(ctx.tokens, ctx.top_k, grad.shape[1]).sum(1)
-    return rows, None, None, None, None
-
-
-def _scatter_fake(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
-    return rows.new_empty(positions.shape[0], rows.shape[1])
-
-
-def _scatter_formula(rows: Tensor, routes: Tensor, positions: Tensor) -> Tensor:
-    return rows.index_select(0, positions.clamp(min=0)).masked_fill((positions < 0).unsqueeze(1), 0)
-
-
-def _scatter_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    routes, positions = ctx.saved_tensors
-    return modes.call(torch.ops.moealign.gather_rows, grad, routes, positions, 1, True), None, None
-
-
-def _mm_fake(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
-    return rows.new_empty(rows.shape[0], weights.shape[2 if transposed else 1])
-
-
-def _mm_formula(rows: Tensor, weights: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
-    right = weights if transposed else weights.transpose(-2, -1)
-    experts = weights.shape[0]
-    if not modes.readable(ends):  # multiply every row by every expert
-        masked = _rows_by_expert(rows, ends, experts)
-        return torch.stack([masked[expert] @ right[expert] for expert in range(experts)]).sum(0)
-    parts, last = [], 0
-    for expert, start, end in packed.spans(ends, experts, rows.shape[0]):
-        parts.append(rows[start:end] @ right[expert])
-        last = end
-    rest = torch.zeros(rows.shape[0] - last, right.shape[-1], dtype=rows.dtype, device=rows.device)
-    return torch.cat([*parts, rest])
-
-
-def _mm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weights, ends, ctx.transposed = (*inputs, False)[:4]
-    ctx.save_for_backward(rows, weights, ends)
-
-
-def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    rows, weights, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    to_rows = to_weights = None
-    if ctx.needs_input_grad[0]:
-        to_rows = packed.grouped_mm(grad, weights, ends, not ctx.transposed)
-    if ctx.needs_input_grad[1]:
-        left, right = (rows, grad) if ctx.transposed else (grad, rows)
-        to_weights = modes.call(torch.ops.moealign.grouped_mm_weights, left, right, ends, weights.shape[0])
-    return to_rows, to_weights, None, None
-
-
-def _mm_weights_fake(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
-    return rows.new_empty(experts, grads.shape[1], rows.shape[1])
-
-
-def _mm_weights_formula(grads: Tensor, rows: Tensor, ends: Tensor, experts: int) -> Tensor:
-    return torch.stack([masked.transpose(0, 1) @ rows for masked in _rows_by_expert(grads, ends, experts)])
-
-
-def _mm_weights_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-
-
-def _mm_weights_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads, rows, ends = ctx.saved_tensors
-    grad = grad.contiguous()
-    to_grads = packed.grouped_mm(rows, grad, ends) if ctx.needs_input_grad[0] else None
-    to_rows = packed.grouped_mm(grads, grad, ends, True) if ctx.needs_input_grad[1] else None
-    return to_grads, to_rows, None, None
-
-
-def _rows_by_expert(tensor: Tensor, ends: Tensor, experts: int) -> list[Tensor]:
-    """A copy of `tensor` for each expert, with zeros in the rows of the others."""
-    numbers = torch.arange(tensor.shape[0], dtype=ends.dtype, device=ends.device)
-    copies, start = [], torch.zeros_like(ends[0])
-    for expert in range(experts):
-        end = ends[expert]
-        copies.append(tensor.masked_fill(((numbers < start) | (numbers >= end)).unsqueeze(1), 0))
-        start = end
-    return copies
-
-
-_OPERATORS: dict[str, tuple[Callable[..., Any], ...]] = {
-    "gather_rows": (_gather, _gather_fake, _gather_formula, _gather_save, _gather_backward),
-    "scatter_rows": (packed.scatter, _scatter_fake, _scatter_formula, _scatter_save, _scatter_backward),
-    "grouped_mm": (packed.grouped_mm_eager, _mm_fake, _mm_formula, _mm_save, _mm_backward),
-    "grouped_mm_weights": (
-        packed.grouped_mm_weights_eager,
-        _mm_weights_fake, _mm_weights_formula, _mm_weights_save, _mm_weights_backward,
-    ),
-}  # fmt: skip
-for _name, (_kernel, _fake, _formula, _save, _backward) in _OPERATORS.items():
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moealign::{_name}", _fake, lib=_library)
-    modes.differentiable(_library, _name, _formula, _save, _backward)
-    modes.batched(_library, _name)
-
-modes.flops("grouped_mm", lambda rows, weights, *_, **__: 2 * rows[0] * math.prod(weights[1:]))
-modes.flops("grouped_mm_weights", lambda grads, rows, *_, **__: 2 * math.prod(grads) * rows[1])
+_library.impl("grouped_gemm_weights", _product_weights, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::grouped_gemm_weights", _product_weights_fake, lib=_library)
+modes.differentiable(_library, "grouped_gemm_weights", _product_weights_formula)
+modes.batched(_library, "grouped_gemm_weights")
+modes.flops("grouped_gemm_weights", lambda grad, a, *args, **_: 2 * math.prod(grad) * a[1])

@@ -8,13 +8,16 @@ a layout with ``block_size=1``; its ``group_ends`` are the ends of the experts' 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .. import modes
 from ..errors import InvalidInput
+from ..layout import BlockLayout
 from .records import ExpertWeights, Product, Routes
 
 __all__ = [
@@ -29,9 +32,11 @@ __all__ = [
     "grouped_mm_weights_eager",
     "loops_over_experts",
     "names",
+    "pack_layout",
     "run_expert_by_expert",
     "run_layer",
     "run_product",
+    "run_training",
     "scatter",
     "scatter_rows",
     "spans",
@@ -122,6 +127,42 @@ def run_layer(
     return weighted_sum(scatter_rows(rows, order, positions), routes.weights, positions)
 
 
+def run_training(
+    hidden_states: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    apply: Rows,
+    recompute: bool = False,
+    gate_up_grad: Tensor | None = None,
+    down_grad: Tensor | None = None,
+    *options: Any,
+) -> Tensor:
+    """:func:`run_layer`, whose backward computes the rows again if `recompute`, and adds the gradients of the
+    projections to `gate_up_grad` and `down_grad`.  While a call is traced, the compiler decides what is kept."""
+    if gate_up_grad is not None and down_grad is not None:
+        into = (_AddToBuffer.apply(weights.gate_up, gate_up_grad), _AddToBuffer.apply(weights.down, down_grad))  # type: ignore[no-untyped-call]
+        weights = weights._replace(gate_up=into[0], down=into[1])
+    call = (hidden_states, weights, routes, apply, *options)
+    if not recompute or not torch.is_grad_enabled() or modes.followed():
+        return run_layer(*call)
+    result: Tensor = checkpoint(run_layer, *call, use_reentrant=False, preserve_rng_state=False)
+    return result
+
+
+class _AddToBuffer(torch.autograd.Function):
+    """The identity, whose backward adds the gradient to a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.buffer.add_(grad)
+        return None, None
+
+
 def apply_callable(name: str, function: Rows, rows: Tensor, columns: int) -> Tensor:
     """``function(rows)``, ``[rows, columns]`` in the dtype of `rows`.
 
@@ -150,7 +191,8 @@ def _sum(weighted: Tensor, dtype: torch.dtype) -> Tensor:
 def run_product(product: Product) -> Tensor:
     """:func:`moealign.grouped_gemm`, ``[n, N]``."""
     a, b, transposed = product.a, product.b, product.transposed
-    order, positions, ends = _pack_layout(product)
+    assert product.layout is not None
+    order, positions, ends = pack_layout(product.layout, a.shape[0] * product.top_k, b.shape[0])
     rows = grouped_mm(gather_rows(a, order, positions, product.top_k), b, ends, transposed)
     if product.bias is not None:
         rows = rows + bias_rows(product.bias, ends, order.shape[0])
@@ -163,16 +205,13 @@ def run_product(product: Product) -> Tensor:
     return rows
 
 
-def _pack_layout(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+def pack_layout(layout: BlockLayout, routes: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The packed order of a padded layout, by sizes that follow from shapes alone.
 
     Returns:
         Routes by expert, then ``n`` for those without one, ``[n]``; the packed row of each route, or -1, ``[n]``; the
         ends of the experts' rows, ``[E]``.
     """
-    layout, experts = product.layout, product.b.shape[0]
-    assert layout is not None
-    routes = product.a.shape[0] * product.top_k
     length = layout.sorted_token_ids.shape[0]
     numbers = torch.arange(length, device=layout.sorted_token_ids.device)
     owners = layout.expert_ids.to(torch.int64)

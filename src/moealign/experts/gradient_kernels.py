@@ -1,0 +1,253 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton kernels of the experts' gradients.  Imported at the first launch.
+
+`activation_gradient`  the second product's gradient for its rows, carried on through the routing weight and the
+                       activation: one product with that epilogue.
+`weights_gradient`     the gradient for each expert's weights: a product over the rows of the expert.
+`bias_gradient`        the gradient for each expert's bias: a sum over the rows of the expert.
+
+Every output element is written by one program, which adds in a fixed order: no atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import GELU, GELU_TANH, RELU, RELU2, SILU, product
+
+__all__ = ["activation_gradient", "bias_gradient", "weights_gradient"]
+
+
+@triton.jit
+def _activation_and_slope(x, ACT: tl.constexpr):
+    """An activation and its derivative, of a block of any shape, in float32."""
+    if ACT == SILU:
+        share = 1 / (1 + tl.exp(-x))
+        value = x * share
+        slope = share * (1 + x * (1 - share))
+    elif ACT == GELU:
+        share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        value = x * share
+        slope = share + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
+    elif ACT == GELU_TANH:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        share = 1 / (1 + tl.exp(-2 * inner))
+        value = x * share
+        slope = share + 2 * x * share * (1 - share) * (0.7978845608028654 * (1 + 0.134145 * x * x))
+    elif ACT == RELU:
+        value = tl.maximum(x, 0.0)
+        slope = tl.where(x > 0, 1.0, 0.0)
+    else:
+        tl.static_assert(ACT == RELU2)
+        value = tl.maximum(x, 0.0)
+        slope = 2 * value
+        value = value * value
+    return value, slope
+
+
+@triton.jit
+def _tile_of(tile, num_rows, num_columns, GROUP: tl.constexpr):
+    """The row and the column of tile number `tile`: consecutive tiles are of GROUP rows and the same column."""
+    width = GROUP * num_columns
+    first = tile // width * GROUP
+    height = tl.minimum(num_rows - first, GROUP)
+    return first + (tile % width) % height, (tile % width) // height
+
+
+@triton.jit(
+    do_not_specialize=["num_routes", "num_blocks", "num_local"],
+    do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total", "sums"],
+)
+def activation_gradient(
+    grads, b, before, weights, sorted_ids, expert_ids, total, activated, out, sums,
+    num_routes, num_blocks, N, K, num_local, outputs, top_k,
+    grad_stride, b_stride_e, b_stride_n, b_stride_k,
+    ACT: tl.constexpr, GATED: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """With ``g = b[e] @ grads[i // top_k]`` for each route i of expert e, and x, up the rows of `before`:
+
+    ==============  ==========================================================================================
+    ``activated``   ``weights[i] * act(x) * up``: what the gradient of the second projection multiplies
+    ``out``         ``weights[i] * g * up * act'(x)``, then ``weights[i] * g * act(x)``: the gradient of `before`
+    ``sums[i]``     of ``g * act(x) * up`` over the columns of each tile: parts of the gradient of ``weights[i]``
+    ==============  ==========================================================================================
+
+    Without GATED there is no up.  A fixed number of programs loops over tiles of ``BLOCK_M`` rows and ``BLOCK_N``
+    columns.
+
+    inputs      grads [tokens, K]; b [experts, N, K] by its strides, or its TMA descriptor (`product` in kernels.py);
+                before [num_routes, outputs]; weights [num_routes]
+    layout      sorted_ids, expert_ids, total
+    outputs     activated, out: rows of the layout; padding rows of used blocks are zero, and so are rows of an expert
+                outside ``[0, num_local)``; sums [num_routes, column tiles], rows of dropped routes are not written
+    sizes       num_routes; num_blocks: those that the layout's tensors hold; N columns; K; num_local experts;
+                outputs: columns of `before`, N or with GATED 2 N; top_k
+    strides     in elements; K is contiguous in grads
+    tunable     BLOCK_M (the layout's blocks), BLOCK_N, BLOCK_K, GROUP_M, B_TMA
+    """
+    num_n = tl.cdiv(N, BLOCK_N)
+    num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # a wrong `total` must not lead past the tensors
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
+        block, column_tile = _tile_of(tile, num_m, num_n, GROUP_M)
+        slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        expert = tl.load(expert_ids + block).to(tl.int64)
+        routes = tl.load(sorted_ids + slots)
+        kept = (routes >= 0) & (routes < num_routes)
+        routes = routes.to(tl.int64)
+        local = (expert >= 0) & (expert < num_local)
+        steps = tl.where(local, tl.cdiv(K, BLOCK_K), 0)
+        g, _ = product(
+            grads, b, routes // top_k, 0, kept, tl.where(local, expert, 0), column_tile * BLOCK_N, N, K, steps, N,
+            grad_stride, b_stride_e, b_stride_n, b_stride_k,
+            False, False, B_TMA, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        weighted = kept & (slots < tl.where(local, slots + 1, 0))
+        column = column_tile * BLOCK_N
+        # Half of the columns at a time, for fewer registers.
+        half: tl.constexpr = BLOCK_N // 2
+        left, right = g.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
+        dots = _through_activation(
+            left, before, weights, activated, out, slots, routes, weighted, column, N, outputs, ACT, GATED, half
+        )
+        dots += _through_activation(
+            right, before, weights, activated, out, slots, routes, weighted, column + half, N, outputs, ACT, GATED, half
+        )
+        tl.store(sums + routes * num_n + column_tile, dots, mask=kept)
+
+
+@triton.jit
+def _through_activation(
+    g, before, weights, activated, out, slots, routes, weighted, column, N, outputs,
+    ACT: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of `activation_gradient` for COLUMNS columns from `column` on: its part of the rows' sums."""
+    columns = column + tl.arange(0, COLUMNS)
+    inside = (columns < N)[None, :]
+    known = weighted[:, None] & inside
+    before_at = before + routes[:, None] * outputs + columns[None, :]
+    x = tl.load(before_at, mask=known, other=0.0).to(tl.float32)
+    factor = tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
+    value, slope = _activation_and_slope(x, ACT)
+    rows = slots.to(tl.int64)[:, None]
+    out_at = out + rows * outputs + columns[None, :]
+    weighted_g = g * factor
+    if GATED:
+        up = tl.load(before_at + N, mask=known, other=0.0).to(tl.float32)
+        tl.store(out_at + N, (weighted_g * value).to(out.dtype.element_ty), mask=inside)
+        value = value * up
+        slope = slope * up
+    tl.store(out_at, (weighted_g * slope).to(out.dtype.element_ty), mask=inside)
+    tl.store(activated + rows * N + columns[None, :], (value * factor).to(activated.dtype.element_ty), mask=inside)
+    return tl.sum(tl.where(inside, g * value, 0.0), 1)
+
+
+@triton.jit
+def _span_of(offsets, counts, expert, limit):
+    """First row and number of rows of `expert` in the layout; wrong values must not lead past its `limit` rows."""
+    first = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), limit)
+    return first, tl.minimum(tl.load(counts + expert), limit - first)
+
+
+@triton.jit(
+    do_not_specialize=["num_routes", "limit"],
+    do_not_specialize_on_alignment=["sorted_ids", "offsets", "counts"],
+)
+def weights_gradient(
+    gathered, other, sorted_ids, offsets, counts, out,
+    num_routes, limit, M, N, top_k, other_top_k,
+    gathered_stride, other_stride, out_stride_e, out_stride_m, out_stride_n,
+    OTHER_LAYOUT: tl.constexpr, OTHER_TMA: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """``out[e, m, n] = sum of gathered[i // top_k, m] * other[i // other_top_k, n]`` over the routes i of expert e.
+
+    One program per expert and tile of ``[BLOCK_M, BLOCK_N]``.  An expert without routes gets zeros.
+
+    inputs      gathered [rows, M]; other [rows, N], or with OTHER_LAYOUT in layout order [limit, N], where the padding
+                rows of used blocks are zero; a TMA descriptor of it with OTHER_TMA
+    layout      sorted_ids [limit]; offsets, counts of the experts.  BLOCK_K divides its blocks
+    output      out [experts, M, N] by its strides; with ACCUMULATE the sum is added to it
+    sizes       num_routes; limit: rows of the layout; M, N; top_k, other_top_k
+    strides     in elements; the columns are contiguous in gathered and other
+    tunable     BLOCK_M, BLOCK_N, BLOCK_K rows of a step, GROUP_M
+    """
+    num_m = tl.cdiv(M, BLOCK_M)
+    num_n = tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // (num_m * num_n)
+    row_tile, column_tile = _tile_of(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
+    m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, count = _span_of(offsets, counts, expert, limit)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(0, count, BLOCK_K):
+        slots = first + step + tl.arange(0, BLOCK_K)
+        routes = tl.load(sorted_ids + slots, mask=slots < limit, other=num_routes)
+        kept = (routes >= 0) & (routes < num_routes)
+        left_rows = (routes // top_k).to(tl.int64)
+        left_at = gathered + left_rows[:, None] * gathered_stride + m[None, :]
+        left = tl.load(left_at, mask=kept[:, None] & (m < M)[None, :], other=0.0)
+        if OTHER_TMA:
+            right = other.load([first + step, column_tile * BLOCK_N])
+        else:
+            if OTHER_LAYOUT:
+                right_rows = slots.to(tl.int64)
+            else:
+                right_rows = (routes // other_top_k).to(tl.int64)
+            right_at = other + right_rows[:, None] * other_stride + n[None, :]
+            right = tl.load(right_at, mask=kept[:, None] & (n < N)[None, :], other=0.0)
+        total = tl.dot(left.T, right, total, input_precision=PRECISION)
+    out_at = out + expert.to(tl.int64) * out_stride_e + m[:, None] * out_stride_m + n[None, :] * out_stride_n
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if ACCUMULATE:
+        total += tl.load(out_at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["num_routes", "limit"],
+    do_not_specialize_on_alignment=["weights", "sorted_ids", "offsets", "counts", "sums"],
+)
+def bias_gradient(
+    rows, weights, bias, sorted_ids, offsets, counts, out, sums,
+    num_routes, limit, N, top_k, row_stride, bias_stride,
+    IN_LAYOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``out[e, n] = sum of weights[i] * rows[i // top_k, n]`` over the routes i of expert e.
+
+    One program per expert and BLOCK_N columns.  An expert without routes gets zeros.
+
+    inputs      rows [., N], or with IN_LAYOUT in layout order; weights [num_routes] or None; bias [experts, N] or None
+    layout      sorted_ids [limit]; offsets, counts of the experts
+    outputs     out [experts, N]; with `bias` also sums [num_routes, column tiles]: of ``rows[i // top_k] * bias[e]``
+                over the columns of each tile, parts of the gradient of ``weights[i]``
+    sizes       num_routes; limit: rows of the layout; N; top_k
+    strides     in elements, of rows and of bias
+    tunable     BLOCK_M rows of a step, BLOCK_N
+    """
+    num_n = tl.cdiv(N, BLOCK_N)
+    expert = tl.program_id(0) // num_n
+    column_tile = tl.program_id(0) % num_n
+    n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, count = _span_of(offsets, counts, expert, limit)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if bias is not None:
+        added = tl.load(bias + expert.to(tl.int64) * bias_stride + n, mask=n < N, other=0.0).to(tl.float32)
+    for step in range(0, count, BLOCK_M):
+        index = step + tl.arange(0, BLOCK_M)
+        routes = tl.load(sorted_ids + first + index, mask=index < count, other=num_routes)
+        kept = (routes >= 0) & (routes < num_routes)
+        routes = routes.to(tl.int64)
+        if IN_LAYOUT:
+            numbers = (first + index).to(tl.int64)
+        else:
+            numbers = routes // top_k
+        at = rows + numbers[:, None] * row_stride + n[None, :]
+        values = tl.load(at, mask=kept[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+        if bias is not None:
+            tl.store(sums + routes * num_n + column_tile, tl.sum(values * added[None, :], 1), mask=kept)
+        if weights is not None:
+            values = values * tl.load(weights + routes, mask=kept, other=0.0).to(tl.float32)[:, None]
+        total += tl.sum(values, 0)
+    tl.store(out + expert.to(tl.int64) * N + n, total.to(out.dtype.element_ty), mask=n < N)

@@ -1,0 +1,338 @@
+"""The gradients of a layer and of one product by kernels: which tiles, which launches, in which order.
+
+Between forward and backward a layer keeps its inputs and the rows of the first product before the activation, ``2I`` or
+``I`` elements a route, or not even these.  The backward aligns the routes again (some microseconds), because it takes
+other blocks than the forward.  The largest tensors that it makes, in elements a route: the gradient of those rows and
+the activated rows (``2I + I``), then the former and the rows of the input's gradient (``2I + H``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import modes
+from ..alignment import align
+from ..layout import BlockLayout, cdiv
+from . import launch
+from .launch import GemmLaunch
+from .records import ExpertWeights, Product, Routes
+from .tiles import BLOCK_SIZES, Target, Tile, target_of
+
+__all__ = ["GradientTiles", "LayerGradients", "layer_gradients", "product_gradients", "select_gradient_tiles"]
+
+_BIAS_ROWS, _BIAS_COLUMNS = 32, 128
+
+
+class GradientTiles(NamedTuple):
+    """The tiles of a backward.  All have the layout's blocks as rows, except `weights`: rows and columns of an expert's
+    gradient, and the routes of a step as depth."""
+
+    rows: Tile  # the second product's gradient for its rows
+    inputs: Tile  # the first product's gradient for its rows
+    weights: Tile
+
+
+def select_gradient_tiles(target: Target, routes: int, experts: int, itemsize: int) -> GradientTiles:
+    """Tiles by the rows per expert."""
+    each = routes / max(experts, 1)
+    m = next((size for size in BLOCK_SIZES if each <= size * 0.75), 128)
+    warps = 8 if m == 128 else 4
+    if itemsize == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
+        k = 32 if itemsize == 4 else 64
+        rows = Tile(m, 64, k, 8, warps, 2)
+        return GradientTiles(rows, rows, Tile(64, 64, min(m, 32), 8, 4, 2))
+    rows = Tile(m, 128, 64, 8, warps, 4, 1, 1)
+    inputs = Tile(m, 256 if m == 128 else 128, 64, 8, warps, 4, 2, 1)
+    return GradientTiles(rows, inputs, Tile(128, 256 if m >= 64 else 128, min(m, 64), 8, 8, 3, 1))
+
+
+class LayerGradients(NamedTuple):
+    """A gradient for each floating input of a layer; None where it was not asked for, or was added to a buffer."""
+
+    hidden_states: Tensor | None
+    gate_up: Tensor | None
+    down: Tensor | None
+    routing_weights: Tensor | None
+    gate_up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+# ---- a layer ---------------------------------------------------------------------------------------------------------
+
+
+def layer_gradients(
+    grad: Tensor,
+    before: Tensor | None,
+    hidden_states: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    activation: str,
+    needed: LayerGradients | tuple[bool, ...],
+    buffers: tuple[Tensor | None, Tensor | None] = (None, None),
+    tiles: GradientTiles | None = None,
+) -> LayerGradients:
+    """The gradients of :func:`moealign.experts.launch.run_layer`.
+
+    Args:
+        grad: ``[T, H]``.
+        before: what the forward kept, ``[T * k, 2I]`` or ``[T * k, I]``; None: computed again.
+        needed: which gradients, in the order of the result.
+        buffers: contiguous tensors, to which the gradients of the projections are added instead of being returned.
+        tiles: those of the rule by default.
+    """
+    device, target = hidden_states.device, target_of(hidden_states.device)
+    tokens, top_k = routes.ids.shape
+    count, hidden, inner, experts = tokens * top_k, hidden_states.shape[1], weights.inner, weights.experts
+    for_hidden, for_gate_up, for_down, for_routing, for_gate_up_bias, for_down_bias = needed
+    tiles = tiles or select_gradient_tiles(target, count, experts, hidden_states.element_size())
+    layout = _layout_of(routes, tiles.rows.m, experts)
+    assert layout.positions is not None
+    new = hidden_states.new_empty
+    grad, x = launch.row_major(grad), launch.row_major(hidden_states)
+    outputs = 2 * inner if weights.gated else inner
+    if before is None:
+        before = new(count, outputs)
+        bias, transposed = weights.gate_up_bias, weights.transposed
+        again = Product(x, weights.gate_up, layout, top_k, None, bias, None, False, transposed)
+        launch.run([launch.gemm_launch(target, tiles.inputs, again, before, count)], device)
+    rows = layout.expert_ids.numel() * tiles.rows.m
+    activated, of_before = new(rows, inner), new(rows, outputs)
+    sums = new(count, cdiv(inner, tiles.rows.n), dtype=torch.float32)
+    one = _activation_launch(
+        target, tiles.rows, grad, weights, routes, layout, before, activation, activated, of_before, sums
+    )
+    launch.run([one], device)
+    del before
+
+    to_down = to_gate_up = to_hidden = to_routing = to_gate_up_bias = to_down_bias = None
+    if for_down:
+        to_down = _weights_result(weights.down, buffers[1])
+        strides = _strides(to_down, weights.transposed)
+        into = (to_down, strides, buffers[1] is not None)
+        launch.run([_weights_launch(target, tiles.weights, grad, top_k, activated, None, layout, count, *into)], device)
+    del activated
+    dots = None
+    if weights.down_bias is not None and (for_down_bias or for_routing):
+        to_down_bias = torch.empty_like(weights.down_bias, memory_format=torch.contiguous_format)
+        dots = hidden_states.new_zeros(count, cdiv(hidden, _BIAS_COLUMNS), dtype=torch.float32)
+        factors = routes.weights.reshape(-1)
+        bias_of = (factors, weights.down_bias, layout, to_down_bias, dots)
+        launch.run([_bias_launch(grad, top_k, count, False, *bias_of)], device)
+    if for_routing:
+        total = sums.sum(1) if dots is None else sums.sum(1) + dots.sum(1)
+        to_routing = torch.where(layout.positions < 0, 0.0, total).view(tokens, top_k).to(routes.weights.dtype)
+    if for_gate_up_bias:
+        assert weights.gate_up_bias is not None
+        to_gate_up_bias = torch.empty_like(weights.gate_up_bias, memory_format=torch.contiguous_format)
+        launch.run([_bias_launch(of_before, 1, count, True, None, None, layout, to_gate_up_bias, None)], device)
+    if for_gate_up:
+        to_gate_up = _weights_result(weights.gate_up, buffers[0])
+        strides = _strides(to_gate_up, not weights.transposed)
+        into = (to_gate_up, strides, buffers[0] is not None)
+        launch.run([_weights_launch(target, tiles.weights, x, top_k, of_before, None, layout, count, *into)], device)
+    if for_hidden:
+        of_rows, to_hidden = new(count, hidden), new(tokens, hidden)
+        back = Product(of_before, weights.gate_up, layout, 1, None, None, None, False, not weights.transposed)
+        launches = [
+            launch.gemm_launch(target, tiles.inputs, back, of_rows, count, a_layout=True, transposed_tma=True),
+            launch.sum_launch(target, of_rows, top_k, layout.positions, 2**31 - 1, to_hidden),
+        ]
+        launch.run(launches, device)
+    return LayerGradients(
+        to_hidden,
+        to_gate_up if buffers[0] is None else None,
+        to_down if buffers[1] is None else None,
+        to_routing,
+        to_gate_up_bias,
+        to_down_bias if for_down_bias else None,
+    )
+
+
+def _layout_of(routes: Routes, block_size: int, experts: int) -> BlockLayout:
+    return align(
+        routes.ids,
+        block_size=block_size,
+        num_experts=experts if routes.expert_map is None else modes.size(routes.expert_map, 0),
+        expert_map=routes.expert_map,
+        ignore_invalid_experts=True,
+        num_valid_tokens=routes.num_valid_tokens,
+        positions=True,
+        expert_counts=True,
+        expert_offsets=True,
+    )
+
+
+def _weights_result(weights: Tensor, buffer: Tensor | None) -> Tensor:
+    return torch.empty_like(weights, memory_format=torch.contiguous_format) if buffer is None else buffer
+
+
+def _strides(result: Tensor, swapped: bool) -> tuple[int, int, int]:
+    """Strides of experts, of the gathered rows' columns and of the other rows' columns in an ``[E, ., .]`` gradient."""
+    return (result.stride(0), result.stride(2), result.stride(1)) if swapped else result.stride()  # type: ignore[return-value]
+
+
+# ---- one product -----------------------------------------------------------------------------------------------------
+
+
+def product_gradients(
+    grad: Tensor, rows: Tensor, layout: BlockLayout, top_k: int, experts: int, transposed: bool, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of :func:`moealign.grouped_gemm` for its weights, ``[E, N, K]``, and bias, ``[E, N]``.
+
+    Args:
+        grad: ``[n, N]``, in the order of the routes.
+        rows: ``[T, K]``.
+    """
+    device, target = rows.device, target_of(rows.device)
+    count, itemsize = grad.shape[0], rows.element_size()
+    tile = select_gradient_tiles(target, count, experts, itemsize).weights
+    grad, rows = launch.row_major(grad), launch.row_major(rows)
+    ids = experts_of_routes(layout, count, experts)
+    own = align(ids, block_size=tile.k, num_experts=experts, expert_counts=True, expert_offsets=True)
+    shape = (experts, rows.shape[1], grad.shape[1]) if transposed else (experts, grad.shape[1], rows.shape[1])
+    result = rows.new_empty(shape)
+    into = (result, _strides(result, not transposed), False)
+    launches = [_weights_launch(target, tile, rows, top_k, grad, 1, own, count, *into)]
+    bias = None
+    if with_bias:
+        bias = rows.new_empty(experts, grad.shape[1])
+        launches.append(_bias_launch(grad, 1, count, False, None, None, own, bias, None))
+    launch.run(launches, device)
+    return result, bias
+
+
+def experts_of_routes(layout: BlockLayout, routes: int, experts: int) -> Tensor:
+    """The expert of each route that `layout` names, ``[n]``; -1 for the others, and where it is outside ``[0, E)``."""
+    listed, owners = layout.sorted_token_ids, layout.expert_ids
+    numbers = torch.arange(listed.shape[0], device=listed.device)
+    if owners.shape[0]:
+        owners = owners.index_select(0, (numbers // layout.block_size).clamp(max=owners.shape[0] - 1))
+    else:
+        owners = torch.full_like(listed, -1)
+    kept = (numbers < layout.num_tokens_post_padded) & (listed >= 0) & (listed < routes)
+    kept = kept & (owners >= 0) & (owners < experts)
+    at = torch.where(kept, listed, routes).to(torch.int64)
+    ids = torch.full((routes + 1,), -1, dtype=torch.int32, device=listed.device)
+    return ids.scatter(0, at, torch.where(kept, owners, -1).to(torch.int32))[:routes]
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def _precision(rows: Tensor) -> str:
+    return "ieee" if rows.dtype is torch.float32 else "tf32"
+
+
+def _activation_launch(
+    target: Target,
+    tile: Tile,
+    grad: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    layout: BlockLayout,
+    before: Tensor,
+    activation: str,
+    activated: Tensor,
+    out: Tensor,
+    sums: Tensor,
+) -> GemmLaunch:
+    """A launch of the kernel `activation_gradient`."""
+    b, inner = weights.down, weights.inner
+    count, hidden = routes.ids.numel(), grad.shape[1]
+    # The weights from the inner columns to H, read from H to the inner columns.
+    strides = b.stride() if weights.transposed else (b.stride(0), b.stride(2), b.stride(1))
+    even = hidden % tile.k == 0
+    by_tma = tile.tma and target.hopper and b.is_contiguous() and launch.takes_tma(b) and (weights.transposed or even)
+    tma = (1 if weights.transposed else 2) if by_tma else 0
+    blocks = layout.expert_ids.numel()
+    tiles = blocks * cdiv(inner, tile.n)
+    return GemmLaunch(
+        "activation_gradient",
+        (min(tiles, tile.ctas * target.multiprocessors) if tile.ctas else tiles,),
+        (
+            grad, launch.weights_operand(b, tile, tma), before, routes.weights.reshape(-1), layout.sorted_token_ids,
+            layout.expert_ids, layout.num_tokens_post_padded, activated, out, sums,
+            count, min(blocks, layout.sorted_token_ids.numel() // tile.m), inner, hidden, weights.experts,
+            out.shape[1], routes.ids.shape[1], launch.row_stride(grad), *strides,
+        ),
+        {
+            "ACT": launch.ACTIVATION_CODES[activation], "GATED": weights.gated, "B_TMA": tma, "EVEN_K": even,
+            "PRECISION": _precision(grad),
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
+        },
+        tile.warps,
+        tile.stages,
+        False,
+        "gradient_kernels",
+    )  # fmt: skip
+
+
+def _weights_launch(
+    target: Target,
+    tile: Tile,
+    gathered: Tensor,
+    top_k: int,
+    other: Tensor,
+    other_top_k: int | None,
+    layout: BlockLayout,
+    count: int,
+    out: Tensor,
+    strides: tuple[int, int, int],
+    accumulate: bool,
+) -> GemmLaunch:
+    """A launch of the kernel `weights_gradient`.  `other` is in layout order if `other_top_k` is None."""
+    m, n = gathered.shape[1], other.shape[1]
+    in_layout = other_top_k is None
+    tma = bool(tile.tma and target.hopper and in_layout and launch.takes_tma(other))
+    assert layout.expert_offsets is not None
+    assert layout.expert_counts is not None
+    return GemmLaunch(
+        "weights_gradient",
+        (out.shape[0] * cdiv(m, tile.m) * cdiv(n, tile.n),),
+        (
+            gathered, launch.descriptor(other, tile.k, tile.n) if tma else other, layout.sorted_token_ids,
+            layout.expert_offsets, layout.expert_counts, out,
+            count, layout.sorted_token_ids.numel(), m, n, top_k, other_top_k or 1,
+            launch.row_stride(gathered), launch.row_stride(other), *strides,
+        ),
+        {
+            "OTHER_LAYOUT": in_layout, "OTHER_TMA": tma, "ACCUMULATE": accumulate, "PRECISION": _precision(gathered),
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
+        },
+        tile.warps,
+        tile.stages,
+        False,
+        "gradient_kernels",
+    )  # fmt: skip
+
+
+def _bias_launch(
+    rows: Tensor,
+    top_k: int,
+    count: int,
+    in_layout: bool,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    out: Tensor,
+    sums: Tensor | None,
+) -> GemmLaunch:
+    """A launch of the kernel `bias_gradient`."""
+    columns = rows.shape[1]
+    return GemmLaunch(
+        "bias_gradient",
+        (out.shape[0] * cdiv(columns, _BIAS_COLUMNS),),
+        (
+            rows, weights, bias, layout.sorted_token_ids, layout.expert_offsets, layout.expert_counts, out, sums,
+            count, layout.sorted_token_ids.numel(), columns, top_k, launch.row_stride(rows),
+            0 if bias is None else bias.stride(0),
+        ),
+        {"IN_LAYOUT": in_layout, "BLOCK_M": _BIAS_ROWS, "BLOCK_N": _BIAS_COLUMNS},
+        4,
+        2,
+        False,
+        "gradient_kernels",
+    )  # fmt: skip

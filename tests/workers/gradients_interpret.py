@@ -1,0 +1,225 @@
+"""The kernels of the experts' gradients under Triton's interpreter against float64 loops.
+
+TRITON_INTERPRET=1 PYTHONPATH=src:tests python tests/workers/gradients_interpret.py
+
+test_experts_triton.py runs it in a process.  In float32, as the interpreter's bfloat16 products are silently wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from cases.experts import expert_loop, random_layer, relative_error
+from helpers import failures, patch_interpreter
+
+import moealign
+from moealign import fused_moe, grouped_gemm
+from moealign.experts import gradients, launch
+from moealign.experts.records import ExpertWeights, Routes
+from moealign.experts.tiles import Tile
+
+MAX_ERROR = 4e-6
+NAMES = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias")
+
+
+def leaves(tensors, dtype):
+    return [None if each is None else each.detach().to(dtype).requires_grad_() for each in tensors]
+
+
+def wanted(tensors, ids, grad, **options):
+    """The gradients of plain loops, in float64."""
+    inputs = leaves(tensors, torch.float64)
+    bias = None if inputs[4] is None else inputs[4:]
+    out = expert_loop(*inputs[:4], ids, bias=bias, **options)
+    present = [each for each in inputs if each is not None]
+    parts = iter(torch.autograd.grad(out, present, grad.double(), allow_unused=True, materialize_grads=True))
+    return [None if each is None else next(parts) for each in inputs]
+
+
+def given(tensors, ids, grad, call=fused_moe, **options):
+    """Those of the kernels."""
+    inputs = leaves(tensors, torch.float32)
+    names = {"gate_up_bias": inputs[4], "down_bias": inputs[5]} if inputs[4] is not None else {}
+    call(*inputs[:4], ids, **names, **options).backward(grad.float())
+    return [None if each is None else each.grad for each in inputs]
+
+
+def compare(what, got, want):
+    for name, one, other in zip(NAMES, got, want, strict=True):
+        if other is not None:
+            error = float("inf") if one is None else relative_error(one, other)
+            yield f"{what}: {name}", float(one.abs().max()) if one is not None and not other.any() else error
+
+
+def layer_of(*sizes, bias=False, **options):
+    *tensors, ids, biases = random_layer(*sizes, bias=bias, **options)
+    return [*tensors, *(biases or (None, None))], ids
+
+
+def grads_like(tensors, seed=9):
+    return torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def layers():
+    for sizes in (
+        (1, 2, 8, 40, 24),  # the forward: one tile per route
+        (5, 3, 7, 40, 24),  # blocks of 16
+        (40, 2, 3, 33, 17),  # blocks of 64, odd sizes
+        (70, 2, 2, 32, 80),  # blocks of 128, two tiles of columns
+    ):
+        for bias in (False, True):
+            tensors, ids = layer_of(*sizes, bias=bias)
+            ids[-1, 0] = sizes[2]  # dropped
+            grad = grads_like(tensors)
+            got = given(tensors, ids, grad, backend="triton")
+            yield from compare(f"{sizes} bias {bias}", got, wanted(tensors, ids, grad))
+    for activation in ("silu", "gelu", "gelu_tanh", "relu", "relu2"):
+        for gated in (True, False):
+            for transposed in (True, False):
+                tensors, ids = layer_of(6, 2, 3, 24, 16, gated=gated, bias=True, transposed=transposed)
+                grad = grads_like(tensors)
+                options = {"activation": activation, "transposed": transposed}
+                what = f"{activation}, gate {gated}, transposed {transposed}"
+                yield from compare(what, given(tensors, ids, grad, **options), wanted(tensors, ids, grad, **options))
+
+
+def dropped():
+    tensors, _ = layer_of(24, 3, 4, 16, 16, bias=True)
+    ids = torch.randint(-1, 11, (24, 3), generator=torch.Generator().manual_seed(5))
+    expert_map = torch.tensor([-1, 2, -1, 0, 3, -1, 1, 7, -1, -1])  # 7: a local expert without weights
+    tensors[3] = tensors[3].masked_fill(ids == 0, float("nan"))  # of routes that are dropped
+    tensors[0] = tensors[0].clone()
+    tensors[0][17:] = float("nan")
+    grad = grads_like(tensors)
+    got = given(tensors, ids, grad, expert_map=expert_map, num_valid_tokens=torch.tensor([17], dtype=torch.int32))
+    want = wanted(tensors, ids, grad, expert_map=expert_map, valid=17)
+    yield from compare("map and valid count", got, want)
+    yield "gradients of tokens past the valid ones are zero", float(got[0][17:].abs().max() + got[3][17:].abs().max())
+    tensors, ids = layer_of(9, 2, 5, 16, 16, bias=True)
+    nothing = given(tensors, torch.full_like(ids, -1), grads_like(tensors))
+    yield "no route is kept: zeros", float(sum(each.abs().max() for each in nothing))
+    tensors, ids = layer_of(0, 2, 5, 16, 16, bias=True)
+    nothing = given(tensors, ids, grads_like(tensors))
+    yield "no token: zeros", float(sum(each.abs().sum() for each in nothing))
+    alone, ids = layer_of(9, 2, 5, 16, 16)
+    got = given(alone, torch.full_like(ids, 3), grads_like(alone))
+    yield "experts without rows: zeros", float(got[1][[0, 1, 2, 4]].abs().max() + got[2][[0, 1, 2, 4]].abs().max())
+
+
+def options():
+    tensors, ids = layer_of(21, 3, 4, 32, 24, bias=True)
+    grad = grads_like(tensors)
+    want = wanted(tensors, ids, grad)
+    once = given(tensors, ids, grad)
+    yield "the same bits twice", float(not all(map(torch.equal, once, given(tensors, ids, grad))))
+    yield from compare("recompute", given(tensors, ids, grad, recompute=True), want)
+    for recompute in (False, True):
+        buffers = tuple(torch.ones(each.shape) for each in tensors[1:3])
+        got = given(tensors, ids, grad, recompute=recompute, weight_grads=buffers)
+        yield "the projections have no gradient of their own", float(got[1] is not None or got[2] is not None)
+        got[1], got[2] = (each - 1 for each in buffers)
+        yield from compare(f"buffers, recompute {recompute}", got, want)
+    wide, narrow = (Tile(32, 16, 16, 2, 4, 2, 0, size) for size in (1, 2))
+    weights, routes = ExpertWeights(*(each.float() for each in tensors[1:3])), Routes(tensors[3].float(), ids)
+    plain = wanted([*tensors[:4], None, None], ids, grad)
+    for tiles in (
+        gradients.GradientTiles(wide, wide, Tile(16, 32, 16, 1, 4, 2)),
+        gradients.GradientTiles(narrow, wide._replace(swap=1), Tile(32, 16, 32, 8, 4, 2)),
+    ):
+        call = (grad.float(), None, tensors[0].float(), weights, routes, "silu")
+        got = gradients.layer_gradients(*call, (True, True, True, True, False, False), tiles=tiles)
+        yield from compare(str(tuple(tiles)), got, plain)
+    strided = [each.detach() for each in tensors]
+    strided[1] = torch.cat([tensors[1], tensors[1]], 2)[:, :, :32]  # a view into wider rows
+    strided[0] = torch.cat([tensors[0], tensors[0]], 1)[:, :32]
+    yield from compare("strided inputs", given(strided, ids, grad), want)
+    for name, place in zip(NAMES, range(6), strict=True):  # one gradient at a time
+        inputs = [each.detach().float() for each in tensors]
+        inputs[place].requires_grad_()
+        out = fused_moe(*inputs[:4], ids, gate_up_bias=inputs[4], down_bias=inputs[5])
+        out.backward(grad.float())
+        yield f"only {name}", relative_error(inputs[place].grad, want[place])
+    inputs = leaves(tensors, torch.float32)
+
+    def loss(*each):
+        out = fused_moe(*each[:4], ids, gate_up_bias=each[4], down_bias=each[5])
+        first = torch.autograd.grad(out.square().sum(), each, create_graph=True)
+        return sum(part.square().sum() for part in first)
+
+    twice = torch.autograd.grad(loss(*inputs), inputs)
+    double = leaves(tensors, torch.float64)
+    out = expert_loop(*double[:4], ids, bias=double[4:])
+    first = torch.autograd.grad(out.square().sum(), double, create_graph=True)
+    yield from compare("double backward", twice, torch.autograd.grad(sum(p.square().sum() for p in first), double))
+
+
+def products():
+    tensors, ids = layer_of(11, 3, 5, 24, 20, bias=True)
+    ids[4] = torch.tensor([-1, 5, 2])
+    weights = tensors[3].clone()
+    weights[4, 0] = float("nan")  # of a dropped route
+    for size in (16, 64):
+        layout = moealign.align(ids, block_size=size, num_experts=5)
+        expert_map = torch.tensor([3, -1, 0, 1, 2])
+        mapped = moealign.align(ids, block_size=size, num_experts=5, expert_map=expert_map)
+        for which, order, count in (("layout", layout, 5), ("mapped layout", mapped, 4)):
+            for activation in (None, "silu_mul", "gelu"):
+                for factor in (None, weights):
+                    got, want = (
+                        product_gradients(tensors, order, count, activation, factor, dtype, backend)
+                        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "packed"))
+                    )
+                    for name, one, other in zip(("a", "b", "bias", "row_weights"), got, want, strict=False):
+                        what = f"grouped_gemm, {which}, blocks of {size}, {activation}, {factor is not None}: {name}"
+                        yield what, relative_error(one, other)
+
+
+def product_gradients(tensors, layout, experts, activation, factor, dtype, backend):
+    inputs = leaves([tensors[0], tensors[1][:experts], tensors[4][:experts], factor], dtype)
+    call = {"row_weights": inputs[3], "bias": inputs[2], "activation": activation, "backend": backend}
+    out = grouped_gemm(inputs[0], inputs[1], layout, top_k=3, **call)
+    scale = torch.linspace(1, 2, out.numel(), dtype=torch.float64).view(out.shape)
+    return torch.autograd.grad((out * scale.to(dtype)).sum(), [each for each in inputs if each is not None])
+
+
+def compiled():
+    layer = torch.compile(fused_moe, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (3, 20):
+        tensors, ids = layer_of(tokens, 2, 4, 16, 16, bias=True)
+        grad = grads_like(tensors)
+        yield from compare(f"{tokens} tokens, compiled", given(tensors, ids, grad, layer), wanted(tensors, ids, grad))
+        got = given(tensors, ids, grad, layer, recompute=True)
+        yield from compare(f"{tokens} tokens, compiled, recompute", got, wanted(tensors, ids, grad))
+
+
+def launched():
+    """A backward is so many launches, and keeps no tensor of a row per route but the first product's."""
+    ran, run = [], launch.run
+    launch.run = lambda launches, device: (ran.extend(one.kernel for one in launches), run(launches, device))
+    try:
+        tensors, ids = layer_of(12, 2, 3, 32, 16)
+        inputs = leaves(tensors[:4], torch.float32)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda each: (kept.append(each), each)[1], lambda each: each):
+            out = fused_moe(*inputs, ids)
+        out.sum().backward()
+    finally:
+        launch.run = run
+    want = ["gemm", "gemm", "sum_rows", "activation_gradient", "weights_gradient"]
+    yield "launches", float(ran != [*want, "weights_gradient", "gemm", "sum_rows"])
+    own = {each.data_ptr() for each in (*inputs, ids)}
+    extra = sum(each.numel() for each in kept if each.data_ptr() not in own)
+    yield "elements kept beside the inputs", float(extra != 24 * 32)
+
+
+def compared():
+    """(what, its relative error or None) of every case; NaN is an error too."""
+    for part in (layers, dropped, options, products, compiled, launched):
+        for name, error in part():
+            yield name, None if error < MAX_ERROR else f"relative error {error}"
+
+
+if __name__ == "__main__":
+    patch_interpreter()
+    sys.exit(failures(compared()))
