@@ -158,6 +158,31 @@ def experts_table(rows: Sequence[Row], source: str) -> str:
     return f"{caption(rows, 'CUDA graph replay', source)} {floor_rates(rows)}\n\n{markdown(header, lines)}"
 
 
+def train_table(rows: Sequence[Row], source: str) -> str:
+    """Milliseconds of a forward and a backward, and their memory."""
+    impls = {"moealign": "**moealign**", "moealign-recompute": "recompute", "torch-grouped_mm": "torch",
+             "liger-0.8.5": "Liger 0.8.5"}  # fmt: skip
+    peaks = {(row["case"], row["impl"]): float(row["peak_mib"]) for row in rows}
+    lines = []
+    for where, how in (("train", "eager"), ("train-graph", "CUDA graph")):
+        for row, times in cases_of(rows, where):
+            tokens, top_k, experts, hidden, inner = shape_of(row)
+            spent = [f"{times[impl] / 1e3:.2f}" if impl in times else "-" for impl in impls]
+            ratios = [ratio_to(times, impl, "moealign") for impl in list(impls)[2:]]
+            rate = 18 * tokens * top_k * hidden * inner / times["moealign"] / 1e6
+            memory = [peaks.get((row["case"], impl)) for impl in ("moealign", "moealign-recompute", "torch-grouped_mm")]
+            kept = [f"{each:,.0f}" if each else "-" for each in memory]
+            named = f"{experts}, {top_k}, {hidden}, {inner}"
+            lines.append([named, f"{tokens:,}, {how}", *spent, *ratios, f"{rate:,.0f}", *kept])
+    header = ["E, k, H, I", "tokens", *impls.values(), "torch / ours", "Liger / ours", "TFLOP/s", "MiB", "recompute",
+              "torch"]  # fmt: skip
+    title = (
+        f"Milliseconds of a forward and a backward, bfloat16, median; {made_on(rows, source)} MiB: the largest memory "
+        "of a step, without the gradients of the projections."
+    )
+    return f"{title}\n\n{markdown(header, lines, 2)}"
+
+
 def experts_cpu_table(rows: Sequence[Row], source: str) -> str:
     others = {"transformers-eager": "eager loop", HF: "grouped_mm", "transformers-batched_mm": "batched_mm"}
     lines = []

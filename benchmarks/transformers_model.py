@@ -5,8 +5,9 @@
 
 `moealign-routers` replaces the routers as well.  Decode steps at batch 1 and 16 after a prompt of 64 tokens, and a
 prefill of 4,096 tokens: eager wall time, as users of Transformers see it.  `-graph` is the same decode step captured in
-a CUDA graph with a static cache, where capture succeeds.
-Logits are first compared with those of grouped_mm.  Writes benchmarks/results/transformers_<gpu>.csv.
+a CUDA graph with a static cache, where capture succeeds.  `transformers-train` rows are training steps without the
+optimiser, forward and backward; `liger` there is Liger's patch of the whole model, if it can be imported.
+Logits and gradients are first compared with those of grouped_mm.  Writes benchmarks/results/transformers_<gpu>.csv.
 """
 
 from __future__ import annotations
@@ -85,6 +86,44 @@ def graphed(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return capture([step])
 
 
+def training_times(model: Any, ids: torch.Tensor, session: bench.Session, turns: int) -> dict[str, list[float]]:
+    """Wall times of a forward and a backward by implementation, after their gradients were compared."""
+    device = ids.device.type
+    model.train().requires_grad_(True)
+    watched = model.model.layers[0].mlp.experts.gate_up_proj
+    expected = None
+    timed: dict[str, list[float]] = {}
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    for impl in ("grouped_mm", "moealign", ROUTED, "liger"):
+        integration.restore_routers(model)
+        try:
+            if impl == "liger":
+                from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+                apply_liger_kernel_to_qwen3_moe(model=model)
+            else:
+                model.set_experts_implementation("moealign" if impl == ROUTED else impl)
+                if impl == ROUTED:
+                    integration.replace_routers(model)
+            step()
+        except Exception as problem:
+            bench.log(f"train {ids.numel()} {impl}: left out, {bench.first_line(problem)}")
+            continue
+        expected = watched.grad.double() if expected is None else expected
+        error = relative_error(watched.grad, expected)
+        if not error < 5e-2:
+            session.failures.append(f"WRONG train {ids.numel()} {impl}: gradients differ by {error:.3g}")
+            continue
+        timed[impl] = wall(step, device, turns)
+    integration.restore_routers(model)
+    model.eval().zero_grad(set_to_none=True)
+    return timed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--small", action="store_true")
@@ -97,10 +136,18 @@ def main() -> int:
     gpu = bench.gpu_slug(torch.cuda.get_device_name()) if device == "cuda" else "cpu"
     integration.install()
     session = bench.Session(torch.device(device), gpu, [])
+    model = model_of(args.layers, args.small, device)
+    config = model.config
+    shape = f"H{config.hidden_size}-I{config.moe_intermediate_size} {args.layers} layers"
+
+    def add(where: str, kind: str, tokens: int, timed: dict[str, list[float]]) -> None:
+        case = bench.Case(where, f"{kind} T{tokens} {shape}", (tokens, 8, config.num_experts, 0), [torch.zeros(1)])
+        for impl, times in timed.items():
+            session.add(case, impl, times)
+            median = statistics.median(times)
+            bench.log(f"{kind} of {tokens:5}: {impl:18} {median:10.0f} us, {tokens / median * 1e6:10.0f} tokens/s")
+
     with torch.inference_mode():
-        model = model_of(args.layers, args.small, device)
-        config = model.config
-        shape = f"H{config.hidden_size}-I{config.moe_intermediate_size} {args.layers} layers"
         for kind, batch, length in (("decode", 1, 1), ("decode", 16, 1), ("prefill", 1, args.prefill)):
             ids = torch.randint(0, 500, (batch, length if kind == "prefill" else 64), device=device)
             tokens = batch * length
@@ -131,12 +178,9 @@ def main() -> int:
                     except Exception as problem:
                         bench.log(f"{kind} {batch} {impl}: not captured, {bench.first_line(problem)}")
                         torch.cuda.synchronize()
-            size = (tokens, 8, config.num_experts, 0)
-            case = bench.Case("transformers", f"{kind} T{tokens} {shape}", size, [torch.zeros(1)])
-            for impl, times in timed.items():
-                session.add(case, impl, times)
-                median = statistics.median(times)
-                bench.log(f"{kind} of {tokens:5}: {impl:18} {median:10.0f} us, {tokens / median * 1e6:10.0f} tokens/s")
+            add("transformers", kind, tokens, timed)
+    ids = torch.randint(0, 500, (1, args.prefill), device=device)  # of its own: not an inference tensor
+    add("transformers-train", "train", args.prefill, training_times(model, ids, session, args.turns))
     return finish(session.rows, session.failures, args.out or RESULTS / f"transformers_{gpu}.csv")
 
 

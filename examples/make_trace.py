@@ -1,11 +1,10 @@
 """Train a small MoE language model on CPython's standard library, and record its routing on held-out text.
 
-    python examples/make_trace.py [--steps 600] [--output stdlib-moe.safetensors]
+    python examples/make_trace.py [--steps 600] [--device cuda] [--output stdlib-moe.safetensors]
 
 Takes some minutes on two CPU cores.  The model is a byte-level transformer: 4 layers of causal attention and a mixture
-of 64 experts, top 8 by softmax, trained with cross-entropy and the usual load-balancing loss.  Its experts use the
-block layout, so this is also an example of a layer over one: gather rows, multiply all blocks in one batched matrix
-product, gather back by ``positions``.
+of 64 experts, top 8 by softmax, trained with cross-entropy and the usual load-balancing loss.  Router, experts and loss
+are moealign's, with their gradients, so this is also an example of training with it.
 
 The trace holds the top 8 experts of every byte of held-out source files, in every layer.
 """
@@ -25,7 +24,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moealign import align
+from moealign import fused_moe, route
+from moealign.balance import switch_loss
 from moealign.trace import Trace, save_trace
 
 LAYERS, EXPERTS, TOP_K = 4, 64, 8
@@ -50,19 +50,10 @@ class Mixture(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` ``[tokens, width]`` to the same shape; store the ids in `topk_ids` and the loss term in `balance`."""
-        probabilities = self.router(x).softmax(-1)
-        weights, self.topk_ids = probabilities.topk(TOP_K, -1)
-        weights = weights / weights.sum(-1, keepdim=True)
-
-        layout = align(self.topk_ids, block_size=BLOCK_SIZE, num_experts=EXPERTS, expert_counts=True, positions=True)
-        used = int(layout.num_tokens_post_padded)
-        experts = layout.expert_ids[: used // BLOCK_SIZE].long()
-        tokens = (layout.sorted_token_ids[:used].long() // TOP_K).view(-1, BLOCK_SIZE)
-        padded = torch.cat([x, x.new_zeros(1, WIDTH)])  # padding rows point one past the last token
-        rows = torch.bmm(F.silu(torch.bmm(padded[tokens], self.up[experts])), self.down[experts]).view(-1, WIDTH)
-        share = layout.expert_counts / self.topk_ids.numel()
-        self.balance = EXPERTS * (share * probabilities.mean(0)).sum()
-        return (rows[layout.positions.long()].view(-1, TOP_K, WIDTH) * weights.unsqueeze(-1)).sum(1)
+        options = {"expert_counts": True, "mean_probability": True}
+        weights, self.topk_ids, layout, mean = route(self.router(x), TOP_K, block_size=BLOCK_SIZE, **options)
+        self.balance = switch_loss(mean, layout.expert_counts)
+        return fused_moe(x, self.up, self.down, weights, self.topk_ids, transposed=True)
 
 
 class Layer(nn.Module):
@@ -89,7 +80,7 @@ class Model(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """Map bytes ``[windows, window]`` to logits ``[windows, window, 256]``."""
-        x = self.bytes(text) + self.positions.weight[: text.shape[1]]
+        x = self.bytes(text.to(self.positions.weight.device)) + self.positions.weight[: text.shape[1]]
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(x))
@@ -122,7 +113,7 @@ def train(model: Model, text: Tensor, steps: int, rate: float) -> None:
             starts = torch.randint(0, text.numel() - WINDOW - 1, (WINDOWS_PER_STEP, 1))
             window = text[starts + torch.arange(WINDOW + 1)].long()
             logits = model(window[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten().to(logits.device))
             total = loss + BALANCE * sum(layer.mixture.balance for layer in model.layers)
             optimiser.zero_grad()
             total.backward()
@@ -140,8 +131,9 @@ def record(model: Model, text: Tensor) -> tuple[Tensor, float]:
     start = (text.numel() - RECORDED) // 2
     text = text[start : start + RECORDED + 1].long()
     inputs, targets = text[:-1].view(-1, WINDOW), text[1:].view(-1, WINDOW)
-    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).item()
-    return torch.stack([layer.mixture.topk_ids for layer in model.layers]), loss
+    logits = model(inputs).flatten(0, 1)
+    loss = F.cross_entropy(logits, targets.flatten().to(logits.device)).item()
+    return torch.stack([layer.mixture.topk_ids for layer in model.layers]).cpu(), loss
 
 
 def unigram(text: Tensor, held_out: Tensor) -> float:
@@ -156,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=int, default=600, help=f"training steps, at least {MIN_STEPS}")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the order of the text")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument(
         "--output", type=Path, default=Path("stdlib-moe.safetensors"), help="file to write the trace to"
@@ -166,6 +159,10 @@ def parser() -> argparse.ArgumentParser:
 def checked(arguments: list[str] | None) -> argparse.Namespace:
     """The options.  What would fail after the training is refused before it."""
     options = parser().parse_args(arguments)
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        parser().error(f"--device: expected one that torch can use, got {options.device}: {str(error).splitlines()[0]}")
     for name, low in (("steps", MIN_STEPS), ("threads", 1)):
         if getattr(options, name) < low:
             parser().error(f"--{name}: expected at least {low}, got {getattr(options, name)}")
@@ -182,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     text, held_out, digest = read_sources()
     baseline = unigram(text, held_out)
     print(f"{text.numel():,} bytes to train on, {held_out.numel():,} held out; unigram loss {baseline:.3f}")
-    model = Model()
+    model = Model().to(options.device)
     train(model, text, options.steps, 3e-3)
     topk_ids, loss = record(model, held_out)
     print(f"held-out loss {loss:.3f} nats per byte; unigram model {baseline:.3f}")
@@ -203,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "hidden": WIDTH,
         "intermediate": HIDDEN,
-        "device": "cpu",
+        "device": torch.cuda.get_device_name() if model.head.weight.is_cuda else "cpu",
     }
     trace = Trace(
         topk_ids,

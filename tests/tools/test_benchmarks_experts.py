@@ -12,9 +12,13 @@ import common
 import experts
 import experts_cpu
 import pytest
+import tables
 import torch
+import train
 import vllm_layer
 from cases.experts import expert_loop, relative_error
+
+from moealign import bench
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SOURCE = """
@@ -64,6 +68,38 @@ def test_without_a_gpu_it_says_so(capsys):
         pytest.skip("this machine can run it")
     assert experts.main([]) == 2
     assert "found none" in capsys.readouterr().out
+
+
+def test_every_formulation_of_a_training_step_is_right():
+    calls = {name: call for name, call in train.implementations().items() if name != train.LIGER}
+    assert {train.OURS, train.TORCH} <= set(calls)
+    for name, errors in train.gradient_errors(calls, (4, 2, 16, 8), 50, "cpu").items():
+        assert not isinstance(errors, Exception), name
+        assert max(errors) < 1e-5, name
+    failures = []
+    wrong = {**calls, "wrong": lambda *layer: 2 * calls[train.OURS](*layer)}
+    assert train.verified(wrong, (4, 2, 16, 8), failures, "cpu") == list(calls)
+    assert [line.split(":")[0] for line in failures] == ["WRONG (4, 2, 16, 8) wrong"]
+
+
+def test_a_table_of_training_steps():
+    times = {train.OURS: 1000.0, train.TORCH: 1500.0}
+    rows = [
+        {
+            **bench.row_of(where, "T100-k2-E8-H16-I4", 200, (100, 2, 8, 0), name, [spent], "h100"),
+            "peak_mib": f"{spent / 10:.1f}",
+        }
+        for where in ("train", "train-graph")
+        for name, spent in times.items()
+    ]
+    table = tables.train_table(rows, "x.csv").splitlines()
+    assert table[-1] == "| 8, 2, 16, 4 | 100, CUDA graph | 1.00 | - | 1.50 | - | 1.50x | - | 0 | 100 | - | 150 |"
+    train.print_table(rows)
+
+
+def test_a_training_step_has_three_times_the_operations():
+    row = {"case": "T100-k2-E8-H16-I4", "routes": "200"}
+    assert train.operations(row) == 3 * 200 * 2 * (3 * 16 * 4)
 
 
 def test_the_floor_is_the_longer_of_bytes_and_operations():

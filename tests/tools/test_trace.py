@@ -221,6 +221,7 @@ def test_a_model_that_has_learned_little_still_gives_a_trace(maker, tmp_path, ca
     [
         (["--steps", "19"], "--steps: expected at least 20, got 19"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--device", "nowhere"], "--device: expected one that torch can use, got nowhere"),
         (["--output", "nowhere/t.safetensors"], "--output: expected a file in an existing folder"),
         (["--output", "."], "--output: expected a file in an existing folder"),
     ],
