@@ -298,9 +298,13 @@ def grouped_mm_weights_eager(grads: Tensor, rows: Tensor, ends: Tensor, experts:
         product = F.grouped_mm(grads.contiguous().transpose(0, 1), rows.contiguous(), offs=ends[:experts])
         empty = torch.diff(ends[:experts], prepend=ends.new_zeros(1)) == 0
         return product.masked_fill_(empty.view(-1, 1, 1), 0)  # torch leaves the result of an empty group undefined
-    out = rows.new_zeros(experts, grads.shape[1], rows.shape[1])
+    out = rows.new_empty(experts, grads.shape[1], rows.shape[1])
+    first = 0
     for expert, start, end in spans(ends, experts, rows.shape[0]):
+        out[first:expert].zero_()  # those without rows
         torch.mm(grads[start:end].T, rows[start:end], out=out[expert])
+        first = expert + 1
+    out[first:].zero_()
     return out
 
 
