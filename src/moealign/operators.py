@@ -22,7 +22,7 @@ from .errors import InvalidInput
 from .layout import EXTRAS, REQUIRED, BlockLayout, Capacity
 from .problem import AlignProblem
 
-__all__ = ["align", "align_batched"]
+__all__ = ["align", "align_batched", "replay"]
 
 
 def align(
@@ -325,22 +325,54 @@ def _route_formula(
             router_logits, top_k, scoring, renormalize, correction_bias, num_groups, topk_groups, scale,
             num_valid_tokens, False, backend,
         )  # fmt: skip
+    weights, mean = weights_of(
+        router_logits, ids, ids >= 0, ids[:, :1] >= 0, (scoring, renormalize, scale), mean_probability
+    )
+    return weights, ids, mean
+
+
+def replay(
+    router_logits: Tensor,
+    replay_ids: Tensor,
+    facts: tuple[str, bool, float],
+    num_valid_tokens: Tensor | None,
+    mean_probability: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, ids and mean of choices made before; `facts` are scoring, renormalize and scale."""
+    ids = replay_ids.to(torch.int64)
+    live = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    if num_valid_tokens is not None:
+        live = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1) < num_valid_tokens.reshape(())
+    kept = (ids >= 0) & (ids < router_logits.shape[1]) & live
+    ids = torch.where(kept, ids, -1).to(torch.int32)
+    weights, mean = weights_of(router_logits, ids, kept, live, facts, mean_probability)
+    return weights, ids, mean
+
+
+def weights_of(
+    router_logits: Tensor, ids: Tensor, kept: Tensor, live: Tensor, facts: tuple[str, bool, float], mean: bool
+) -> tuple[Tensor, Tensor]:
+    """The weights of `ids` ``[tokens, k]``, 0 unless `kept`, and the mean share over `live` tokens if `mean`, else an
+    empty tensor, in torch's differentiable operations."""
+    scoring, renormalize, scale = facts
     x = router_logits.to(torch.float32)
-    live = ids[:, :1] >= 0
     index = ids.clamp(min=0).to(torch.int64)
     picked = x.gather(1, index)
     if scoring == "softmax":
-        weights = torch.softmax(picked, 1) if renormalize else torch.softmax(x, 1).gather(1, index)
+        if renormalize:
+            weights = torch.softmax(picked.masked_fill(~kept, torch.finfo(torch.float32).min), 1)
+        else:
+            weights = torch.softmax(x, 1).gather(1, index)
     else:
-        weights = torch.sigmoid(picked)
+        weights = torch.sigmoid(picked).masked_fill(~kept, 0)
         if renormalize:
             weights = weights / (weights.sum(1, keepdim=True) + TINY)
-    weights = torch.where(live, weights * scale, 0.0)
-    if not mean_probability:
-        return weights, ids, torch.zeros(0, dtype=torch.float32, device=x.device)
+    weights = torch.where(kept, weights * scale, 0.0)
+    if not mean:
+        return weights, torch.zeros(0, dtype=torch.float32, device=x.device)
     every = torch.softmax(x, 1) if scoring == "softmax" else torch.sigmoid(x)
     shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
-    return weights, ids, shares.sum(0) / live.sum().clamp(min=1)
+    return weights, shares.sum(0) / live.sum().clamp(min=1)
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 from . import modes
 from .alignment import align, extras_of
 from .calls import prepared
-from .calls.checks import check_route
+from .calls.checks import check_replay, check_route
 from .calls.dispatch import check_name
 from .layout import BlockLayout
+from .operators import replay
 from .problem import RouteProblem
 
 __all__ = ["RouteResult", "RouteResultWithMean", "route"]
@@ -49,6 +50,7 @@ def route(
     topk_groups: int = 1,
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
+    replay_ids: Tensor | None = None,
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
@@ -78,6 +80,7 @@ def route(
     topk_groups: int = 1,
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
+    replay_ids: Tensor | None = None,
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
@@ -106,6 +109,7 @@ def route(
     topk_groups: int = 1,
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
+    replay_ids: Tensor | None = None,
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
@@ -137,6 +141,8 @@ def route(
             A group's score is that of its best expert; with a bias, the sum of its two best.
         scale: factor of all weights (``routed_scaling_factor``).
         num_valid_tokens: int32, one element, on the same device: rows from there on get ids -1 and weights 0.
+        replay_ids: ``[tokens, top_k]`` integers, the choice of an earlier run: nothing is chosen, and the weights are
+            those that these logits give to that choice.  Ids outside ``[0, num_experts)`` get -1 and weight 0.
         mean_probability: also return, as a fourth, the mean over valid tokens of each expert's share of the scores
             ``[num_experts]`` float32: with ``expert_counts`` what a load-balancing loss needs.
         expert_map, pad_sorted_ids, ignore_invalid_experts: as in :func:`align`.
@@ -152,9 +158,8 @@ def route(
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
     extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
-    if not isinstance(router_logits, Tensor) or _eager(
-        router_logits, correction_bias, num_valid_tokens, expert_map, error_word
-    ):
+    plain = replay_ids is None and _eager(router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
+    if plain:
         facts = (top_k, scoring, renormalize, num_groups, topk_groups, scale)
         weights, ids, layout, mean = prepared.route(
             router_logits, facts, correction_bias, num_valid_tokens, mean_probability, block_size, backend, expert_map,
@@ -162,16 +167,20 @@ def route(
         )  # fmt: skip
     else:
         arguments = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
-        problem = modes.checked(_check, router_logits, top_k, arguments, backend)
+        problem = modes.checked(_check, router_logits, top_k, arguments, backend, replay_ids)
         if isinstance(problem, modes.Refusal):
             weights, ids, mean, *nothing = modes.refuse(problem, 6)
             layout = BlockLayout(*nothing)  # type: ignore[arg-type]
         else:
-            weights, ids, mean = modes.call(
-                torch.ops.moealign.route,
-                router_logits, problem.top_k, scoring, problem.renormalize, correction_bias, problem.num_groups,
-                problem.topk_groups, problem.scale, num_valid_tokens, bool(mean_probability), backend,
-            )  # fmt: skip
+            if replay_ids is None:
+                weights, ids, mean = modes.call(
+                    torch.ops.moealign.route,
+                    router_logits, problem.top_k, scoring, problem.renormalize, correction_bias, problem.num_groups,
+                    problem.topk_groups, problem.scale, num_valid_tokens, bool(mean_probability), backend,
+                )  # fmt: skip
+            else:
+                how = (scoring, problem.renormalize, problem.scale)
+                weights, ids, mean = replay(router_logits, replay_ids, how, num_valid_tokens, bool(mean_probability))
             layout = align(
                 ids,
                 block_size=block_size,
@@ -189,13 +198,20 @@ def route(
     return RouteResult(weights, ids, layout)
 
 
-def _eager(router_logits: Tensor, *others: Any) -> bool:
+def _eager(router_logits: Any, *others: Any) -> bool:
     """Whether only values are needed: no gradient, and nothing that follows the call."""
+    if not isinstance(router_logits, Tensor):
+        return True
     if router_logits.requires_grad and torch.is_grad_enabled():
         return False
     return not (modes.watched(router_logits, *others) or modes.forward_mode())
 
 
-def _check(router_logits: Tensor, top_k: int, arguments: tuple[Any, ...], backend: str | None) -> RouteProblem:
+def _check(
+    router_logits: Tensor, top_k: int, arguments: tuple[Any, ...], backend: str | None, replay_ids: Tensor | None
+) -> RouteProblem:
     check_name(backend)
-    return check_route(router_logits, top_k, *arguments)
+    problem = check_route(router_logits, top_k, *arguments)
+    if replay_ids is not None:
+        check_replay(replay_ids, problem)
+    return problem

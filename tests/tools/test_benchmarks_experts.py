@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -133,6 +134,7 @@ def test_the_cpu_benchmarks_reference_and_loop_are_right(monkeypatch):
         ["benchmarks/experts_cpu.py", "--shapes", "0", "--tokens", "2", "--dtypes", "float32", "--seconds", "0.05"],
         ["benchmarks/routing_cpu.py", "--tokens", "3", "--seconds", "0.05"],
         ["examples/faster_transformers.py", "--tokens", "3"],
+        ["examples/replay_routing.py", "--tokens", "8", "--layers", "1"],
     ],
     ids=lambda command: command[0],
 )
@@ -145,4 +147,5 @@ def test_runs_from_the_command_line(command, tmp_path):
     if out:
         assert (tmp_path / "out.csv").read_text().count("\n") > 2
     else:
-        assert "the same tokens" in done.stdout
+        expected = {"faster_transformers": r"the same tokens", "replay_routing": r"with replay +0\.0%"}
+        assert re.search(expected[Path(command[0]).stem], done.stdout)

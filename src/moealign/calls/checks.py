@@ -22,7 +22,15 @@ from ..layout import (
 )
 from ..problem import AlignProblem, RouteProblem
 
-__all__ = ["check_align", "check_align_batched", "check_index", "check_out", "check_plain", "check_route"]
+__all__ = [
+    "check_align",
+    "check_align_batched",
+    "check_index",
+    "check_out",
+    "check_plain",
+    "check_replay",
+    "check_route",
+]
 
 _INTEGERS = frozenset(
     (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -259,6 +267,18 @@ def check_route(
         correction_bias is not None,
         num_valid_tokens is not None,
     )
+
+
+def check_replay(replay_ids: Tensor, problem: RouteProblem) -> None:
+    """Refuse `replay_ids` that are not a choice for the tokens of `problem`."""
+    _integer_tensor("replay_ids", replay_ids)
+    expected = [problem.tokens, problem.top_k]
+    if list(replay_ids.shape) != expected:
+        raise InvalidInput(f"replay_ids: expected [tokens, top_k] = {expected}, got {list(replay_ids.shape)}")
+    if replay_ids.device != problem.device:
+        raise InvalidInput(
+            f"replay_ids: expected a tensor on {problem.device} like router_logits, got {replay_ids.device}"
+        )
 
 
 def check_out(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..operators import replay
 from .router_tracing import (
     Expression,
     ExpressionRecorder,
@@ -71,20 +72,35 @@ class RouterForm:
         logits, weights, ids = (outputs[self.order.index(role)] for role in range(3))
         return logits, weights, ids
 
-    def run(self, module: nn.Module, hidden_states: Tensor, more: tuple[Any, ...] = ()) -> tuple[Tensor, ...]:
-        """The router's outputs, in its own order and dtypes; `more` are the arguments after the hidden states."""
+    def run(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        more: tuple[Any, ...] = (),
+        choices: Callable[[int], Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The router's outputs, in its own order and dtypes.
+
+        Args:
+            more: the arguments after the hidden states.
+            choices: the ids ``[tokens, top_k]`` of so many tokens, instead of those that the router would choose.
+        """
         dtype = self.linear_dtypes[1]
         rows = hidden_states.reshape(-1, hidden_states.shape[-1]).to(dtype)
         bias = None if self.linear_bias is None else tensor_at(module, self.linear_bias).to(dtype)
         logits = torch.nn.functional.linear(rows, tensor_at(module, self.weight).to(dtype), bias)
-        correction = None
-        if self.correction is not None:
-            key = self.correction
-            correction = (more[key] if isinstance(key, int) else tensor_at(module, key)).reshape(-1)
-        weights, ids, _ = torch.ops.moealign.route(
-            logits, self.top_k, self.scoring, self.renormalize, correction, self.num_groups, self.topk_groups,
-            self.scale, None, False, None,
-        )  # fmt: skip
+        if choices is None:
+            correction = None
+            if self.correction is not None:
+                key = self.correction
+                correction = (more[key] if isinstance(key, int) else tensor_at(module, key)).reshape(-1)
+            weights, ids, _ = torch.ops.moealign.route(
+                logits, self.top_k, self.scoring, self.renormalize, correction, self.num_groups, self.topk_groups,
+                self.scale, None, False, None,
+            )  # fmt: skip
+        else:
+            how = (self.scoring, self.renormalize, self.scale)
+            weights, ids, _ = replay(logits, choices(rows.shape[0]).to(logits.device), how, None, False)
         of_logits, of_weights, of_ids = self.out_dtypes
         outputs = (logits.to(of_logits), weights.to(of_weights), ids.to(of_ids))
         return tuple([outputs[role] for role in self.order])
