@@ -12,6 +12,7 @@ from .alignment import (
 )
 from .calls.dispatch import Explanation, backends
 from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError, RankFailed, TraceError
+from .experts.activations import Gate
 from .experts.gemm import grouped_gemm
 from .experts.layer import fused_moe
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
@@ -25,6 +26,7 @@ __all__ = [
     "BlockLayout",
     "Capacity",
     "Explanation",
+    "Gate",
     "InvalidInput",
     "InvalidType",
     "MoealignError",

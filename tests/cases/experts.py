@@ -32,7 +32,7 @@ def expert_loop(
             h = gate_up[expert] @ x[token]
             if bias is not None:
                 h = h + bias[0][expert]
-            if callable(activation):
+            if callable(activation):  # moealign.Gate is one
                 h = activation(h[None])[0]
             elif gate_up.shape[1] == 2 * inner:
                 h = PLAIN[activation](h[:inner]) * h[inner:]

@@ -42,6 +42,7 @@ CORE = (
     "tests/router/test_routing.py",
     "tests/router/test_balance.py",
     "tests/experts/test_experts.py",
+    "tests/experts/test_activations.py",
     "tests/experts/test_experts_triton.py::test_interpreted_gradients_equal_those_of_plain_loops",
     "tests/experts/test_experts_triton.py::test_interpreted_in_every_mode_of_pytorch",
     "tests/integrations/test_transformers.py",

@@ -12,6 +12,7 @@ import torch
 from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, cut, kind_of, releases, signature_of, specialisation
 from sass import disassembler, touched_before_the_wait
 
+from moealign import Gate
 from moealign.experts import tiles
 from moealign.experts.records import ExpertWeights, Product, Routes
 from moealign.layout import BlockLayout, capacity
@@ -66,7 +67,8 @@ def planned(shape, tokens, target=H200, dtype=torch.bfloat16, transposed=False, 
         sizes = capacity(tokens * top_k, block_size=selected.block_size, num_experts=count)
         parts = [new(size, dtype=torch.int32) for size in (*sizes[:3], tokens * top_k)]
         layout = BlockLayout(*parts[:3], positions=parts[3], block_size=selected.block_size)
-    launches, out = launch.layer_launches(selected, x, layer, routes, layout, "silu", target)
+    activation = options.get("activation", "silu")
+    launches, out = launch.layer_launches(selected, x, layer, routes, layout, activation, target)
     assert out.shape == x.shape
     return selected, launches
 
@@ -91,7 +93,8 @@ def planned_gradients(shape, tokens, target=H200, dtype=torch.bfloat16, transpos
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gradients, "target_of", lambda device: target)
         patch.setattr(launch, "run", lambda some, device: launches.extend(some))
-        gradients.layer_gradients(x, before, x, layer, routes, "silu", needed, buffers or (None, None))
+        activation = options.get("activation", "silu")
+        gradients.layer_gradients(x, before, x, layer, routes, activation, needed, buffers or (None, None))
     return launches
 
 
@@ -278,6 +281,10 @@ def test_a_layer_without_experts_or_tokens_has_tiles():
 # ---- compiling ahead -------------------------------------------------------------------------------------------------
 
 
+#: gpt-oss, and every other operation that a gate may have.
+GATES = [Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True), Gate("situ"), Gate(limit=7.0, limit_after=True)]
+
+
 def every_configuration():
     """Every rule on Hopper and before, every dtype, sizes that tiles do not divide, transposed weights, biases."""
     for tokens in (1, 16, 256, 512, 1024, 4096):
@@ -298,6 +305,12 @@ def every_configuration():
             yield from planned_gradients(SHAPES[0], tokens, target=target)
         yield from planned_gradients(SHAPES[2], 600, target=target, transposed=True, bias=True, recompute=True)
         yield from planned_gradients((7, 3, 100, 77), 500, target=target, dtype=torch.float16, bias=True)
+    for gate in GATES:
+        for target in (H200, A100):
+            for tokens in (1, 256, 4096):
+                yield planned(SHAPES[2], tokens, target=target, bias=True, activation=gate.text)[1][0]
+            yield planned_gradients(SHAPES[2], 600, target=target, activation=gate.text)[0]
+        yield planned(SHAPES[2], 300, transposed=True, bias=True, activation=gate.text)[1][0]
     yield from planned_gradients(SHAPES[0], 4096, buffers=True)
     yield from planned_gradients((7, 3, 100, 77), 50, dtype=torch.float32, bias=True)
 

@@ -12,7 +12,7 @@ from helpers import in_threads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moealign
-from moealign.experts import packed
+from moealign.experts.activations import function_of
 from moealign.integrations import router_forms
 from moealign.integrations import transformers as integration
 from moealign.trace import load_trace, save_trace
@@ -296,7 +296,7 @@ def test_every_named_activation_is_what_it_is_called():
         known += 1
         rows = torch.linspace(-4, 4, 50)
         if integration._activation(type("M", (), {"act_fn": function})(), False) is not function:
-            close(packed.ACTIVATIONS[said, False](rows), function(rows), 1e-6)
+            close(function_of(said, False)(rows), function(rows), 1e-6)
     assert known >= 5
 
 

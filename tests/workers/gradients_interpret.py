@@ -84,6 +84,42 @@ def layers():
                 yield from compare(what, given(tensors, ids, grad, **options), wanted(tensors, ids, grad, **options))
 
 
+GATES = (
+    moealign.Gate(limit=0.7),
+    moealign.Gate(limit=0.7, alpha=1.702, offset=1.0, interleaved=True),
+    moealign.Gate(limit=0.7, alpha=1.702, offset=1.0),
+    moealign.Gate(limit=0.2, limit_after=True),
+    moealign.Gate("situ", beta=0.8, linear_beta=1.5),
+    moealign.Gate("situ", linear_beta=None, interleaved=True),
+    moealign.Gate("gelu_tanh", limit=0.5, interleaved=True),
+)
+
+
+def gates():
+    """Forward and backward; the gate in torch is the reference, which test_activations.py compares with the models'."""
+    for gate in GATES:
+        for transposed in (True, False):
+            for sizes in ((6, 2, 3, 24, 16), (1, 2, 8, 40, 24), (40, 2, 3, 33, 17)):
+                tensors, ids = layer_of(*sizes, bias=True, transposed=transposed)
+                ids[-1, 0] = sizes[2]
+                grad, options = grads_like(tensors), {"activation": gate, "transposed": transposed}
+                what = f"{gate.text}, transposed {transposed}, {sizes}"
+                with torch.no_grad():
+                    single = [each.float() for each in tensors]
+                    extra = {"gate_up_bias": single[4], "down_bias": single[5]}
+                    got = fused_moe(*single[:4], ids, **extra, **options, backend="triton")
+                    yield what, relative_error(got, expert_loop(*tensors[:4], ids, bias=tensors[4:], **options))
+                yield from compare(what, given(tensors, ids, grad, **options), wanted(tensors, ids, grad, **options))
+                again = given(tensors, ids, grad, **options, recompute=True)
+                yield from compare(f"{what}, recompute", again, wanted(tensors, ids, grad, **options))
+    layer = torch.compile(fused_moe, backend="aot_eager", fullgraph=True)
+    tensors, ids = layer_of(6, 2, 3, 24, 16, bias=True)
+    grad, options = grads_like(tensors), {"activation": GATES[1]}
+    yield from compare(
+        "gate, compiled", given(tensors, ids, grad, layer, **options), wanted(tensors, ids, grad, **options)
+    )
+
+
 def dropped():
     tensors, _ = layer_of(24, 3, 4, 16, 16, bias=True)
     ids = torch.randint(-1, 11, (24, 3), generator=torch.Generator().manual_seed(5))
@@ -215,7 +251,7 @@ def launched():
 
 def compared():
     """(what, its relative error or None) of every case; NaN is an error too."""
-    for part in (layers, dropped, options, products, compiled, launched):
+    for part in (layers, gates, dropped, options, products, compiled, launched):
         for name, error in part():
             yield name, None if error < MAX_ERROR else f"relative error {error}"
 

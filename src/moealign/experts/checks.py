@@ -9,7 +9,8 @@ from .. import modes
 from ..calls.checks import check_align, check_index, check_plain
 from ..errors import BackendUnavailable, InvalidInput, InvalidType
 from ..layout import REQUIRED, BlockLayout
-from . import launch, packed
+from . import launch
+from .activations import PLAIN, Gate, names
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES
 
@@ -77,19 +78,19 @@ def check_layer(
     tokens, hidden = hidden_states.shape
     experts = gate_up.shape[0]
     columns, depth = (gate_up.shape[2], gate_up.shape[1]) if transposed else gate_up.shape[1:]
-    named = activation is None or isinstance(activation, str)
-    if depth != hidden or weights.hidden != hidden or down.shape[0] != experts:
+    named = activation is None or isinstance(activation, (str, Gate))
+    if depth != hidden or weights.hidden() != hidden or down.shape[0] != experts:
         raise InvalidInput(
             f"gate_up_proj, down_proj: expected [E, 2I, {hidden}] and [E, {hidden}, I], got {list(gate_up.shape)} "
             f"and {list(down.shape)}; transposed=True takes [E, {hidden}, 2I] and [E, I, {hidden}]"
         )
-    inner = weights.inner
+    inner = weights.inner()
     if named and columns not in (inner, 2 * inner):
         raise InvalidInput(
             f"gate_up_proj: expected 2I = {2 * inner} or I = {inner} outputs as down_proj takes {inner}, got {columns}"
         )
     if not named and not callable(activation):
-        raise InvalidType(f"activation: expected a name or a callable, got {type(activation).__name__}")
+        raise InvalidType(f"activation: expected a name, a Gate or a callable, got {type(activation).__name__}")
     if output_rows is not None and not callable(output_rows):
         raise InvalidType(f"output_rows: expected a callable, got {type(output_rows).__name__}")
     ids = routes.ids
@@ -101,7 +102,7 @@ def check_layer(
     for name, bias, size in (("gate_up_bias", gate_up_bias, columns), ("down_bias", down_bias, hidden)):
         if bias is not None and list(bias.shape) != [experts, size]:
             raise InvalidInput(f"{name}: expected [{experts}, {size}], got {list(bias.shape)}")
-    gated = named and weights.gated
+    gated = named and weights.gated()
     if named:
         _check_activation(activation, gated)
     if block_size is not None and block_size not in BLOCK_SIZES:
@@ -163,7 +164,7 @@ def _check_ids(routes: Routes, gate_up: Tensor) -> None:
 # ---- grouped_gemm ----------------------------------------------------------------------------------------------------
 
 
-def check_product(product: Product, activation: str | None) -> tuple[str | None, bool, int, int]:
+def check_product(product: Product, activation: object) -> tuple[str | None, bool, int, int]:
     """Refuse what :func:`moealign.grouped_gemm` does not take.
 
     Returns:
@@ -202,9 +203,16 @@ def check_product(product: Product, activation: str | None) -> tuple[str | None,
         raise InvalidInput(f"row_weights: expected {routes} elements, one a route, got {list(row_weights.shape)}")
     if bias is not None and list(bias.shape) != [b.shape[0], columns]:
         raise InvalidInput(f"bias: expected [E, N] = [{b.shape[0]}, {columns}], got {list(bias.shape)}")
-    name, gated = (activation.removesuffix("_mul"), activation.endswith("_mul")) if activation else (None, False)
-    if activation is not None:
+    name: str | None
+    if isinstance(activation, Gate):
+        name, gated = activation.text, True
+    elif isinstance(activation, str):
+        name, gated = activation.removesuffix("_mul"), activation.endswith("_mul")
         _check_activation(name, gated)
+    else:
+        name, gated = None, False
+        if activation is not None:
+            _check_activation(activation, gated)
     if gated and columns % 2:
         raise InvalidInput(f"activation: expected an even N for {activation}, got {columns}")
     return name, gated, routes, product_columns(b, gated, product.transposed)
@@ -242,8 +250,11 @@ def _check_floats(tensors: dict[str, Tensor | None], rows: Tensor, *, same_dtype
 
 
 def _check_activation(name: object, gated: bool) -> None:
-    if (name, gated) not in packed.ACTIVATIONS:
+    if isinstance(name, Gate):
+        if not gated:
+            raise InvalidInput("activation: expected gate_up_proj with a gate, [E, 2I, H], for a Gate, got [E, I, H]")
+    elif name not in PLAIN:
         raise InvalidInput(
-            f"activation: expected one of {packed.names(list(packed.ACTIVATIONS))}, got {name!r}; "
+            f"activation: expected one of {names()}, got {name!r}; moealign.Gate is a gate with constants, and "
             "moealign.fused_moe also takes a callable on the rows of the first product"
         )

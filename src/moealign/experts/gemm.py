@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import modes
 from ..layout import BlockLayout
 from . import operators, packed
+from .activations import Gate
 from .checks import check_out, check_product, select_path
 from .records import Product
 
@@ -22,7 +23,7 @@ def grouped_gemm(
     top_k: int,
     row_weights: Tensor | None = None,
     bias: Tensor | None = None,
-    activation: str | None = None,
+    activation: str | Gate | None = None,
     transposed: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
@@ -43,6 +44,7 @@ def grouped_gemm(
         bias: ``[E, N]``, added before the activation.
         activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2``.  With the suffix ``_mul`` (``silu_mul``)
             it applies to the first half of the columns, multiplied by the second; the output has ``N / 2`` columns.
+            A :class:`moealign.Gate` is such a gate with constants.
         transposed: `b` is ``[E, K, N]``.
         out: contiguous ``[n, N]`` buffer in the dtype of `a` for the result; not if gradients are needed.
         backend: ``triton`` or ``packed``; by default chosen by the device, the dtype and whether gradients are needed.
@@ -56,7 +58,7 @@ def grouped_gemm(
         BackendUnavailable: `backend` cannot take this call.
     """
     x, weights, added = modes.in_autocast_dtype(a, b, bias)
-    product = Product(x, weights, layout, top_k, row_weights, added, activation, False, transposed)
+    product = Product(x, weights, layout, top_k, row_weights, added, None, False, transposed)
     facts = modes.checked(check_product, product, activation)
     if isinstance(facts, modes.Refusal):
         return modes.refuse(facts)[0]

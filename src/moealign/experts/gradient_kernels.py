@@ -14,18 +14,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import GELU, GELU_TANH, RELU, RELU2, SILU, product
+from .kernels import (
+    ALPHA,
+    BETA,
+    GELU,
+    GELU_TANH,
+    INTERLEAVED,
+    LIMIT,
+    LIMIT_AFTER,
+    LINEAR_BETA,
+    OFFSET,
+    RELU,
+    RELU2,
+    SILU,
+    SITU,
+    product,
+    tanh,
+)
 
 __all__ = ["activation_gradient", "bias_gradient", "weights_gradient"]
 
 
 @triton.jit
-def _activation_and_slope(x, ACT: tl.constexpr):
+def _activation_and_slope(x, ACT: tl.constexpr, GATE: tl.constexpr):
     """An activation and its derivative, of a block of any shape, in float32."""
     if ACT == SILU:
-        share = 1 / (1 + tl.exp(-x))
+        if GATE[ALPHA] == 1:
+            share = 1 / (1 + tl.exp(-x))
+            slope = share * (1 + x * (1 - share))
+        else:
+            share = 1 / (1 + tl.exp(-GATE[ALPHA] * x))
+            slope = share * (1 + GATE[ALPHA] * x * (1 - share))
         value = x * share
-        slope = share * (1 + x * (1 - share))
     elif ACT == GELU:
         share = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         value = x * share
@@ -38,12 +58,46 @@ def _activation_and_slope(x, ACT: tl.constexpr):
     elif ACT == RELU:
         value = tl.maximum(x, 0.0)
         slope = tl.where(x > 0, 1.0, 0.0)
+    elif ACT == SITU:
+        share = 1 / (1 + tl.exp(-x))
+        bounded = tanh(x / GATE[BETA])
+        value = GATE[BETA] * bounded * share
+        slope = share * ((1 - bounded * bounded) + GATE[BETA] * bounded * (1 - share))
     else:
         tl.static_assert(ACT == RELU2)
         value = tl.maximum(x, 0.0)
         slope = 2 * value
         value = value * value
     return value, slope
+
+
+@triton.jit
+def _gate_and_slopes(x, up, ACT: tl.constexpr, GATE: tl.constexpr):
+    """The activation of a gate and its derivative, and its up part and the derivative of that, in float32.
+
+    As in torch, the gradient of a clamp passes where the value is within the limit or equal to it.
+    """
+    if GATE[LIMIT] is not None and not GATE[LIMIT_AFTER]:
+        passes = x <= GATE[LIMIT]
+        value, slope = _activation_and_slope(tl.where(passes, x, GATE[LIMIT]), ACT, GATE)
+        slope = tl.where(passes, slope, 0.0)
+    else:
+        value, slope = _activation_and_slope(x, ACT, GATE)
+        if GATE[LIMIT] is not None:
+            slope = tl.where(value <= GATE[LIMIT], slope, 0.0)
+            value = tl.minimum(value, GATE[LIMIT])
+    if GATE[LIMIT] is not None:
+        up_slope = tl.where(tl.abs(up) <= GATE[LIMIT], 1.0, 0.0)
+        up = tl.clamp(up, -GATE[LIMIT], GATE[LIMIT])
+    else:
+        up_slope = tl.full(up.shape, 1.0, tl.float32)
+    if GATE[LINEAR_BETA] is not None:
+        bounded = tanh(up / GATE[LINEAR_BETA])
+        up = GATE[LINEAR_BETA] * bounded
+        up_slope = up_slope * (1 - bounded * bounded)
+    if GATE[OFFSET] != 0:
+        up += GATE[OFFSET]
+    return value, slope, up, up_slope
 
 
 @triton.jit
@@ -63,7 +117,8 @@ def activation_gradient(
     grads, b, before, weights, sorted_ids, expert_ids, total, activated, out, sums,
     num_routes, num_blocks, N, K, num_local, outputs, top_k,
     grad_stride, b_stride_e, b_stride_n, b_stride_k,
-    ACT: tl.constexpr, GATED: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """With ``g = b[e] @ grads[i // top_k]`` for each route i of expert e, and x, up the rows of `before`:
@@ -74,8 +129,8 @@ def activation_gradient(
     ``sums[i]``     of ``g * act(x) * up`` over the columns of each tile: parts of the gradient of ``weights[i]``
     ==============  ==========================================================================================
 
-    Without GATED there is no up.  A fixed number of programs loops over tiles of ``BLOCK_M`` rows and ``BLOCK_N``
-    columns.
+    Without GATED there is no up; a gate with constants (GATE) has its own derivatives for gate and up.  A fixed number
+    of programs loops over tiles of ``BLOCK_M`` rows and ``BLOCK_N`` columns.
 
     inputs      grads [tokens, K]; b [experts, N, K] by its strides, or its TMA descriptor (`product` in kernels.py);
                 before [num_routes, outputs]; weights [num_routes]
@@ -109,10 +164,24 @@ def activation_gradient(
         half: tl.constexpr = BLOCK_N // 2
         left, right = g.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
         dots = _through_activation(
-            left, before, weights, activated, out, slots, routes, weighted, column, N, outputs, ACT, GATED, half
+            left, before, weights, activated, out, slots, routes, weighted, column, N, outputs, ACT, GATED, GATE, half
         )
         dots += _through_activation(
-            right, before, weights, activated, out, slots, routes, weighted, column + half, N, outputs, ACT, GATED, half
+            right,
+            before,
+            weights,
+            activated,
+            out,
+            slots,
+            routes,
+            weighted,
+            column + half,
+            N,
+            outputs,
+            ACT,
+            GATED,
+            GATE,
+            half,
         )
         tl.store(sums + routes * num_n + column_tile, dots, mask=kept)
 
@@ -120,25 +189,37 @@ def activation_gradient(
 @triton.jit
 def _through_activation(
     g, before, weights, activated, out, slots, routes, weighted, column, N, outputs,
-    ACT: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of `activation_gradient` for COLUMNS columns from `column` on: its part of the rows' sums."""
     columns = column + tl.arange(0, COLUMNS)
     inside = (columns < N)[None, :]
-    known = weighted[:, None] & inside
-    before_at = before + routes[:, None] * outputs + columns[None, :]
-    x = tl.load(before_at, mask=known, other=0.0).to(tl.float32)
     factor = tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
-    value, slope = _activation_and_slope(x, ACT)
     rows = slots.to(tl.int64)[:, None]
-    out_at = out + rows * outputs + columns[None, :]
     weighted_g = g * factor
-    if GATED:
-        up = tl.load(before_at + N, mask=known, other=0.0).to(tl.float32)
-        tl.store(out_at + N, (weighted_g * value).to(out.dtype.element_ty), mask=inside)
+    if GATED and GATE[INTERLEAVED]:
+        pairs = 2 * column + tl.arange(0, 2 * COLUMNS)
+        within = (pairs < 2 * N)[None, :]
+        both = tl.load(before + routes[:, None] * outputs + pairs[None, :], mask=weighted[:, None] & within, other=0.0)
+        x, up = both.to(tl.float32).reshape(slots.shape[0], COLUMNS, 2).split()
+        value, slope, up, up_slope = _gate_and_slopes(x, up, ACT, GATE)
+        both = tl.join(weighted_g * slope * up, weighted_g * value * up_slope).reshape(slots.shape[0], 2 * COLUMNS)
+        tl.store(out + rows * outputs + pairs[None, :], both.to(out.dtype.element_ty), mask=within)
         value = value * up
-        slope = slope * up
-    tl.store(out_at, (weighted_g * slope).to(out.dtype.element_ty), mask=inside)
+    else:
+        known = weighted[:, None] & inside
+        before_at = before + routes[:, None] * outputs + columns[None, :]
+        out_at = out + rows * outputs + columns[None, :]
+        x = tl.load(before_at, mask=known, other=0.0).to(tl.float32)
+        if GATED:
+            up = tl.load(before_at + N, mask=known, other=0.0).to(tl.float32)
+            value, slope, up, up_slope = _gate_and_slopes(x, up, ACT, GATE)
+            tl.store(out_at + N, (weighted_g * value * up_slope).to(out.dtype.element_ty), mask=inside)
+            value = value * up
+            slope = slope * up
+        else:
+            value, slope = _activation_and_slope(x, ACT, GATE)
+        tl.store(out_at, (weighted_g * slope).to(out.dtype.element_ty), mask=inside)
     tl.store(activated + rows * N + columns[None, :], (value * factor).to(activated.dtype.element_ty), mask=inside)
     return tl.sum(tl.where(inside, g * value, 0.0), 1)
 

@@ -85,14 +85,14 @@ def layer_gradients(
     """
     device, target = hidden_states.device, target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
-    count, hidden, inner, experts = tokens * top_k, hidden_states.shape[1], weights.inner, weights.experts
+    count, hidden, inner, experts = tokens * top_k, hidden_states.shape[1], weights.inner(), weights.experts()
     for_hidden, for_gate_up, for_down, for_routing, for_gate_up_bias, for_down_bias = needed
     tiles = tiles or select_gradient_tiles(target, count, experts, hidden_states.element_size())
     layout = _layout_of(routes, tiles.rows.m, experts)
     assert layout.positions is not None
     new = hidden_states.new_empty
     grad, x = launch.row_major(grad), launch.row_major(hidden_states)
-    outputs = 2 * inner if weights.gated else inner
+    outputs = 2 * inner if weights.gated() else inner
     if before is None:
         before = new(count, outputs)
         bias, transposed = weights.gate_up_bias, weights.transposed
@@ -240,7 +240,7 @@ def _activation_launch(
     sums: Tensor,
 ) -> GemmLaunch:
     """A launch of the kernel `activation_gradient`."""
-    b, inner = weights.down, weights.inner
+    b, inner = weights.down, weights.inner()
     count, hidden = routes.ids.numel(), grad.shape[1]
     # The weights from the inner columns to H, read from H to the inner columns.
     strides = b.stride() if weights.transposed else (b.stride(0), b.stride(2), b.stride(1))
@@ -255,11 +255,11 @@ def _activation_launch(
         (
             grad, launch.weights_operand(b, tile, tma), before, routes.weights.reshape(-1), layout.sorted_token_ids,
             layout.expert_ids, layout.num_tokens_post_padded, activated, out, sums,
-            count, min(blocks, layout.sorted_token_ids.numel() // tile.m), inner, hidden, weights.experts,
+            count, min(blocks, layout.sorted_token_ids.numel() // tile.m), inner, hidden, weights.experts(),
             out.shape[1], routes.ids.shape[1], launch.row_stride(grad), *strides,
         ),
         {
-            "ACT": launch.ACTIVATION_CODES[activation], "GATED": weights.gated, "B_TMA": tma, "EVEN_K": even,
+            **launch.activation_constants(activation, weights.gated()), "B_TMA": tma, "EVEN_K": even,
             "PRECISION": _precision(grad),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },

@@ -22,13 +22,38 @@ GELU = tl.constexpr(2)
 GELU_TANH = tl.constexpr(3)
 RELU = tl.constexpr(4)
 RELU2 = tl.constexpr(5)
+SITU = tl.constexpr(6)
+# The constants of a gate (activations.Gate), as `GATE` of a kernel: limit or None, whether that is of the activation's
+# value, alpha, offset, beta, linear_beta or None, and whether gate and up are neighbouring columns instead of halves.
+LIMIT = tl.constexpr(0)
+LIMIT_AFTER = tl.constexpr(1)
+ALPHA = tl.constexpr(2)
+OFFSET = tl.constexpr(3)
+BETA = tl.constexpr(4)
+LINEAR_BETA = tl.constexpr(5)
+INTERLEAVED = tl.constexpr(6)
 
 
 @triton.jit
-def _activate(x, ACT: tl.constexpr):
+def tanh(x):
+    """In float32, to a few units in the last place: a series near zero, where the formula cancels."""
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    far = tl.where(x < 0, -far, far)
+    y = x * x
+    series = 0.13333333333333333 + y * (-0.05396825396825397 + y * 0.0218694885361552)
+    near = x + x * y * (-0.3333333333333333 + y * series)
+    return tl.where(tl.abs(x) < 0.25, near, far)
+
+
+@triton.jit
+def _activate(x, ACT: tl.constexpr, GATE: tl.constexpr):
     """The activation of a block of any shape, in float32."""
     if ACT == SILU:
-        x = x / (1 + tl.exp(-x))
+        if GATE[ALPHA] == 1:
+            x = x / (1 + tl.exp(-x))
+        else:
+            x = x / (1 + tl.exp(-GATE[ALPHA] * x))
     elif ACT == GELU:
         x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
     elif ACT == GELU_TANH:
@@ -39,7 +64,26 @@ def _activate(x, ACT: tl.constexpr):
     elif ACT == RELU2:
         x = tl.maximum(x, 0.0)
         x = x * x
+    elif ACT == SITU:
+        x = GATE[BETA] * tanh(x / GATE[BETA]) / (1 + tl.exp(-x))
     return x
+
+
+@triton.jit
+def _gated(x, up, ACT: tl.constexpr, GATE: tl.constexpr):
+    """The activation of a gate, times its up part, in float32."""
+    if GATE[LIMIT] is not None:
+        if not GATE[LIMIT_AFTER]:
+            x = tl.minimum(x, GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -GATE[LIMIT], GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
+    x = _activate(x, ACT, GATE)
+    if GATE[LIMIT] is not None and GATE[LIMIT_AFTER]:
+        x = tl.minimum(x, GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
+    if GATE[LINEAR_BETA] is not None:
+        up = GATE[LINEAR_BETA] * tanh(up / GATE[LINEAR_BETA])
+    if GATE[OFFSET] != 0:
+        up += GATE[OFFSET]
+    return x * up
 
 
 @triton.jit
@@ -126,7 +170,7 @@ def _rows(
     a, b, bias, weights, routes, before, out,
     expert, block_start, column, num_routes, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -152,26 +196,43 @@ def _rows(
     local = (expert >= 0) & (expert < num_local)
     steps = tl.where(local, tl.cdiv(K, BLOCK_K), 0)
     safe_expert = tl.where(local, expert, 0)
-    x, up = product(
-        a, b, a_rows, block_start, kept, safe_expert, column, N, K, steps, outputs,
-        a_stride, b_stride_e, b_stride_n, b_stride_k,
-        GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    if bias is not None:
-        at = bias + safe_expert * bias_stride + columns
-        # Triton 3.9's interpreter cannot combine a scalar and a block into a mask.
-        bounds = columns < tl.where(local, N, 0)
-        x += tl.load(at, mask=bounds, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(at + N, mask=bounds, other=0.0).to(tl.float32)[None, :]
-    if before is not None:
-        before_at = before + routes[:, None] * outputs + columns[None, :]
-        tl.store(before_at, x.to(before.dtype.element_ty), mask=stored)
-        if GATED:
-            tl.store(before_at + N, up.to(before.dtype.element_ty), mask=stored)
-    x = _activate(x, ACT)
+    if GATED and GATE[INTERLEAVED]:
+        width: tl.constexpr = 2 * BLOCK_N
+        both, _ = product(
+            a, b, a_rows, block_start, kept, safe_expert, 2 * column, 2 * N, K, steps, outputs,
+            a_stride, b_stride_e, b_stride_n, b_stride_k,
+            False, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, width, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        pairs = 2 * column + tl.arange(0, width)
+        if bias is not None:
+            bounds = pairs < tl.where(local, 2 * N, 0)
+            both += tl.load(bias + safe_expert * bias_stride + pairs, mask=bounds, other=0.0).to(tl.float32)[None, :]
+        if before is not None:
+            before_at = before + routes[:, None] * outputs + pairs[None, :]
+            tl.store(before_at, both.to(before.dtype.element_ty), mask=kept[:, None] & (pairs < 2 * N)[None, :])
+        x, up = both.reshape(BLOCK_M, BLOCK_N, 2).split()
+    else:
+        x, up = product(
+            a, b, a_rows, block_start, kept, safe_expert, column, N, K, steps, outputs,
+            a_stride, b_stride_e, b_stride_n, b_stride_k,
+            GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        if bias is not None:
+            at = bias + safe_expert * bias_stride + columns
+            # Triton 3.9's interpreter cannot combine a scalar and a block into a mask.
+            bounds = columns < tl.where(local, N, 0)
+            x += tl.load(at, mask=bounds, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(at + N, mask=bounds, other=0.0).to(tl.float32)[None, :]
+        if before is not None:
+            before_at = before + routes[:, None] * outputs + columns[None, :]
+            tl.store(before_at, x.to(before.dtype.element_ty), mask=stored)
+            if GATED:
+                tl.store(before_at + N, up.to(before.dtype.element_ty), mask=stored)
     if GATED:
-        x = x * up
+        x = _gated(x, up, ACT, GATE)
+    else:
+        x = _activate(x, ACT, GATE)
     if weights is not None:
         weighted = kept & (slot < tl.where(local, BLOCK_M, 0))
         x = x * tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
@@ -183,7 +244,7 @@ def _tile(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -209,21 +270,23 @@ def _tile(
                 a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), before, out,
                 expert, start, column, num_routes, N, K, num_local, outputs, top_k,
                 a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _rows(
                 a_half, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, HALF_ROWS)), before, out,
                 expert, start, column, num_routes, N, K, num_local, outputs, top_k,
                 a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, HALF_ROWS, BLOCK_N, BLOCK_K,
+                ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION,
+                HALF_ROWS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _rows(
             a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), before, out,
             expert, start, column, num_routes, N, K, num_local, outputs, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-            ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -237,7 +300,7 @@ def gemm(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, total, before, out,
     num_routes, num_blocks, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
     NO_LAYOUT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -256,7 +319,7 @@ def gemm(
     sizes       num_routes; num_blocks: those that the layout's tensors hold; N output columns; K; num_local experts;
                 outputs: rows of an expert's weights, N or with GATED 2 N, the gate's first; top_k
     strides     in elements; K is contiguous in a, N in out
-    options     ACT, GATED: the epilogue; A_LAYOUT: a is in layout order; EVEN_K: BLOCK_K divides K; PRECISION of
+    options     ACT, GATED, GATE: the epilogue; A_LAYOUT: a is in layout order; EVEN_K: BLOCK_K divides K; PRECISION of
                 float32 products
     tunable     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, HALF_ROWS, PERSISTENT, A_TMA, B_TMA; SWAP: weights are the left
                 operand
@@ -273,7 +336,7 @@ def gemm(
             a, b, bias, weights, routes, before, out,
             expert, 0, tl.program_id(0) % num_n * BLOCK_N, num_routes, N, K, num_local, outputs, top_k,
             a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-            ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # a wrong `total` must not lead past the tensors
@@ -283,7 +346,7 @@ def gemm(
                     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
                     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
+                    ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
                 )  # fmt: skip
         else:
@@ -293,7 +356,7 @@ def gemm(
                     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
                     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                    ACT, GATED, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
+                    ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
                 )  # fmt: skip
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..backend.triton.launch import interpreted, on_device, unavailable
 from ..layout import BlockLayout, cdiv, power_of_two
+from .activations import NO_CONSTANTS, Gate, parse
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, with_block_size
 
 __all__ = [
-    "ACTIVATION_CODES",
     "GemmLaunch",
+    "activation_constants",
     "descriptor",
     "fill_product",
     "gemm_launch",
@@ -32,7 +33,7 @@ __all__ = [
     "weights_operand",
 ]
 
-ACTIVATION_CODES = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5}
+_ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5, "situ": 6}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -92,11 +93,20 @@ def takes_tma(matrix: Tensor) -> bool:
     return matrix.stride(-1) == 1 and pitch % 16 == 0 and matrix.data_ptr() % 16 == 0 and matrix.numel() > 0
 
 
-def weights_operand(b: Tensor, tile: Tile, tma: int) -> Any:
+def activation_constants(activation: str | None, gated: bool) -> dict[str, Any]:
+    """What kernels are compiled for: which activation, whether it has a gate, and the constants of that."""
+    gate = None if activation is None else parse(activation)
+    if isinstance(gate, Gate):
+        return {"ACT": _ACTIVATIONS[gate.activation], "GATED": gated, "GATE": gate.constants}
+    return {"ACT": _ACTIVATIONS[gate], "GATED": gated, "GATE": NO_CONSTANTS}
+
+
+def weights_operand(b: Tensor, tile: Tile, tma: int, interleaved: bool = False) -> Any:
     """`b` or its descriptor, as `B_TMA` of the kernels says."""
     if tma == 0:
         return b
-    shape = (tile.k, tile.n) if tma == 2 else (tile.n, tile.k)
+    columns = 2 * tile.n if interleaved else tile.n
+    shape = (tile.k, columns) if tma == 2 else (columns, tile.k)
     return descriptor(b.view(-1, b.shape[2]), *shape)
 
 
@@ -151,19 +161,20 @@ def gemm_launch(
     tiles = blocks * cdiv(columns, tile.n)
     half_rows = 0 if no_layout else tile.half_tile_rows
     persistent = bool(tile.ctas) and not no_layout
+    options = activation_constants(activation, gated)
     return GemmLaunch(
         "gemm",
         (min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles,),
         (
             descriptor(a, tile.m, tile.k) if a_tma else a,
             (descriptor(a, half_rows, tile.k) if a_tma else a) if half_rows else None,
-            weights_operand(b, tile, b_tma),
+            weights_operand(b, tile, b_tma, options["GATE"][-1]),
             bias, None if weights is None else weights.reshape(-1), *rows, before, out,
             routes, max_blocks, columns, depth, experts, outputs, top_k,
             row_stride(a), *strides, 0 if bias is None else bias.stride(0), row_stride(out),
         ),
         {
-            "ACT": ACTIVATION_CODES[activation], "GATED": gated, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
+            **options, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
             "HALF_ROWS": half_rows, "NO_LAYOUT": no_layout, "PDL": target.hopper,
             "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
@@ -218,17 +229,17 @@ def layer_launches(
     if layout is None:
         ids: Tensor | None = routes.ids.reshape(-1)
         assert ids is not None
-        kept, limit, rows = ids, weights.experts, count
+        kept, limit, rows = ids, weights.experts(), count
     else:
         assert layout.positions is not None
         ids = None
         kept, limit, rows = layout.positions, 2**31 - 1, layout.expert_ids.numel() * tiles.first.m
     in_layout = layout is not None
-    activated = new(rows, weights.inner)
+    activated = new(rows, weights.inner())
     out, of_routes = new(tokens, hidden), new(count, hidden)
     gate_up, down, gate_up_bias, down_bias, transposed = weights
     x = row_major(hidden_states)
-    first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated, transposed)
+    first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated(), transposed)
     second = Product(activated, down, layout, 1, routes.weights, down_bias, None, False, transposed)
     launches = [
         gemm_launch(target, tiles.first, first, activated, count, ids, before=before, out_layout=in_layout),

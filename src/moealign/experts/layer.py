@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import modes
 from . import operators, packed
+from .activations import Gate, Rows, function_of
 from .checks import check_layer, check_training, select_path
-from .packed import Rows
 from .records import ExpertWeights, Routes
 from .tiles import select_block_size
 
@@ -35,7 +35,7 @@ def fused_moe(
     *,
     expert_map: Tensor | None = None,
     num_valid_tokens: Tensor | None = None,
-    activation: str | Rows = "silu",
+    activation: str | Gate | Rows = "silu",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     transposed: bool = False,
@@ -62,8 +62,8 @@ def fused_moe(
             then global.
         num_valid_tokens: int32, one element, on the device; later tokens give zeros.
         activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2``, applied to the gate and multiplied by the
-            up part if there is a gate; or a callable from the rows of the first product ``[rows, 2I]`` to
-            ``[rows, I]`` that treats each row by itself.
+            up part if there is a gate; or a :class:`moealign.Gate`, a gate with constants; or a callable from the rows
+            of the first product ``[rows, 2I]`` to ``[rows, I]`` that treats each row by itself.
         gate_up_bias, down_bias: ``[E, 2I]`` and ``[E, H]``.
         transposed: weights are ``[E, H, 2I]`` and ``[E, I, H]``.
         output_rows: a callable on the rows of the second product ``[rows, H]``, before the routing weight.
@@ -98,9 +98,10 @@ def fused_moe(
             return modes.refuse(refusal)[0]
         training = (recompute, *(weight_grads or (None, None)))
     gradients = modes.wants_gradient(x, *weights, topk_weights)
-    name = activation if isinstance(activation, str) and output_rows is None else None
+    known = activation.text if isinstance(activation, Gate) else activation
+    name = known if isinstance(known, str) and output_rows is None else None
     path = select_path(x, backend, modes.forward_mode() or (gradients and name is None))
-    apply = packed.ACTIVATIONS[activation, gated] if isinstance(activation, str) else activation
+    apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
     result: Tensor
     if name is not None:
         watched = modes.watched(x, gate_up_proj, down_proj, *biases, *routes) and backend != "packed"
@@ -132,7 +133,7 @@ def _with_callable(
         size = 64  # one program for all numbers of tokens
     else:
         size = block_size or select_block_size(hidden_states, weights, routes.ids.numel())
-    layout = routes.layout(size, weights.experts)
+    layout = routes.layout(size, weights.experts())
     blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
 
     def multiply(rows: Tensor, right: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
@@ -142,7 +143,7 @@ def _with_callable(
         return result
 
     rows = multiply(hidden_states, weights.gate_up, weights.gate_up_bias, routes.ids.shape[1])
-    rows = packed.apply_callable("activation", apply, rows, weights.inner)
+    rows = packed.apply_callable("activation", apply, rows, weights.inner())
     rows = multiply(rows, weights.down, weights.down_bias, 1)
     if output_rows is not None:
         rows = packed.apply_callable("output_rows", output_rows, rows, hidden_states.shape[1])

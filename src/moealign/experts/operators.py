@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import modes
 from ..layout import BlockLayout
 from . import gradients, launch, packed, packed_operators  # noqa: F401  (registers its operators)
+from .activations import function_of
 from .checks import select_path
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES, select_tiles
@@ -56,9 +57,9 @@ def run_layer(
 ) -> Tensor:
     """A layer of experts on plain tensors, ``[T, H]``; `before` receives the first product's rows."""
     if launch.refuses(hidden_states) is not None or is_empty(hidden_states, weights, routes):
-        return packed.run_layer(hidden_states, weights, routes, packed.ACTIVATIONS[activation, weights.gated])
+        return packed.run_layer(hidden_states, weights, routes, function_of(activation, weights.gated()))
     tiles = select_tiles(hidden_states, weights, routes, block_size)
-    layout = routes.layout(tiles.block_size, weights.experts) if tiles.block_size else None
+    layout = routes.layout(tiles.block_size, weights.experts()) if tiles.block_size else None
     return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation, before)
 
 
@@ -87,9 +88,7 @@ def _layer(*args: Any) -> Tensor:
 
 def _layer_formula(*args: Any) -> Tensor:
     hidden_states, weights, routes, activation, _ = _records(*args[:12])
-    return packed.run_training(
-        hidden_states, weights, routes, packed.ACTIVATIONS[activation, weights.gated], *args[12:]
-    )
+    return packed.run_training(hidden_states, weights, routes, function_of(activation, weights.gated()), *args[12:])
 
 
 def _layer_fake(hidden_states: Tensor, *args: object) -> Tensor:
@@ -288,7 +287,7 @@ def _product_for_gradients(*args: Any) -> Tensor:
     options = (None, product.bias, None, False, product.transposed)
     rows: Tensor = torch.ops.moealign.grouped_gemm(*args[:7], *options)
     if product.activation is not None:
-        rows = packed.ACTIVATIONS[product.activation, product.gated](rows)
+        rows = function_of(product.activation, product.gated)(rows)
     if product.row_weights is not None:
         assert product.layout is not None
         kept = gradients.experts_of_routes(product.layout, rows.shape[0], product.b.shape[0]) >= 0

@@ -7,7 +7,6 @@ a layout with ``block_size=1``; its ``group_ends`` are the ends of the experts' 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from .. import modes
 from ..errors import InvalidInput
 from ..layout import BlockLayout
+from .activations import Rows, function_of
 from .records import ExpertWeights, Product, Routes
 
 __all__ = [
-    "ACTIVATIONS",
-    "Rows",
     "apply_callable",
     "bias_rows",
     "gather",
@@ -31,7 +29,6 @@ __all__ = [
     "grouped_mm_eager",
     "grouped_mm_weights_eager",
     "loops_over_experts",
-    "names",
     "pack_layout",
     "run_expert_by_expert",
     "run_layer",
@@ -42,37 +39,6 @@ __all__ = [
     "spans",
     "weighted_sum",
 ]
-
-#: A function that treats each row by itself.
-Rows = Callable[[Tensor], Tensor]
-
-
-def _gated(function: Rows) -> Rows:
-    def apply(rows: Tensor) -> Tensor:
-        gate, up = rows.chunk(2, dim=-1)
-        return function(gate) * up
-
-    return apply
-
-
-_ACTIVATIONS: dict[str, Rows] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda rows: F.gelu(rows, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda rows: F.relu(rows).square(),
-}
-
-#: By name, and by whether the columns are a gate and an up part, gate first.
-ACTIVATIONS: dict[tuple[str, bool], Rows] = {
-    **{(name, False): function for name, function in _ACTIVATIONS.items()},
-    **{(name, True): _gated(function) for name, function in _ACTIVATIONS.items()},
-}
-
-
-def names(values: Sequence[tuple[str, bool]]) -> str:
-    """The names of activations, for messages."""
-    return ", ".join(sorted({name for name, _ in values}))
 
 
 # ---- a layer, a product ----------------------------------------------------------------------------------------------
@@ -93,7 +59,7 @@ def run_layer(
         output_rows: applied to the rows of the second product, ``[rows, H]``.
         zero_dropped_rows: pass rows of dropped routes to the callables as zeros, as these may have parameters.
     """
-    top_k, experts = routes.ids.shape[1], weights.experts
+    top_k, experts = routes.ids.shape[1], weights.experts()
     layout = routes.layout(1, experts, group_ends=True)
     ends, positions, order = layout.group_ends, layout.positions, layout.sorted_token_ids
     assert ends is not None
@@ -116,7 +82,7 @@ def run_layer(
         rows = rows.masked_fill(past, 0)
     if weights.gate_up_bias is not None:
         rows = rows + bias_rows(weights.gate_up_bias, ends, rows.shape[0])
-    rows = apply_callable("activation", apply, rows, weights.inner)
+    rows = apply_callable("activation", apply, rows, weights.inner())
     rows = grouped_mm(rows, weights.down, ends, weights.transposed)
     if zero_dropped_rows:
         rows = rows.masked_fill(past, 0)
@@ -197,7 +163,7 @@ def run_product(product: Product) -> Tensor:
     if product.bias is not None:
         rows = rows + bias_rows(product.bias, ends, order.shape[0])
     if product.activation is not None:
-        rows = ACTIVATIONS[product.activation, product.gated](rows)
+        rows = function_of(product.activation, product.gated)(rows)
     rows = scatter_rows(rows, order, positions)
     if product.row_weights is not None:
         factor = product.row_weights.reshape(-1).masked_fill(positions < 0, 0)

@@ -1,6 +1,7 @@
 """What travels together through this wing: the weights of a layer, the router's choice, and one grouped product.
 
-They are tuples, so that Dynamo traces them and :func:`moealign.modes.call` finds the tensors inside.
+They are tuples, so that Dynamo traces them and :func:`moealign.modes.call` finds the tensors inside.  They have methods
+and no properties, which the Dynamo of torch 2.10 cannot read.
 """
 
 from __future__ import annotations
@@ -25,25 +26,21 @@ class ExpertWeights(NamedTuple):
     down_bias: Tensor | None = None  #: [E, H]
     transposed: bool = False
 
-    @property
     def experts(self) -> int:
         """E, a number under ``torch.jit.trace`` too."""
         return modes.size(self.gate_up, 0)
 
-    @property
     def hidden(self) -> int:
         """H."""
         return self.down.shape[2 if self.transposed else 1]
 
-    @property
     def inner(self) -> int:
         """I."""
         return self.down.shape[1 if self.transposed else 2]
 
-    @property
     def gated(self) -> bool:
         """Whether the first projection has a gate beside the up part."""
-        return self.gate_up.shape[2 if self.transposed else 1] == 2 * self.inner
+        return self.gate_up.shape[2 if self.transposed else 1] == 2 * self.inner()
 
 
 class Routes(NamedTuple):

@@ -229,7 +229,7 @@ def select_tiles(
     target = target or target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
     itemsize = hidden_states.element_size()
-    sizes = (weights.experts, weights.hidden, weights.inner)
+    sizes = (weights.experts(), weights.hidden(), weights.inner())
     known = tuned(target)
     entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
     if entry and block_size is None:
@@ -251,5 +251,5 @@ def select_tiles(
 def select_block_size(hidden_states: Tensor, weights: ExpertWeights, routes: int) -> int:
     """The rule's block size for a layer with a callable between the products."""
     target = target_of(hidden_states.device)
-    sizes = (weights.experts, hidden_states.shape[1], weights.inner)
+    sizes = (weights.experts(), hidden_states.shape[1], weights.inner())
     return tiles_by_rule(target, routes, 1, *sizes, hidden_states.element_size()).first.m

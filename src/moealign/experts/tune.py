@@ -134,7 +134,7 @@ def _measurement(weights: ExpertWeights, inputs: Sequence[tuple[Tensor, Routes]]
 
     def run(tiles: LayerTiles, slot: int) -> Tensor:
         x, routes = inputs[slot]
-        layout = routes.layout(tiles.block_size, weights.experts) if tiles.block_size else None
+        layout = routes.layout(tiles.block_size, weights.experts()) if tiles.block_size else None
         return launch.run_layer(tiles, x, weights, routes, layout, "silu")
 
     def measure(tiles: LayerTiles) -> float:

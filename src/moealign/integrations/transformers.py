@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable, how_to_install
+from ..experts.activations import Gate
 from ..experts.layer import fused_moe
+from .gate_forms import fused_gate
 from .routers import Replaced, is_wrapper, replace_routers, replay, restore_routers
 
 __all__ = [
     "NAME",
     "Replaced",
     "experts_forward",
+    "explain",
     "install",
     "replace_routers",
     "replay",
@@ -159,7 +162,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def _activation(module: Any, gated: bool) -> Any:
-    """The name of the activation if the module computes exactly that, else the module's own function on rows."""
+    """What the kernels take for the activation: a name, a gate, or the module's own function on rows."""
     function = getattr(module, "act_fn", None)
     name = _ACTIVATIONS.get(type(function).__name__) if isinstance(function, torch.nn.Module) else None
     if name == "gelu" and getattr(function, "act", None) not in (None, torch.nn.functional.gelu):
@@ -168,7 +171,28 @@ def _activation(module: Any, gated: bool) -> Any:
         name = None
     if not gated:
         return name or function
-    return name if name and _is_plain_gate(module) else module._apply_gate
+    if name and _is_plain_gate(module):
+        return name
+    return fused_gate(module, name) or module._apply_gate
+
+
+def explain(model: torch.nn.Module) -> dict[str, str]:
+    """For every experts module of `model`, by name, whether its gate is fused into the first product, or why not."""
+    reports = {}
+    for name, module in model.named_modules():
+        if not isinstance(getattr(module, "down_proj", None), torch.nn.Parameter) or not hasattr(module, "num_experts"):
+            continue
+        activation = _activation(module, getattr(module, "has_gate", True))
+        if isinstance(activation, (str, Gate)):
+            report = f"fused: {activation}"
+        elif getattr(module, "has_gate", True):
+            report = f"not fused: the _apply_gate of {type(module).__name__} is no moealign.Gate, so it is called"
+        else:
+            report = f"not fused: {type(module.act_fn).__name__} is no activation of fused_moe, so it is called"
+        if _post_norm(module) is not None:
+            report += "; a norm follows the second product, so gradients are torch's"
+        reports[name] = report
+    return reports
 
 
 def _is_plain_gate(module: Any) -> bool:
