@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import modes
 from ..alignment import align
 from ..layout import BlockLayout, cdiv
 from . import launch
@@ -88,7 +87,7 @@ def layer_gradients(
     count, hidden, inner, experts = tokens * top_k, hidden_states.shape[1], weights.inner(), weights.experts()
     for_hidden, for_gate_up, for_down, for_routing, for_gate_up_bias, for_down_bias = needed
     tiles = tiles or select_gradient_tiles(target, count, experts, hidden_states.element_size())
-    layout = _layout_of(routes, tiles.rows.m, experts)
+    layout = routes.layout(tiles.rows.m, experts, ranges=True)
     assert layout.positions is not None
     new = hidden_states.new_empty
     grad, x = launch.row_major(grad), launch.row_major(hidden_states)
@@ -101,11 +100,9 @@ def layer_gradients(
     rows = layout.expert_ids.numel() * tiles.rows.m
     activated, of_before = new(rows, inner), new(rows, outputs)
     sums = new(count, cdiv(inner, tiles.rows.n), dtype=torch.float32)
-    one = _activation_launch(
-        target, tiles.rows, grad, weights, routes, layout, before, activation, activated, of_before, sums
-    )
-    launch.run([one], device)
-    del before
+    kept = (before, activation, activated, of_before, sums)
+    launch.run([_activation_launch(target, tiles.rows, grad, weights, routes, layout, *kept)], device)
+    del before, kept  # a launch that is held would keep them
 
     to_down = to_gate_up = to_hidden = to_routing = to_gate_up_bias = to_down_bias = None
     if for_down:
@@ -148,20 +145,6 @@ def layer_gradients(
         to_routing,
         to_gate_up_bias,
         to_down_bias if for_down_bias else None,
-    )
-
-
-def _layout_of(routes: Routes, block_size: int, experts: int) -> BlockLayout:
-    return align(
-        routes.ids,
-        block_size=block_size,
-        num_experts=experts if routes.expert_map is None else modes.size(routes.expert_map, 0),
-        expert_map=routes.expert_map,
-        ignore_invalid_experts=True,
-        num_valid_tokens=routes.num_valid_tokens,
-        positions=True,
-        expert_counts=True,
-        expert_offsets=True,
     )
 
 

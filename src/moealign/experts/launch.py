@@ -149,6 +149,10 @@ def gemm_launch(
         b_tma = 2 if by_tma and transposed_tma and depth % tile.k == 0 else 0
     else:
         b_tma = 1 if by_tma else 0
+    options = activation_constants(activation, gated)
+    interleaved = gated and options["GATE"][-1]
+    if interleaved and not b_tma:  # one accumulator of twice the columns: whole, it would not fit the registers
+        tile = tile._replace(n=max(tile.n // 2, 16))
     a_tma = bool(b_tma and tile.tma > 1 and a_layout and takes_tma(a))
     no_layout = layout is None
     if layout is None:
@@ -161,14 +165,13 @@ def gemm_launch(
     tiles = blocks * cdiv(columns, tile.n)
     half_rows = 0 if no_layout else tile.half_tile_rows
     persistent = bool(tile.ctas) and not no_layout
-    options = activation_constants(activation, gated)
     return GemmLaunch(
         "gemm",
         (min(tiles, tile.ctas * target.multiprocessors) if persistent else tiles,),
         (
             descriptor(a, tile.m, tile.k) if a_tma else a,
             (descriptor(a, half_rows, tile.k) if a_tma else a) if half_rows else None,
-            weights_operand(b, tile, b_tma, options["GATE"][-1]),
+            weights_operand(b, tile, b_tma, interleaved),
             bias, None if weights is None else weights.reshape(-1), *rows, before, out,
             routes, max_blocks, columns, depth, experts, outputs, top_k,
             row_stride(a), *strides, 0 if bias is None else bias.stride(0), row_stride(out),

@@ -51,8 +51,9 @@ class Routes(NamedTuple):
     expert_map: Tensor | None = None  #: [global experts], local expert of each, -1 for another rank's
     num_valid_tokens: Tensor | None = None  #: int32, one element
 
-    def layout(self, block_size: int, experts: int, *, group_ends: bool = False) -> BlockLayout:
-        """Align the routes for `experts` local experts, with their positions and without blocks of foreign ones."""
+    def layout(self, block_size: int, experts: int, *, group_ends: bool = False, ranges: bool = False) -> BlockLayout:
+        """Align the routes for `experts` local experts, with their positions and without blocks of foreign ones; with
+        `ranges`, also the counts and offsets of the experts."""
         return align(
             self.ids,
             block_size=block_size,
@@ -60,8 +61,10 @@ class Routes(NamedTuple):
             expert_map=self.expert_map,
             ignore_invalid_experts=True,
             num_valid_tokens=self.num_valid_tokens,
-            group_ends=group_ends,
             positions=True,
+            group_ends=group_ends,
+            expert_counts=ranges,
+            expert_offsets=ranges,
         )
 
 
