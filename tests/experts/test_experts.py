@@ -272,6 +272,39 @@ def test_gradients_of_weights_are_added_to_buffers(recompute, activation, dtype)
         assert torch.equal(buffer, before + one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["silu", lambda rows: rows[:, :24] * rows[:, 24:]])
+def test_a_token_does_not_depend_on_its_batch(dtype, activation):
+    *tensors, ids, biases = random_layer(40, 2, 4, 40, 24, dtype=dtype, bias=True)
+    x, gate_up, down, weights = tensors
+    ids[3, 0], grad = -1, torch.randn(40, 40).to(dtype)
+
+    def step(rows):
+        leaves = [x[rows].clone().requires_grad_(), weights[rows].clone().requires_grad_()]
+        options = {"gate_up_bias": biases[0], "down_bias": biases[1], "activation": activation}
+        out = fused_moe(leaves[0], gate_up, down, leaves[1], ids[rows], **options, batch_invariant=True)
+        return [out, *torch.autograd.grad(out, leaves, grad[rows])]
+
+    whole = step(torch.arange(40))
+    want = fused_moe(*(each.double() for each in tensors), ids, gate_up_bias=biases[0].double(),
+                     down_bias=biases[1].double(), activation=activation)  # fmt: skip
+    assert relative_error(whole[0], want) < (1e-6 if dtype is torch.float32 else 2e-2)
+    for seed in range(4):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+        for rows in order.split(1 + 7 * seed):
+            for one, every in zip(step(rows), whole, strict=True):
+                assert torch.equal(one, every[rows])
+
+
+def test_batch_invariance_knows_the_valid_tokens():
+    *layer, ids, _ = random_layer(9, 2, 4, 8, 6)
+    valid = torch.tensor([5], dtype=torch.int32)
+    got = fused_moe(*layer, ids, num_valid_tokens=valid, batch_invariant=True)
+    assert relative_error(got, fused_moe(*layer, ids, num_valid_tokens=valid)) < 1e-12
+    assert not got[5:].any()
+    assert fused_moe(layer[0][:0], *layer[1:3], layer[3][:0], ids[:0], batch_invariant=True).shape == (0, 8)
+
+
 def test_buffers_that_cannot_hold_the_gradients_are_refused():
     x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4, dtype=torch.bfloat16)
     right = (torch.zeros(gate_up.shape), torch.zeros(down.shape))
@@ -288,6 +321,7 @@ def test_buffers_that_cannot_hold_the_gradients_are_refused():
     refused((right[0].requires_grad_(), right[1]), InvalidInput, "requires_grad=True")
     right[0].requires_grad_(False)
     refused(right, InvalidType, "recompute: expected True or False", recompute=1)
+    refused(right, InvalidType, "batch_invariant: expected True or False", batch_invariant="yes")
     with pytest.raises(InvalidInput, match="expected an eager call"):
         torch.compile(fused_moe, backend="eager")(x, gate_up, down, weights, ids, weight_grads=right)
 

@@ -578,6 +578,27 @@ def test_gpu_a_training_step_in_a_graph(size):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_a_token_does_not_depend_on_its_batch(dtype):
+    from moealign import fused_moe
+
+    layer, ids, _ = layer_of(500, 4, 16, 256, 128)
+    x, gate_up, down, weights = (each.to(dtype) for each in layer)
+    grad = torch.randn_like(x)
+
+    def step(rows):
+        leaves = [x[rows].clone().requires_grad_(), weights[rows].clone().requires_grad_()]
+        out = fused_moe(leaves[0], gate_up, down, leaves[1], ids[rows], batch_invariant=True)
+        return [out, *torch.autograd.grad(out, leaves, grad[rows])]
+
+    whole = step(torch.arange(500, device="cuda"))
+    for size in (1, 2, 9, 64, 300):
+        for rows in torch.randperm(500, device="cuda").split(size)[:5]:
+            for one, every in zip(step(rows), whole, strict=True):
+                assert torch.equal(one, every[rows])
+
+
+@gpu
 def test_gpu_a_training_step_keeps_one_tensor():
     layer, ids, _ = layer_of(300, 4, 16, 256, 128)
     inputs, own, kept = [each.requires_grad_() for each in layer], {each.data_ptr() for each in (*layer, ids)}, []

@@ -277,6 +277,18 @@ def test_an_own_gate_or_norm_is_called():
     close(module(x, ids, weights), 3 * plain, 1e-6)
 
 
+def test_the_switch_for_batch_invariance():
+    module, (x, ids, weights) = experts_of(), routes()
+    integration.install(batch_invariant=True)
+    try:
+        whole = module(x, ids, weights)
+        for token in range(len(x)):
+            one = slice(token, token + 1)
+            assert torch.equal(module(x[one], ids[one], weights[one]), whole[one])
+    finally:
+        integration.install()
+
+
 def test_an_activation_that_is_not_known_is_called():
     module = experts_of()
     module.act_fn = torch.nn.Softplus()

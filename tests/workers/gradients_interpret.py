@@ -190,6 +190,29 @@ def options():
     yield from compare("double backward", twice, torch.autograd.grad(sum(p.square().sum() for p in first), double))
 
 
+def invariant():
+    """The bits of a token, forward and backward, are those that it has in any other batch."""
+    tensors, ids = layer_of(60, 3, 4, 40, 80, bias=True)
+    single, grad = [each.float() for each in tensors], grads_like(tensors).float()
+
+    def step(rows, **options):
+        leaves = [single[0][rows].clone().requires_grad_(), single[3][rows].clone().requires_grad_()]
+        extra = {"gate_up_bias": single[4], "down_bias": single[5], "batch_invariant": True, "backend": "triton"}
+        out = fused_moe(leaves[0], *single[1:3], leaves[1], ids[rows], **extra, **options)
+        return [out, *torch.autograd.grad(out, leaves, grad[rows])]
+
+    whole = step(torch.arange(60))
+    want = expert_loop(*tensors[:4], ids, bias=tensors[4:])
+    yield "batch-invariant", relative_error(whole[0].detach(), want)
+    for name, size in (("single tokens", 1), ("two tokens", 2), ("17 tokens", 17)):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(size))
+        for rows in order.split(size)[:6]:
+            for recompute in (False, True):
+                got = step(rows, recompute=recompute)
+                differ = [not torch.equal(one, every[rows]) for one, every in zip(got, whole, strict=True)]
+                yield f"{name}: other bits than in the whole batch", float(any(differ))
+
+
 def products():
     tensors, ids = layer_of(11, 3, 5, 24, 20, bias=True)
     ids[4] = torch.tensor([-1, 5, 2])
@@ -242,7 +265,7 @@ def launched():
         out.sum().backward()
     finally:
         launch.run = run
-    want = ["gemm", "gemm", "sum_rows", "activation_gradient", "weights_gradient"]
+    want = ["gemm", "gemm", "sum_rows", "activation_gradient", "weights_gradient", "routing_gradient"]
     yield "launches", float(ran != [*want, "weights_gradient", "gemm", "sum_rows"])
     own = {each.data_ptr() for each in (*inputs, ids)}
     extra = sum(each.numel() for each in kept if each.data_ptr() not in own)
@@ -251,7 +274,7 @@ def launched():
 
 def compared():
     """(what, its relative error or None) of every case; NaN is an error too."""
-    for part in (layers, gates, dropped, options, products, compiled, launched):
+    for part in (layers, gates, dropped, options, invariant, products, compiled, launched):
         for name, error in part():
             yield name, None if error < MAX_ERROR else f"relative error {error}"
 

@@ -19,8 +19,8 @@ __all__ = ["PATHS", "check_layer", "check_out", "check_product", "check_training
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PATHS = ("triton", "packed")
 _NO_GRADIENTS = (
-    "it gives no gradients of callables and no forward-mode derivatives; call it under torch.no_grad() or leave "
-    "backend out"
+    "it gives no gradients of callables, no forward-mode derivatives and no batch-invariant callables; call it under "
+    "torch.no_grad() or leave backend out"
 )
 
 
@@ -111,15 +111,20 @@ def check_layer(
 
 
 def check_training(
-    weights: ExpertWeights, recompute: object, weight_grads: object, dtypes: tuple[torch.dtype, torch.dtype]
+    weights: ExpertWeights,
+    recompute: object,
+    weight_grads: object,
+    batch_invariant: object,
+    dtypes: tuple[torch.dtype, torch.dtype],
 ) -> None:
-    """Refuse what :func:`moealign.fused_moe` does not take as `recompute` and `weight_grads`.
+    """Refuse what :func:`moealign.fused_moe` does not take as these options.
 
     Args:
         dtypes: of both projections before autocast.
     """
-    if not isinstance(recompute, bool):
-        raise InvalidType(f"recompute: expected True or False, got {type(recompute).__name__}")
+    for name, value in (("recompute", recompute), ("batch_invariant", batch_invariant)):
+        if not isinstance(value, bool):
+            raise InvalidType(f"{name}: expected True or False, got {type(value).__name__}")
     if weight_grads is None:
         return
     if not isinstance(weight_grads, (tuple, list)) or len(weight_grads) != 2:

@@ -5,6 +5,7 @@
                        activation: one product with that epilogue.
 `weights_gradient`     the gradient for each expert's weights: a product over the rows of the expert.
 `bias_gradient`        the gradient for each expert's bias: a sum over the rows of the expert.
+`routing_gradient`     the gradient for the routing weights, from the parts that the others leave.
 
 Every output element is written by one program, which adds in a fixed order: no atomics, the same bits every time.
 """
@@ -32,7 +33,7 @@ from .kernels import (
     tanh,
 )
 
-__all__ = ["activation_gradient", "bias_gradient", "weights_gradient"]
+__all__ = ["activation_gradient", "bias_gradient", "routing_gradient", "weights_gradient"]
 
 
 @triton.jit
@@ -332,3 +333,31 @@ def bias_gradient(
             values = values * tl.load(weights + routes, mask=kept, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(values, 0)
     tl.store(out + expert.to(tl.int64) * N + n, total.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(
+    do_not_specialize=["num_routes"],
+    do_not_specialize_on_alignment=["sums", "dots", "positions", "out"],
+)
+def routing_gradient(
+    sums, dots, positions, out, num_routes, num_sums, num_dots,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``out[i] = sum_j sums[i, j] + sum_j dots[i, j]``, over j in order; 0 for dropped routes.
+
+    One program per BLOCK routes.
+
+    inputs      sums [num_routes, num_sums]; dots [num_routes, num_dots] or None; positions [num_routes], negative if
+                dropped
+    output      out [num_routes]
+    """
+    routes = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = routes < num_routes
+    kept = tl.load(positions + routes, mask=inside, other=-1) >= 0
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for j in range(num_sums):
+        total += tl.load(sums + routes * num_sums + j, mask=kept, other=0.0)
+    if dots is not None:
+        for j in range(num_dots):
+            total += tl.load(dots + routes * num_dots + j, mask=kept, other=0.0)
+    tl.store(out + routes, total.to(out.dtype.element_ty), mask=inside)

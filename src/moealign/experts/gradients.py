@@ -18,7 +18,7 @@ from ..layout import BlockLayout, cdiv
 from . import launch
 from .launch import GemmLaunch
 from .records import ExpertWeights, Product, Routes
-from .tiles import BLOCK_SIZES, Target, Tile, target_of
+from .tiles import BLOCK_SIZES, PINNED_ROWS, Target, Tile, target_of
 
 __all__ = ["GradientTiles", "LayerGradients", "layer_gradients", "product_gradients", "select_gradient_tiles"]
 
@@ -71,6 +71,7 @@ def layer_gradients(
     activation: str,
     needed: LayerGradients | tuple[bool, ...],
     buffers: tuple[Tensor | None, Tensor | None] = (None, None),
+    batch_invariant: bool = False,
     tiles: GradientTiles | None = None,
 ) -> LayerGradients:
     """The gradients of :func:`moealign.experts.launch.run_layer`.
@@ -80,13 +81,15 @@ def layer_gradients(
         before: what the forward kept, ``[T * k, 2I]`` or ``[T * k, I]``; None: computed again.
         needed: which gradients, in the order of the result.
         buffers: contiguous tensors, to which the gradients of the projections are added instead of being returned.
+        batch_invariant: take tiles that do not depend on the number of tokens.
         tiles: those of the rule by default.
     """
     device, target = hidden_states.device, target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
     count, hidden, inner, experts = tokens * top_k, hidden_states.shape[1], weights.inner(), weights.experts()
     for_hidden, for_gate_up, for_down, for_routing, for_gate_up_bias, for_down_bias = needed
-    tiles = tiles or select_gradient_tiles(target, count, experts, hidden_states.element_size())
+    size = PINNED_ROWS * experts if batch_invariant else count
+    tiles = tiles or select_gradient_tiles(target, size, experts, hidden_states.element_size())
     layout = routes.layout(tiles.rows.m, experts, ranges=True)
     assert layout.positions is not None
     new = hidden_states.new_empty
@@ -119,8 +122,8 @@ def layer_gradients(
         bias_of = (factors, weights.down_bias, layout, to_down_bias, dots)
         launch.run([_bias_launch(grad, top_k, count, False, *bias_of)], device)
     if for_routing:
-        total = sums.sum(1) if dots is None else sums.sum(1) + dots.sum(1)
-        to_routing = torch.where(layout.positions < 0, 0.0, total).view(tokens, top_k).to(routes.weights.dtype)
+        to_routing = torch.empty_like(routes.weights, memory_format=torch.contiguous_format)
+        launch.run([_routing_launch(sums, dots, layout.positions, to_routing)], device)
     if for_gate_up_bias:
         assert weights.gate_up_bias is not None
         to_gate_up_bias = torch.empty_like(weights.gate_up_bias, memory_format=torch.contiguous_format)
@@ -290,6 +293,21 @@ def _weights_launch(
         False,
         "gradient_kernels",
     )  # fmt: skip
+
+
+def _routing_launch(sums: Tensor, dots: Tensor | None, positions: Tensor, out: Tensor) -> GemmLaunch:
+    """A launch of the kernel `routing_gradient`."""
+    count, block = positions.shape[0], 128
+    return GemmLaunch(
+        "routing_gradient",
+        (cdiv(count, block),),
+        (sums, dots, positions, out, count, sums.shape[1], 0 if dots is None else dots.shape[1]),
+        {"BLOCK": block},
+        4,
+        2,
+        False,
+        "gradient_kernels",
+    )
 
 
 def _bias_launch(

@@ -43,6 +43,7 @@ def fused_moe(
     block_size: int | None = None,
     recompute: bool = False,
     weight_grads: tuple[Tensor, Tensor] | None = None,
+    batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """``out[t] = sum_j topk_weights[t, j] * expert(topk_ids[t, j], hidden_states[t])``, summed in the order of ``j``.
@@ -73,6 +74,8 @@ def fused_moe(
         weight_grads: contiguous buffers like `gate_up_proj` and `down_proj`, in their dtype or float32.  The backward
             adds the gradients of the projections to them, and leaves those of the projections themselves undefined
             (``.grad`` stays as it is): gradient accumulation without a second pass.  Eager calls only.
+        batch_invariant: the bits of a token's output, and of its gradients, do not depend on the other tokens of the
+            batch.  Kernels then take the same tiles for every batch; ``packed`` computes one token after the other.
         backend: ``triton`` or ``packed``; by default chosen by the device, the dtype and the derivatives needed.
 
     Returns:
@@ -92,15 +95,16 @@ def fused_moe(
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
     training: tuple[Any, ...] = ()
-    if recompute is not False or weight_grads is not None:
-        refusal = modes.checked(check_training, weights, recompute, weight_grads, dtypes)
+    if recompute is not False or weight_grads is not None or batch_invariant is not False:
+        refusal = modes.checked(check_training, weights, recompute, weight_grads, batch_invariant, dtypes)
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
-        training = (recompute, *(weight_grads or (None, None)))
+        training = (recompute, *(weight_grads or (None, None)), batch_invariant)
     gradients = modes.wants_gradient(x, *weights, topk_weights)
     known = activation.text if isinstance(activation, Gate) else activation
     name = known if isinstance(known, str) and output_rows is None else None
-    path = select_path(x, backend, modes.forward_mode() or (gradients and name is None))
+    torch_only = modes.forward_mode() or (name is None and (gradients or batch_invariant))
+    path = select_path(x, backend, torch_only)
     apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
     result: Tensor
     if name is not None:
@@ -109,13 +113,13 @@ def fused_moe(
             options = (name, *biases, transposed, block_size, *training)
             result = modes.call(torch.ops.moealign.fused_moe, x, gate_up_proj, down_proj, *routes, *options)
         elif path == "triton":
-            result = operators.run_layer(x, weights, routes, name, block_size)
+            result = operators.run_layer(x, weights, routes, name, block_size, None, batch_invariant)
         else:
             result = modes.call(packed.run_training, x, weights, routes, apply, *training)
     elif path == "triton" and not operators.is_empty(x, weights, routes):
         result = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size)
     else:
-        options = (*(training or (False, None, None)), output_rows, True)
+        options = (*(training or (False, None, None, False)), output_rows, True)
         result = modes.call(packed.run_training, x, weights, routes, apply, *options)
     return result.to(hidden_states.dtype)
 

@@ -31,13 +31,13 @@ _LAYER = (
     "Tensor? expert_map, Tensor? num_valid_tokens, str activation, Tensor? gate_up_bias, Tensor? down_bias, "
     "bool transposed, int? block_size"
 )
-_TRAINING = "bool recompute=False, Tensor? gate_up_grad=None, Tensor? down_grad=None"
+_TRAINING = "bool recompute=False, Tensor? gate_up_grad=None, Tensor? down_grad=None, bool batch_invariant=False"
 _library.define(f"fused_moe({_LAYER}, {_TRAINING}) -> Tensor")
-_library.define(f"fused_moe_forward({_LAYER}) -> (Tensor, Tensor)")
-_library.define(f"fused_moe_backward(Tensor grad, Tensor? before, {_LAYER}, bool[] needed) -> Tensor[]")
+_library.define(f"fused_moe_forward({_LAYER}, bool batch_invariant) -> (Tensor, Tensor)")
+_BACKWARD = f"Tensor grad, Tensor? before, {_LAYER}, bool batch_invariant, bool[] needed"
+_library.define(f"fused_moe_backward({_BACKWARD}) -> Tensor[]")
 _library.define(
-    f"fused_moe_backward.accumulate(Tensor grad, Tensor? before, {_LAYER}, bool[] needed, "
-    "Tensor(a!)? gate_up_grad, Tensor(b!)? down_grad) -> Tensor[]"
+    f"fused_moe_backward.accumulate({_BACKWARD}, Tensor(a!)? gate_up_grad, Tensor(b!)? down_grad) -> Tensor[]"
 )
 
 
@@ -54,11 +54,13 @@ def run_layer(
     activation: str,
     block_size: int | None,
     before: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """A layer of experts on plain tensors, ``[T, H]``; `before` receives the first product's rows."""
     if launch.refuses(hidden_states) is not None or is_empty(hidden_states, weights, routes):
-        return packed.run_layer(hidden_states, weights, routes, function_of(activation, weights.gated()))
-    tiles = select_tiles(hidden_states, weights, routes, block_size)
+        run = packed.run_tokens if batch_invariant else packed.run_layer
+        return run(hidden_states, weights, routes, function_of(activation, weights.gated()))
+    tiles = select_tiles(hidden_states, weights, routes, block_size, batch_invariant=batch_invariant)
     layout = routes.layout(tiles.block_size, weights.experts()) if tiles.block_size else None
     return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation, before)
 
@@ -82,13 +84,21 @@ def _records(
     return hidden_states, weights, Routes(topk_weights, topk_ids, expert_map, num_valid_tokens), activation, block_size
 
 
+def _training(args: tuple[Any, ...]) -> tuple[bool, Tensor | None, Tensor | None, bool]:
+    """recompute, both buffers and batch_invariant from all arguments of the operator, which may leave them out."""
+    defaults = (False, None, None, False)
+    return (*args[12:], *defaults[len(args) - 12 :])  # type: ignore[return-value]
+
+
 def _layer(*args: Any) -> Tensor:
-    return run_layer(*_records(*args[:12]))
+    return run_layer(*_records(*args[:12]), batch_invariant=_training(args)[3])
 
 
 def _layer_formula(*args: Any) -> Tensor:
     hidden_states, weights, routes, activation, _ = _records(*args[:12])
-    return packed.run_training(hidden_states, weights, routes, function_of(activation, weights.gated()), *args[12:])
+    return packed.run_training(
+        hidden_states, weights, routes, function_of(activation, weights.gated()), *_training(args)
+    )
 
 
 def _layer_fake(hidden_states: Tensor, *args: object) -> Tensor:
@@ -107,21 +117,22 @@ def _before_like(hidden_states: Tensor, weights: ExpertWeights, routes: Routes) 
 
 def _layer_forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The layer, and the rows of the first product before the activation, in the order of the routes."""
-    hidden_states, weights, routes, activation, block_size = _records(*args)
+    hidden_states, weights, routes, activation, block_size = _records(*args[:12])
     before = _before_like(hidden_states, weights, routes)
-    return run_layer(hidden_states, weights, routes, activation, block_size, before), before
+    return run_layer(hidden_states, weights, routes, activation, block_size, before, args[12]), before
 
 
 def _layer_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    hidden_states, weights, routes, _, _ = _records(*args)
+    hidden_states, weights, routes, _, _ = _records(*args[:12])
     return _layer_fake(hidden_states), _before_like(hidden_states, weights, routes)
 
 
 def _layer_kept(*args: Any) -> tuple[Tensor, Tensor | None]:
     """The result of the forward, and what it keeps for the backward beside its inputs."""
-    if any(args[12:13]):  # recompute
-        return torch.ops.moealign.fused_moe.default(*args[:12]), None
-    result: tuple[Tensor, Tensor] = torch.ops.moealign.fused_moe_forward.default(*args[:12])
+    recompute, _, _, batch_invariant = _training(args)
+    if recompute:
+        return torch.ops.moealign.fused_moe.default(*args[:12], batch_invariant=batch_invariant), None
+    result: tuple[Tensor, Tensor] = torch.ops.moealign.fused_moe_forward.default(*args[:12], batch_invariant)
     return result
 
 
@@ -132,13 +143,15 @@ _FLOATING = (0, 1, 2, 3, 8, 9)
 def _layer_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     tensors = [each if isinstance(each, Tensor) else None for each in inputs[:12]]
     ctx.options = [None if isinstance(each, Tensor) else each for each in inputs[:12]]
-    ctx.buffers, ctx.arguments = (*inputs[13:], None, None)[:2], len(inputs)
+    _, *ctx.buffers, ctx.batch_invariant = _training(inputs)
+    ctx.arguments = len(inputs)
     ctx.save_for_backward(output[1], *tensors)
 
 
 def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     before, *tensors = ctx.saved_tensors
     inputs = [option if each is None else each for each, option in zip(tensors, ctx.options, strict=True)]
+    inputs.append(ctx.batch_invariant)
     needed = [ctx.needs_input_grad[place] for place in _FLOATING]
     if ctx.buffers[0] is None:
         if modes.is_batched_gradient(grad):  # of torch.autograd.grad(..., is_grads_batched=True)
@@ -156,17 +169,18 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _layer_gradients(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
     hidden_states, weights, routes, activation, _ = _records(*args[:12])
-    needed, buffers = args[12], args[13:] or (None, None)
+    batch_invariant, needed, *buffers = args[12:]
     inputs = (hidden_states, weights.gate_up, weights.down, routes.weights, weights.gate_up_bias, weights.down_bias)
     if is_empty(hidden_states, weights, routes):
         return [grad.new_empty(0) if each is None else torch.zeros_like(each) for each in inputs]
-    parts = gradients.layer_gradients(grad, before, hidden_states, weights, routes, activation, needed, buffers)
+    call = (grad, before, hidden_states, weights, routes, activation, needed, tuple(buffers) or (None, None))
+    parts = gradients.layer_gradients(*call, batch_invariant)
     return [grad.new_empty(0) if each is None else each for each in parts]
 
 
 def _layer_backward_fake(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
-    inputs, needed = [args[place] for place in _FLOATING], list(args[12])
-    if args[13:] and args[13] is not None:
+    inputs, needed = [args[place] for place in _FLOATING], list(args[13])
+    if args[14:] and args[14] is not None:
         needed[1] = needed[2] = False
     return [
         torch.empty_like(each, memory_format=torch.contiguous_format) if wanted else grad.new_empty(0)
@@ -176,10 +190,10 @@ def _layer_backward_fake(grad: Tensor, before: Tensor | None, *args: Any) -> lis
 
 def _layer_backward_formula(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
     """The gradients as torch's gradients of the formula: these can be differentiated again."""
-    needed = args[12]
+    batch_invariant, needed = args[12:14]
     wanted = [args[place] for place, one in zip(_FLOATING, needed, strict=True) if one]
     with torch.enable_grad():
-        out = _layer_formula(*args[:12])
+        out = _layer_formula(*args[:12], False, None, None, batch_invariant)
     parts = iter(torch.autograd.grad(out, wanted, grad, create_graph=True, materialize_grads=True))
     return [next(parts) if one else grad.new_empty(0) for one in needed]
 

@@ -33,6 +33,7 @@ __all__ = [
     "run_expert_by_expert",
     "run_layer",
     "run_product",
+    "run_tokens",
     "run_training",
     "scatter",
     "scatter_rows",
@@ -101,18 +102,43 @@ def run_training(
     recompute: bool = False,
     gate_up_grad: Tensor | None = None,
     down_grad: Tensor | None = None,
+    batch_invariant: bool = False,
     *options: Any,
 ) -> Tensor:
-    """:func:`run_layer`, whose backward computes the rows again if `recompute`, and adds the gradients of the
-    projections to `gate_up_grad` and `down_grad`.  While a call is traced, the compiler decides what is kept."""
+    """:func:`run_layer` or, if `batch_invariant`, :func:`run_tokens`.
+
+    Its backward computes the rows again if `recompute`, and adds the gradients of the projections to `gate_up_grad` and
+    `down_grad`.  While a call is traced, the compiler decides what is kept.
+    """
+    run = run_tokens if batch_invariant else run_layer
     if gate_up_grad is not None and down_grad is not None:
         into = (_AddToBuffer.apply(weights.gate_up, gate_up_grad), _AddToBuffer.apply(weights.down, down_grad))  # type: ignore[no-untyped-call]
         weights = weights._replace(gate_up=into[0], down=into[1])
     call = (hidden_states, weights, routes, apply, *options)
     if not recompute or not torch.is_grad_enabled() or modes.followed():
-        return run_layer(*call)
-    result: Tensor = checkpoint(run_layer, *call, use_reentrant=False, preserve_rng_state=False)
+        return run(*call)
+    result: Tensor = checkpoint(run, *call, use_reentrant=False, preserve_rng_state=False)
     return result
+
+
+def run_tokens(hidden_states: Tensor, weights: ExpertWeights, routes: Routes, apply: Rows, *options: Any) -> Tensor:
+    """:func:`run_layer` of one token after the other: how a matrix product rounds a row depends on the other rows."""
+    tokens = routes.ids.shape[0]
+    ids = routes.ids
+    if routes.num_valid_tokens is not None:
+        valid = torch.arange(tokens, device=ids.device) < routes.num_valid_tokens
+        ids = torch.where(valid.unsqueeze(1), ids.to(torch.int64), -1)
+    rows = [
+        run_layer(
+            hidden_states[token : token + 1],
+            weights,
+            Routes(routes.weights[token : token + 1], ids[token : token + 1], routes.expert_map),
+            apply,
+            *options,
+        )
+        for token in range(tokens)
+    ]
+    return torch.cat(rows) if rows else run_layer(hidden_states, weights, routes, apply, *options)
 
 
 class _AddToBuffer(torch.autograd.Function):

@@ -22,6 +22,7 @@ from .records import ExpertWeights, Routes
 __all__ = [
     "BLOCK_SIZES",
     "NO_LAYOUT_EXPERTS_PER_ROUTE",
+    "PINNED_ROWS",
     "LayerTiles",
     "Target",
     "Tile",
@@ -39,6 +40,8 @@ __all__ = [
 BLOCK_SIZES = (16, 32, 64, 128)
 #: From this many experts per route on, two tokens are not aligned: each route is a tile.  One token never is.
 NO_LAYOUT_EXPERTS_PER_ROUTE = 8
+#: Rows per expert whose tiles a batch-invariant layer takes, whatever its batch has.
+PINNED_ROWS = 48
 #: Shared memory for the stages of a tile with TMA; 227 KiB are available.
 _STAGE_BYTES = 200 * 1024
 _SHIPPED = Path(__file__).parents[1] / "data" / "tuned"
@@ -224,13 +227,20 @@ def select_tiles(
     routes: Routes,
     block_size: int | None = None,
     target: Target | None = None,
+    batch_invariant: bool = False,
 ) -> LayerTiles:
-    """The tiles of one call: those tuned for the nearest number of tokens, else those of the rule."""
+    """The tiles of one call: those tuned for the nearest number of tokens, else those of the rule.
+
+    With `batch_invariant`, those of the rule for `PINNED_ROWS` rows per expert.
+    """
     target = target or target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
     itemsize = hidden_states.element_size()
     sizes = (weights.experts(), weights.hidden(), weights.inner())
     known = tuned(target)
+    if batch_invariant:
+        tiles = tiles_by_rule(target, PINNED_ROWS * sizes[0], top_k, *sizes, itemsize)
+        return tiles if block_size is None else with_block_size(tiles, block_size, itemsize)
     entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
     if entry and block_size is None:
         tiles = entry[min(entry, key=lambda count: abs(math.log(count / max(tokens, 1))))]

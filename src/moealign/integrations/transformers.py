@@ -56,9 +56,11 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 #: Transformers' default ``_apply_gate``, set by :func:`install`: torch.compile cannot trace imports of lazy modules.
 _plain_gate: Any = None
 
+_batch_invariant = False
 
-def install() -> None:
-    """Register ``experts_implementation="moealign"`` with Transformers.  Idempotent.
+
+def install(*, batch_invariant: bool = False) -> None:
+    """Register ``experts_implementation="moealign"`` with Transformers.  Idempotent; the last call's options hold.
 
     Select it when loading a model, ``from_pretrained(..., experts_implementation="moealign")``, or later with
     ``model.set_experts_implementation("moealign")``.  Models that share one config object share the selection.
@@ -66,10 +68,15 @@ def install() -> None:
     Quantised experts (FP8, FP4 and the like) need another implementation: their first forward with this one raises
     BackendUnavailable, which names the implementations to use.
 
+    Args:
+        batch_invariant: the bits of a token's output in the experts do not depend on the other tokens of the batch
+            (:func:`moealign.fused_moe`).
+
     Raises:
         BackendUnavailable: Transformers is not installed, or has no experts implementations (before 5.0).
     """
-    global _plain_gate
+    global _plain_gate, _batch_invariant
+    _batch_invariant = batch_invariant
     _registry().register(NAME, experts_forward)
     for registry in _quantised_registries():
         registry.register(NAME, _quantised_forward)
@@ -157,6 +164,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
         down_bias=second_bias,
         transposed=getattr(module, "is_transposed", False),
         output_rows=_post_norm(module),
+        batch_invariant=_batch_invariant,
     )
     return result.to(hidden_states.dtype)
 
