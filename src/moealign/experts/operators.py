@@ -171,7 +171,7 @@ def _layer_gradients(grad: Tensor, before: Tensor | None, *args: Any) -> list[Te
     hidden_states, weights, routes, activation, _ = _records(*args[:12])
     batch_invariant, needed, *buffers = args[12:]
     inputs = (hidden_states, weights.gate_up, weights.down, routes.weights, weights.gate_up_bias, weights.down_bias)
-    if is_empty(hidden_states, weights, routes):
+    if is_empty(hidden_states, weights, routes):  # without tokens: `_takes_layer` leaves empty weights to the formula
         return [grad.new_empty(0) if each is None else torch.zeros_like(each) for each in inputs]
     call = (grad, before, hidden_states, weights, routes, activation, needed, tuple(buffers) or (None, None))
     parts = gradients.layer_gradients(*call, batch_invariant)
@@ -203,9 +203,10 @@ def _layer_backward_flops(grad: Any, before: Any, *args: Any, **options: Any) ->
     return 2 * _layer_flops(*args[:4])
 
 
-def by_kernels(rows: Tensor, *_: Any) -> bool:
-    """Whether gradients of a layer or a product of these rows are computed by kernels."""
-    return launch.refuses(rows) is None
+def _takes_layer(*args: Any) -> bool:
+    """Whether the kernels give the gradients of the operator."""
+    hidden_states, weights, routes, _, _ = _records(*args[:12])
+    return launch.refuses(hidden_states) is None and not is_empty(hidden_states, weights, routes)
 
 
 _library.impl("fused_moe", _layer, "CompositeExplicitAutograd")
@@ -217,7 +218,7 @@ torch.library.register_fake("moealign::fused_moe_forward", _layer_forward_fake, 
 torch.library.register_fake("moealign::fused_moe_backward", _layer_backward_fake, lib=_library)
 torch.library.register_fake("moealign::fused_moe_backward.accumulate", _layer_backward_fake, lib=_library)
 modes.differentiable(
-    _library, "fused_moe", _layer_formula, _layer_save, _layer_backward, forward=_layer_kept, takes=by_kernels
+    _library, "fused_moe", _layer_formula, _layer_save, _layer_backward, forward=_layer_kept, takes=_takes_layer
 )
 modes.differentiable(_library, "fused_moe_backward", _layer_backward_formula)
 modes.batched(_library, "fused_moe")
@@ -313,7 +314,7 @@ def _product_for_gradients(*args: Any) -> Tensor:
 def _takes_product(product: Product) -> bool:
     """Whether the kernels take this product and give its gradients."""
     blocks = product.layout is not None and product.layout.block_size in BLOCK_SIZES
-    return blocks and by_kernels(product.a) and 0 not in (*product.a.shape, *product.b.shape)
+    return blocks and launch.refuses(product.a) is None and 0 not in (*product.a.shape, *product.b.shape)
 
 
 def _is_plain_product(*args: Any) -> bool:
