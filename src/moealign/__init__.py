@@ -16,6 +16,7 @@ from .experts.activations import Gate
 from .experts.gemm import grouped_gemm
 from .experts.layer import fused_moe
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
+from .lora import LoraLayout, align_lora
 from .recorder import capture
 from .routing import route
 
@@ -29,12 +30,14 @@ __all__ = [
     "Gate",
     "InvalidInput",
     "InvalidType",
+    "LoraLayout",
     "MoealignError",
     "RankFailed",
     "TraceError",
     "__version__",
     "align",
     "align_batched",
+    "align_lora",
     "backends",
     "batched_moe_align_block_size",
     "capacity",

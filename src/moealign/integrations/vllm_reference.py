@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import lora
+
 __all__ = ["segments", "virtual_ids"]
 
 
@@ -27,14 +29,8 @@ def virtual_ids(
 ) -> Tensor:
     """int32 ``[tokens, top_k]``: ``slot * num_experts + expert``, -1 for a route that no active slot takes."""
     active = _active(adapter_enabled, lora_ids, max_loras)
-    slot = token_lora_mapping[: topk_ids.shape[0], None].long()
-    kept = (slot >= 0) & (slot < max_loras) & active[slot.clamp(0, max_loras - 1)]
-    kept = kept & (topk_ids >= 0) & (topk_ids < num_experts)
-    expert = topk_ids.clamp(0, num_experts - 1).long()
-    if expert_map is not None:
-        expert = expert_map.long()[expert]
-        kept &= (expert >= 0) & (expert < num_experts)
-    return torch.where(kept, slot * num_experts + expert, -1).int()
+    mapping = token_lora_mapping[: topk_ids.shape[0]]
+    return lora.virtual_ids(topk_ids, mapping, active, expert_map, num_experts, max_loras)
 
 
 def segments(
@@ -52,17 +48,7 @@ def segments(
     """
     slots = rows.shape[0]
     active = _active(adapter_enabled, lora_ids, slots)
-    edges = packed.expert_offsets[::num_experts].long()  # [slots + 1]
-    first, size = edges[:-1, None], (edges[1:] - edges[:-1])[:, None]
-    totals[:slots] = torch.where(active, size[:, 0].int(), totals[:slots])
-    for target, source, unit, empty in (
-        (rows, packed.sorted_token_ids, 1, packed.num_routes),
-        (blocks, packed.expert_ids, packed.block_size, -1),
-    ):
-        column = torch.arange(target.shape[1], device=target.device)[None, :]
-        copied = torch.full_like(target, empty)
-        if source.numel():
-            copied = source[(first // unit + column).clamp(max=source.numel() - 1)]
-        if target is blocks:
-            copied = copied - torch.arange(slots, device=target.device)[:, None] * num_experts
-        target.copy_(torch.where(active[:, None], torch.where(column < size // unit, copied, empty), target))
+    parts = lora.segments(packed, slots, num_experts, rows.shape[1], blocks.shape[1])
+    for target, part in zip((rows, blocks, totals[:slots]), parts, strict=True):
+        mask = active if target.dim() == 1 else active[:, None]
+        target.copy_(torch.where(mask, part, target))
