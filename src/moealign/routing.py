@@ -11,7 +11,7 @@ from torch import Tensor
 from . import modes
 from .alignment import align, extras_of
 from .calls import prepared
-from .calls.checks import check_replay, check_route
+from .calls.checks import check_route, check_route_options
 from .calls.dispatch import check_name
 from .layout import BlockLayout
 from .operators import replay
@@ -51,6 +51,8 @@ def route(
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
     replay_ids: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    shared_experts: int = 0,
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
@@ -81,6 +83,8 @@ def route(
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
     replay_ids: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    shared_experts: int = 0,
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
@@ -110,6 +114,8 @@ def route(
     scale: float = 1.0,
     num_valid_tokens: Tensor | None = None,
     replay_ids: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    shared_experts: int = 0,
     expert_map: Tensor | None = None,
     pad_sorted_ids: bool = False,
     ignore_invalid_experts: bool = False,
@@ -143,6 +149,9 @@ def route(
         num_valid_tokens: int32, one element, on the same device: rows from there on get ids -1 and weights 0.
         replay_ids: ``[tokens, top_k]`` integers, the choice of an earlier run: nothing is chosen, and the weights are
             those that these logits give to that choice.  Ids outside ``[0, num_experts)`` get -1 and weight 0.
+        expert_scale: ``[num_experts]``, floating, a factor of each expert's weight, after renormalisation.
+        shared_experts: experts that every valid token takes beside its `top_k`, with weight 1: their ids, from
+            `num_experts` on, are appended, and the layout is of ``num_experts + shared_experts`` experts.
         mean_probability: also return, as a fourth, the mean over valid tokens of each expert's share of the scores
             ``[num_experts]`` float32: with ``expert_counts`` what a load-balancing loss needs.
         expert_map, pad_sorted_ids, ignore_invalid_experts: as in :func:`align`.
@@ -151,14 +160,15 @@ def route(
         backend: as in :func:`align`, for both parts.
 
     Returns:
-        A named tuple ``(topk_weights, topk_ids, layout)``: ``[tokens, top_k]`` float32, ``[tokens, top_k]`` int32, and
-        the :class:`BlockLayout` of the ids.  Gradients flow from the weights and the mean to the logits.
+        A named tuple ``(topk_weights, topk_ids, layout)``: ``[tokens, top_k + shared_experts]`` float32, the same in
+        int32, and the :class:`BlockLayout` of the ids.  Gradients flow from the weights and the mean to the logits.
 
     Raises:
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
     extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
-    plain = replay_ids is None and _eager(router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
+    plain = replay_ids is None and expert_scale is None and shared_experts == 0
+    plain = plain and _eager(router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
     if plain:
         facts = (top_k, scoring, renormalize, num_groups, topk_groups, scale)
         weights, ids, layout, mean = prepared.route(
@@ -167,7 +177,8 @@ def route(
         )  # fmt: skip
     else:
         arguments = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
-        problem = modes.checked(_check, router_logits, top_k, arguments, backend, replay_ids)
+        more = (replay_ids, expert_scale, shared_experts)
+        problem = modes.checked(_check, router_logits, top_k, arguments, backend, *more)
         if isinstance(problem, modes.Refusal):
             weights, ids, mean, *nothing = modes.refuse(problem, 6)
             layout = BlockLayout(*nothing)  # type: ignore[arg-type]
@@ -181,10 +192,14 @@ def route(
             else:
                 how = (scoring, problem.renormalize, problem.scale)
                 weights, ids, mean = replay(router_logits, replay_ids, how, num_valid_tokens, bool(mean_probability))
+            if expert_scale is not None:
+                weights = weights * expert_scale.to(torch.float32)[ids.clamp(min=0).to(torch.int64)]
+            if shared_experts:
+                weights, ids = _with_shared(weights, ids, problem.num_experts, shared_experts, num_valid_tokens)
             layout = align(
                 ids,
                 block_size=block_size,
-                num_experts=problem.num_experts,
+                num_experts=problem.num_experts + shared_experts,
                 expert_map=expert_map,
                 pad_sorted_ids=pad_sorted_ids,
                 ignore_invalid_experts=ignore_invalid_experts,
@@ -207,11 +222,29 @@ def _eager(router_logits: Any, *others: Any) -> bool:
     return not (modes.watched(router_logits, *others) or modes.forward_mode())
 
 
+def _with_shared(
+    weights: Tensor, ids: Tensor, num_experts: int, shared: int, num_valid_tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weights and ids with those of `shared` experts that every valid token takes."""
+    tokens = ids.shape[0]
+    more = torch.arange(num_experts, num_experts + shared, device=ids.device, dtype=ids.dtype).expand(tokens, shared)
+    ones = torch.ones_like(more, dtype=weights.dtype)
+    if num_valid_tokens is not None:
+        live = torch.arange(tokens, device=ids.device).unsqueeze(1) < num_valid_tokens.reshape(())
+        more, ones = torch.where(live, more, -1), torch.where(live, ones, 0.0)
+    return torch.cat([weights, ones], 1), torch.cat([ids, more], 1)
+
+
 def _check(
-    router_logits: Tensor, top_k: int, arguments: tuple[Any, ...], backend: str | None, replay_ids: Tensor | None
+    router_logits: Tensor,
+    top_k: int,
+    arguments: tuple[Any, ...],
+    backend: str | None,
+    replay_ids: Tensor | None,
+    expert_scale: Tensor | None,
+    shared_experts: int,
 ) -> RouteProblem:
     check_name(backend)
     problem = check_route(router_logits, top_k, *arguments)
-    if replay_ids is not None:
-        check_replay(replay_ids, problem)
+    check_route_options(problem, replay_ids, expert_scale, shared_experts)
     return problem

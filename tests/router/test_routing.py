@@ -308,3 +308,48 @@ def test_gpu_in_a_graph_with_other_logits_and_without_a_wait():
             graph.replay()
             want = moealign.route(logits, 8, block_size=16, backend="reference")
             assert_alike((weights, ids, layout), want)
+
+
+# ---- experts that every token takes, and factors of experts ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("valid", [None, 6])
+def test_shared_experts_and_scales_of_experts(gradients, valid):
+    logits = torch.randn(9, 7, generator=torch.Generator().manual_seed(0)).requires_grad_(gradients)
+    scale = torch.linspace(0.5, 2, 7).requires_grad_(gradients)
+    limit = None if valid is None else torch.tensor([valid], dtype=torch.int32)
+    options = {"block_size": 4, "num_valid_tokens": limit, "positions": True}
+    plain = moealign.route(logits, 2, **options)
+    got = moealign.route(logits, 2, expert_scale=scale, shared_experts=2, **options)
+    live = torch.arange(9) < (9 if valid is None else valid)
+    for token in range(9):
+        ids = [*plain.topk_ids[token].tolist(), *((7, 8) if live[token] else (-1, -1))]
+        assert got.topk_ids[token].tolist() == ids
+        factor = torch.tensor([float(scale[each]) if each >= 0 else 0.0 for each in ids[:2]])
+        torch.testing.assert_close(got.topk_weights[token, :2].detach(), plain.topk_weights[token].detach() * factor)
+        assert got.topk_weights[token, 2:].tolist() == [float(live[token])] * 2
+    want = moealign.align(got.topk_ids, block_size=4, num_experts=9, positions=True)
+    assert all(map(torch.equal, got.layout, want))
+    assert torch.equal(got.layout.positions, want.positions)
+    if gradients:
+        one, other = torch.autograd.grad(got.topk_weights.square().sum(), (logits, scale))
+        scaled = plain.topk_weights * scale[plain.topk_ids.clamp(min=0).long()]
+        for each, plainly in zip(
+            (one, other), torch.autograd.grad(scaled.square().sum(), (logits, scale)), strict=True
+        ):
+            torch.testing.assert_close(each, plainly)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"shared_experts": -1}, moealign.InvalidInput, "shared_experts: expected an int of at least 0, got -1"),
+        ({"shared_experts": 1.5}, moealign.InvalidType, "shared_experts: expected an int"),
+        ({"expert_scale": torch.ones(3)}, moealign.InvalidInput, r"expert_scale: expected \[num_experts\] = \[7\]"),
+        ({"expert_scale": torch.ones(7).int()}, moealign.InvalidType, "expert_scale: expected float32"),
+    ],
+)
+def test_what_is_no_scale_or_number_of_experts_is_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        moealign.route(torch.zeros(2, 7), 2, block_size=4, **options)

@@ -28,8 +28,8 @@ __all__ = [
     "check_index",
     "check_out",
     "check_plain",
-    "check_replay",
     "check_route",
+    "check_route_options",
 ]
 
 _INTEGERS = frozenset(
@@ -269,16 +269,25 @@ def check_route(
     )
 
 
-def check_replay(replay_ids: Tensor, problem: RouteProblem) -> None:
-    """Refuse `replay_ids` that are not a choice for the tokens of `problem`."""
-    _integer_tensor("replay_ids", replay_ids)
-    expected = [problem.tokens, problem.top_k]
-    if list(replay_ids.shape) != expected:
-        raise InvalidInput(f"replay_ids: expected [tokens, top_k] = {expected}, got {list(replay_ids.shape)}")
-    if replay_ids.device != problem.device:
-        raise InvalidInput(
-            f"replay_ids: expected a tensor on {problem.device} like router_logits, got {replay_ids.device}"
-        )
+def check_route_options(
+    problem: RouteProblem, replay_ids: Tensor | None, expert_scale: Tensor | None, shared_experts: int
+) -> None:
+    """Refuse a choice that is none for the tokens of `problem`, and what is no scale or number of experts."""
+    if replay_ids is not None:
+        _integer_tensor("replay_ids", replay_ids)
+        expected = [problem.tokens, problem.top_k]
+        if list(replay_ids.shape) != expected:
+            raise InvalidInput(f"replay_ids: expected [tokens, top_k] = {expected}, got {list(replay_ids.shape)}")
+    if expert_scale is not None:
+        _float_tensor("expert_scale", expert_scale)
+        if list(expert_scale.shape) != [problem.num_experts]:
+            expected = [problem.num_experts]
+            raise InvalidInput(f"expert_scale: expected [num_experts] = {expected}, got {list(expert_scale.shape)}")
+    for name, tensor in (("replay_ids", replay_ids), ("expert_scale", expert_scale)):
+        if tensor is not None and tensor.device != problem.device:
+            raise InvalidInput(f"{name}: expected a tensor on {problem.device} like router_logits, got {tensor.device}")
+    _integer("shared_experts", shared_experts, 0)
+    _within_int32("shared_experts", problem.tokens * (problem.top_k + shared_experts), "route fewer tokens at a time")
 
 
 def check_out(
