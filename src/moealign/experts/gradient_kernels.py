@@ -31,6 +31,7 @@ from .kernels import (
     SITU,
     product,
     tanh,
+    tile_of,
 )
 
 __all__ = ["activation_gradient", "bias_gradient", "routing_gradient", "weights_gradient"]
@@ -101,15 +102,6 @@ def _gate_and_slopes(x, up, ACT: tl.constexpr, GATE: tl.constexpr):
     return value, slope, up, up_slope
 
 
-@triton.jit
-def _tile_of(tile, num_rows, num_columns, GROUP: tl.constexpr):
-    """The row and the column of tile number `tile`: consecutive tiles are of GROUP rows and the same column."""
-    width = GROUP * num_columns
-    first = tile // width * GROUP
-    height = tl.minimum(num_rows - first, GROUP)
-    return first + (tile % width) % height, (tile % width) // height
-
-
 @triton.jit(
     do_not_specialize=["num_routes", "num_blocks", "num_local"],
     do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total", "sums"],
@@ -146,7 +138,7 @@ def activation_gradient(
     num_n = tl.cdiv(N, BLOCK_N)
     num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # a wrong `total` must not lead past the tensors
     for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), flatten=True):
-        block, column_tile = _tile_of(tile, num_m, num_n, GROUP_M)
+        block, column_tile = tile_of(tile, num_m, num_n, GROUP_M)
         slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
         expert = tl.load(expert_ids + block).to(tl.int64)
         routes = tl.load(sorted_ids + slots)
@@ -258,7 +250,7 @@ def weights_gradient(
     num_m = tl.cdiv(M, BLOCK_M)
     num_n = tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // (num_m * num_n)
-    row_tile, column_tile = _tile_of(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
+    row_tile, column_tile = tile_of(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP_M)
     m = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     first, count = _span_of(offsets, counts, expert, limit)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..alignment import align
 from ..layout import BlockLayout, cdiv
-from . import launch
+from . import launch, packed
 from .launch import GemmLaunch
 from .records import ExpertWeights, Product, Routes
 from .tiles import BLOCK_SIZES, PINNED_ROWS, Target, Tile, target_of
@@ -192,15 +192,8 @@ def product_gradients(
 
 def experts_of_routes(layout: BlockLayout, routes: int, experts: int) -> Tensor:
     """The expert of each route that `layout` names, ``[n]``; -1 for the others, and where it is outside ``[0, E)``."""
-    listed, owners = layout.sorted_token_ids, layout.expert_ids
-    numbers = torch.arange(listed.shape[0], device=listed.device)
-    if owners.shape[0]:
-        owners = owners.index_select(0, (numbers // layout.block_size).clamp(max=owners.shape[0] - 1))
-    else:
-        owners = torch.full_like(listed, -1)
-    kept = (numbers < layout.num_tokens_post_padded) & (listed >= 0) & (listed < routes)
-    kept = kept & (owners >= 0) & (owners < experts)
-    at = torch.where(kept, listed, routes).to(torch.int64)
+    listed, owners, kept = packed.named_routes(layout, routes, experts)
+    at = torch.where(kept, listed, routes)
     ids = torch.full((routes + 1,), -1, dtype=torch.int32, device=listed.device)
     return ids.scatter(0, at, torch.where(kept, owners, -1).to(torch.int32))[:routes]
 

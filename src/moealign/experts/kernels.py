@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["GELU", "GELU_TANH", "NONE", "RELU", "RELU2", "SILU", "gemm", "product", "sum_rows"]
+__all__ = ["gemm", "product", "sum_rows", "tanh", "tile_of"]
 
 # The activations, as `ACT` of a kernel.
 NONE = tl.constexpr(0)
@@ -240,6 +240,15 @@ def _rows(
 
 
 @triton.jit
+def tile_of(tile, num_rows, num_columns, GROUP: tl.constexpr):
+    """The row and the column of tile number `tile`: consecutive tiles are of GROUP rows and the same column."""
+    width = GROUP * num_columns
+    first = tile // width * GROUP
+    height = tl.minimum(num_rows - first, GROUP)
+    return first + (tile % width) % height, (tile % width) // height
+
+
+@triton.jit
 def _tile(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
@@ -254,12 +263,8 @@ def _tile(
     Consecutive tiles are of GROUP_M blocks and the same columns, whose weights stay in L2.
     With HALF_ROWS, a block with at most that many routes takes a tile of HALF_ROWS rows.
     """
-    width = GROUP_M * num_n
-    group = tile // width
-    first_m = group * GROUP_M
-    height = tl.minimum(num_m - first_m, GROUP_M)
-    block = first_m + (tile % width) % height
-    column = (tile % width) // height * BLOCK_N
+    block, column_tile = tile_of(tile, num_m, num_n, GROUP_M)
+    column = column_tile * BLOCK_N
     start = block * BLOCK_M
     expert = tl.load(expert_ids + block).to(tl.int64)
     if HALF_ROWS > 0:

@@ -29,6 +29,7 @@ __all__ = [
     "grouped_mm_eager",
     "grouped_mm_weights_eager",
     "loops_over_experts",
+    "named_routes",
     "pack_layout",
     "run_expert_by_expert",
     "run_layer",
@@ -197,6 +198,19 @@ def run_product(product: Product) -> Tensor:
     return rows
 
 
+def named_routes(layout: BlockLayout, routes: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of a padded layout: its route, the expert of its block, and whether these are a route below `routes`
+    and an expert below `experts`."""
+    listed, owners = layout.sorted_token_ids.to(torch.int64), layout.expert_ids.to(torch.int64)
+    numbers = torch.arange(listed.shape[0], device=listed.device)
+    if owners.shape[0]:
+        owners = owners.index_select(0, (numbers // layout.block_size).clamp(max=owners.shape[0] - 1))
+    else:
+        owners = torch.full_like(listed, -1)
+    kept = (numbers < layout.num_tokens_post_padded) & (listed >= 0) & (listed < routes)
+    return listed, owners, kept & (owners >= 0) & (owners < experts)
+
+
 def pack_layout(layout: BlockLayout, routes: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """The packed order of a padded layout, by sizes that follow from shapes alone.
 
@@ -205,13 +219,7 @@ def pack_layout(layout: BlockLayout, routes: int, experts: int) -> tuple[Tensor,
         ends of the experts' rows, ``[E]``.
     """
     length = layout.sorted_token_ids.shape[0]
-    numbers = torch.arange(length, device=layout.sorted_token_ids.device)
-    owners = layout.expert_ids.to(torch.int64)
-    if owners.shape[0]:
-        owners = owners.index_select(0, (numbers // layout.block_size).clamp(max=owners.shape[0] - 1))
-    listed = layout.sorted_token_ids.to(torch.int64)
-    kept = (numbers < layout.num_tokens_post_padded) & (listed >= 0) & (listed < routes)
-    kept = kept & (owners >= 0) & (owners < experts)
+    listed, owners, kept = named_routes(layout, routes, experts)
     by_expert, at = torch.sort(torch.where(kept, owners, experts), stable=True)
     order = torch.where(by_expert < experts, listed.index_select(0, at), routes)
     if length < routes:  # routes that the layout does not list are dropped

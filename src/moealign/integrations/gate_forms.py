@@ -31,12 +31,13 @@ def fused_gate(module: Any, activation: str | None) -> Gate | None:
     Inside torch.compile only gates are known that an eager call has found before.
     """
     own = vars(module).get("_apply_gate", getattr(type(module), "_apply_gate", None))
-    key = (own, activation, numbers_of(module), getattr(module, "is_concatenated", True))
+    numbers, interleaved = numbers_of(module), not getattr(module, "is_concatenated", True)
+    key = (own, activation, numbers, interleaved)
     if key in _known or torch.compiler.is_compiling():
         return _known.get(key)
     if len(_known) >= _MOST:
         _known.clear()
-    _known[key] = _find(module, activation)
+    _known[key] = _find(module._apply_gate, _candidates(numbers, activation, interleaved))
     return _known[key]
 
 
@@ -67,19 +68,19 @@ def _candidates(numbers: tuple[tuple[str, float], ...], activation: str | None, 
         yield Gate("situ", beta=beta, linear_beta=linear_beta, interleaved=interleaved)
 
 
-def _find(module: Any, activation: str | None) -> Gate | None:
-    interleaved = not getattr(module, "is_concatenated", True)
+def _find(own: Any, candidates: Iterator[Gate]) -> Gate | None:
+    """The first candidate with the values and gradients of `own`."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         noise = torch.Generator("cpu").manual_seed(11)
         rows = torch.cat([torch.randn(32, 2 * _COLUMNS, generator=noise, device="cpu") * scale for scale in _SCALES])
         factor = torch.randn(len(rows), _COLUMNS, generator=noise, device="cpu")
         try:
-            want = _values(module._apply_gate, rows, factor)
+            want = _values(own, rows, factor)
         except Exception:  # its forward needs other rows, or the module's parameters
             return None
         if want is None:
             return None
-        for gate in _candidates(numbers_of(module), activation, interleaved):
+        for gate in candidates:
             got = _values(gate, rows, factor)
             assert got is not None
             if all(_close(one, other) for one, other in zip(got, want, strict=True)):
