@@ -113,11 +113,8 @@ def empty_layout(tokens: int, top_k: int, experts: int, block_size: int) -> Bloc
 def compile_launches(launches: Iterable[Any]) -> None:
     """Compile the experts' kernels of `launches` into Triton's cache."""
     for launch in launches:
-        options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        if launch.pdl:
-            options["launch_pdl"] = True
         kernel = getattr(importlib.import_module(f"moealign.experts.{launch.module}"), launch.kernel)
-        kernel.warmup(*launch.arguments, **launch.constants, **options, grid=launch.grid)
+        kernel.warmup(*launch.arguments, **launch.constants, **launch.options(), grid=launch.grid)
 
 
 def in_processes(compile_one: Callable[[Any], str | None], jobs: Iterable[Any], chunksize: int = 1) -> list[str]:

@@ -51,7 +51,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
         ("transformers", "results/transformers_{gpu}", tables.transformers_table),
         ("experts-cpu", "results/experts_cpu", tables.experts_cpu_table),
     ],
-    "docs/training.md": [("train", "results/train_{gpu}", tables.train_table)],
+    "docs/training.md": [("train", "results/train_h100", tables.train_table)],
     "docs/routing.md": [
         ("routing", "results/routing_{gpu}", tables.routing_table),
         ("routing-cpu", "results/routing_cpu", tables.routing_cpu_table),

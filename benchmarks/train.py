@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +76,27 @@ def liger_layer() -> LayerCall | None:
         return result
 
     return call
+
+
+def liger_tuners() -> list[Any]:
+    from liger_kernel.ops import fused_moe_kernels
+
+    return [each for each in vars(fused_moe_kernels).values() if hasattr(each, "configs") and hasattr(each, "cache")]
+
+
+def compile_liger(job: tuple[Shape, int, int]) -> str | None:
+    """In a process of its own: compile the configurations number `part`, `part` + `parts`, ... of Liger's kernels."""
+    (_, top_k, hidden, inner), part, parts = job
+    try:
+        for tuner in liger_tuners():
+            tuner.configs = tuner.configs[part::parts] or tuner.configs[:1]
+        call = liger_layer()
+        assert call is not None
+        step_of(call, random_step((top_k, top_k, hidden, inner), 128))()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{job}: {bench.first_line(error)}"
+    return None
 
 
 def implementations() -> dict[str, LayerCall]:
@@ -254,15 +276,24 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     started = time.perf_counter()
     gpu = bench.gpu_slug(torch.cuda.get_device_name())
-    chosen = [CASES[index] for index in args.cases]
+    chosen = [CASES[number] for number in args.cases]
     failed = in_processes(compile_case, chosen)
-    bench.log(f"{len(chosen)} cases compiled, {time.perf_counter() - started:.0f} s; failed: {failed[:3]}")
+    parts = max((os.cpu_count() or 1) - 2, 1)
+    if liger_layer() is not None:
+        shapes = list(dict.fromkeys(shape for shape, _ in chosen))
+        failed += in_processes(compile_liger, [(shape, part, parts) for shape in shapes for part in range(parts)])
+    bench.log(
+        f"{len(chosen)} cases compiled, {time.perf_counter() - started:.0f} s; failed: {len(failed)} {failed[:3]}"
+    )
     failures: list[str] = []
     rows: list[dict[str, Any]] = []
     calls = implementations()
     for shape, tokens in chosen:
         right = verified(calls, shape, failures)
         torch.cuda.empty_cache()
+        if LIGER in right:
+            for tuner in liger_tuners():
+                tuner.cache.clear()  # its key has no number of tokens: tune for those of this case
         tensors = random_step(shape, tokens)
         steps = {name: step_of(calls[name], tensors) for name in right}
         peaks: dict[str, float] = {}
@@ -279,11 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
             for name, times in timer(dict(steps), args.turns).items():
                 row = bench.row_of(where, layer_name(shape, tokens), tokens * top_k, size, name, times, gpu)
                 rows.append({**row, "peak_mib": f"{peaks[name]:.1f}"})
-        bench.log(f"{layer_name(shape, tokens)}: {time.perf_counter() - started:.0f} s")
+        print_table([row for row in rows if row["case"] == layer_name(shape, tokens)])
+        bench.write_csv(rows, args.out or RESULTS / f"train_{gpu}.csv", COLUMNS)
+        bench.log(f"{time.perf_counter() - started:.0f} s")
         del tensors, steps
         torch.cuda.empty_cache()
     print_table(rows)
-    bench.write_csv(rows, args.out or RESULTS / f"train_{gpu}.csv", COLUMNS)
     for line in failures:
         bench.log(line)
     bench.log(f"{time.perf_counter() - started:.0f} s")

@@ -270,6 +270,27 @@ def test_neither_tokens_nor_alignments_compile_a_router():
     assert len(keys) == 1
 
 
+def test_launches_of_one_key_are_one_kernel_with_the_same_constants():
+    """What was compiled for a key is launched for every other launch of that key."""
+    compiled = {}
+    launches = [*every_configuration(), *planned_gradients(SHAPES[2], 64, bias=True)]
+    for tokens in (1, 2, 16, 17, 100, 4096):
+        for dtype in (torch.bfloat16, torch.float32):
+            launches += planned(SHAPES[0], tokens, dtype=dtype)[1] + planned_gradients(SHAPES[0], tokens, dtype=dtype)
+    for one in launches:
+        function = kernel_of(one)
+        assert sorted(function.arg_names[len(one.arguments) :]) == sorted(one.constants)
+        for shift in (0, 1):  # the same launch with a tensor at another address
+            tensors = [place for place, each in enumerate(one.arguments) if isinstance(each, torch.Tensor)]
+            for place in tensors if shift else tensors[:1]:
+                arguments = list(one.arguments)
+                arguments[place] = torch.empty(8 + shift, dtype=arguments[place].dtype)[shift:]
+                moved = one._replace(arguments=tuple(arguments))
+                kernel = specialisation(function, moved)
+                assert compiled.setdefault(moved.key(), kernel) == kernel
+    assert len(compiled) > 100
+
+
 def test_a_layer_without_experts_or_tokens_has_tiles():
     for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
         for target in (H200, A100):

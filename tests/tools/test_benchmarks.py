@@ -199,6 +199,9 @@ def test_without_a_gpu_it_says_so() -> None:
 def test_gpu_slug() -> None:
     assert bench.gpu_slug("NVIDIA H200") == "h200"
     assert bench.gpu_slug("NVIDIA GeForce RTX 4090") == "rtx-4090"
+    assert bench.gpu_slug("NVIDIA H100 80GB HBM3") == "h100"
+    assert bench.gpu_slug("NVIDIA H100 PCIe") == "h100-pcie"
+    assert bench.gpu_slug("NVIDIA A100-SXM4-80GB") == "a100-sxm4"
 
 
 def test_tables_of_results_that_were_made_up(root: Path) -> None:

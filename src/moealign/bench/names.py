@@ -43,5 +43,6 @@ def short_name(impl: str) -> str:
 
 
 def gpu_slug(name: str) -> str:
-    """``NVIDIA H200`` -> ``h200``"""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("nvidia", "").replace("geforce", "")).strip("-")
+    """``NVIDIA H200`` -> ``h200``, ``NVIDIA H100 80GB HBM3`` -> ``h100``, ``NVIDIA H100 PCIe`` -> ``h100-pcie``"""
+    name = re.sub(r"nvidia|geforce|\b\d+gb\b|\bhbm\w*", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")

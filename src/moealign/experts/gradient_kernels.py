@@ -146,73 +146,97 @@ def activation_gradient(
         routes = routes.to(tl.int64)
         local = (expert >= 0) & (expert < num_local)
         steps = tl.where(local, tl.cdiv(K, BLOCK_K), 0)
+        weighted = kept & (slots < tl.where(local, slots + 1, 0))
+        column = column_tile * BLOCK_N
+        # Some columns at a time, for fewer registers.
+        parts: tl.constexpr = BLOCK_N // 64 if BLOCK_N > 64 else 1
+        width: tl.constexpr = BLOCK_N // parts
         g, _ = product(
-            grads, b, routes // top_k, 0, kept, tl.where(local, expert, 0), column_tile * BLOCK_N, N, K, steps, N,
+            grads, b, routes // top_k, 0, kept, tl.where(local, expert, 0), column, N, K, steps, N,
             grad_stride, b_stride_e, b_stride_n, b_stride_k,
             False, False, B_TMA, EVEN_K, False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
-        weighted = kept & (slots < tl.where(local, slots + 1, 0))
-        column = column_tile * BLOCK_N
-        # Half of the columns at a time, for fewer registers.
-        half: tl.constexpr = BLOCK_N // 2
-        left, right = g.reshape(BLOCK_M, 2, half).permute(0, 2, 1).split()
-        dots = _through_activation(
-            left, before, weights, activated, out, slots, routes, weighted, column, N, outputs, ACT, GATED, GATE, half
-        )
-        dots += _through_activation(
-            right,
-            before,
-            weights,
-            activated,
-            out,
-            slots,
-            routes,
-            weighted,
-            column + half,
-            N,
-            outputs,
-            ACT,
-            GATED,
-            GATE,
-            half,
-        )
+        factor = tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
+        dots = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for part in tl.static_range(parts):
+            first = column + part * width
+            x, up = _before(before, routes, weighted, first, N, outputs, GATED, GATE, width)
+            dots += _through_activation(
+                _part(g, part, parts, BLOCK_M, BLOCK_N), x, up, factor, activated, out, slots, first, N, outputs,
+                ACT, GATED, GATE, width,
+            )  # fmt: skip
         tl.store(sums + routes * num_n + column_tile, dots, mask=kept)
 
 
 @triton.jit
+def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a block's columns."""
+    return x.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _part(x, part: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Part number `part` of a block's columns, of 1, 2 or 4 PARTS."""
+    tl.static_assert(PARTS == 1 or PARTS == 2 or PARTS == 4)
+    if PARTS > 1:
+        left, right = _halves(x, ROWS, COLUMNS)
+        x = right if part >= PARTS // 2 else left
+    if PARTS > 2:
+        left, right = _halves(x, ROWS, COLUMNS // 2)
+        x = right if part % 2 else left
+    return x
+
+
+@triton.jit
+def _before(
+    before, routes, weighted, column, N, outputs, GATED: tl.constexpr, GATE: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """COLUMNS columns from `column` on of the rows before the activation: of the gate and of the up part, if any."""
+    columns = column + tl.arange(0, COLUMNS)
+    if GATED and GATE[INTERLEAVED]:
+        pairs = 2 * column + tl.arange(0, 2 * COLUMNS)
+        mask = weighted[:, None] & (pairs < 2 * N)[None, :]
+        both = tl.load(before + routes[:, None] * outputs + pairs[None, :], mask=mask, other=0.0)
+        x, up = both.reshape(routes.shape[0], COLUMNS, 2).split()
+    else:
+        mask = weighted[:, None] & (columns < N)[None, :]
+        at = before + routes[:, None] * outputs + columns[None, :]
+        x = tl.load(at, mask=mask, other=0.0)
+        if GATED:
+            up = tl.load(at + N, mask=mask, other=0.0)
+        else:
+            up = x
+    return x, up
+
+
+@triton.jit
 def _through_activation(
-    g, before, weights, activated, out, slots, routes, weighted, column, N, outputs,
+    g, x, up, factor, activated, out, slots, column, N, outputs,
     ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of `activation_gradient` for COLUMNS columns from `column` on: its part of the rows' sums."""
     columns = column + tl.arange(0, COLUMNS)
     inside = (columns < N)[None, :]
-    factor = tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
     rows = slots.to(tl.int64)[:, None]
     weighted_g = g * factor
-    if GATED and GATE[INTERLEAVED]:
-        pairs = 2 * column + tl.arange(0, 2 * COLUMNS)
-        within = (pairs < 2 * N)[None, :]
-        both = tl.load(before + routes[:, None] * outputs + pairs[None, :], mask=weighted[:, None] & within, other=0.0)
-        x, up = both.to(tl.float32).reshape(slots.shape[0], COLUMNS, 2).split()
-        value, slope, up, up_slope = _gate_and_slopes(x, up, ACT, GATE)
-        both = tl.join(weighted_g * slope * up, weighted_g * value * up_slope).reshape(slots.shape[0], 2 * COLUMNS)
-        tl.store(out + rows * outputs + pairs[None, :], both.to(out.dtype.element_ty), mask=within)
+    x = x.to(tl.float32)
+    if GATED:
+        value, slope, up, up_slope = _gate_and_slopes(x, up.to(tl.float32), ACT, GATE)
+        to_x = weighted_g * slope * up
+        to_up = weighted_g * value * up_slope
         value = value * up
     else:
-        known = weighted[:, None] & inside
-        before_at = before + routes[:, None] * outputs + columns[None, :]
+        value, slope = _activation_and_slope(x, ACT, GATE)
+        to_x = weighted_g * slope
+    if GATED and GATE[INTERLEAVED]:
+        pairs = 2 * column + tl.arange(0, 2 * COLUMNS)
+        both = tl.join(to_x, to_up).reshape(slots.shape[0], 2 * COLUMNS)
+        tl.store(out + rows * outputs + pairs[None, :], both.to(out.dtype.element_ty), mask=(pairs < 2 * N)[None, :])
+    else:
         out_at = out + rows * outputs + columns[None, :]
-        x = tl.load(before_at, mask=known, other=0.0).to(tl.float32)
+        tl.store(out_at, to_x.to(out.dtype.element_ty), mask=inside)
         if GATED:
-            up = tl.load(before_at + N, mask=known, other=0.0).to(tl.float32)
-            value, slope, up, up_slope = _gate_and_slopes(x, up, ACT, GATE)
-            tl.store(out_at + N, (weighted_g * value * up_slope).to(out.dtype.element_ty), mask=inside)
-            value = value * up
-            slope = slope * up
-        else:
-            value, slope = _activation_and_slope(x, ACT, GATE)
-        tl.store(out_at, (weighted_g * slope).to(out.dtype.element_ty), mask=inside)
+            tl.store(out_at + N, to_up.to(out.dtype.element_ty), mask=inside)
     tl.store(activated + rows * N + columns[None, :], (value * factor).to(activated.dtype.element_ty), mask=inside)
     return tl.sum(tl.where(inside, g * value, 0.0), 1)
 
@@ -230,12 +254,13 @@ def _span_of(offsets, counts, expert, limit):
 )
 def weights_gradient(
     gathered, other, sorted_ids, offsets, counts, out,
-    num_routes, limit, M, N, top_k, other_top_k,
+    num_routes, limit, M, N,
     gathered_stride, other_stride, out_stride_e, out_stride_m, out_stride_n,
-    OTHER_LAYOUT: tl.constexpr, OTHER_TMA: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
+    TOP_K: tl.constexpr, OTHER_LAYOUT: tl.constexpr, OTHER_TMA: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """``out[e, m, n] = sum of gathered[i // top_k, m] * other[i // other_top_k, n]`` over the routes i of expert e.
+    """``out[e, m, n] = sum of gathered[i // TOP_K, m] * other[i, n]`` over the routes i of expert e.
 
     One program per expert and tile of ``[BLOCK_M, BLOCK_N]``.  An expert without routes gets zeros.
 
@@ -243,7 +268,7 @@ def weights_gradient(
                 rows of used blocks are zero; a TMA descriptor of it with OTHER_TMA
     layout      sorted_ids [limit]; offsets, counts of the experts.  BLOCK_K divides its blocks
     output      out [experts, M, N] by its strides; with ACCUMULATE the sum is added to it
-    sizes       num_routes; limit: rows of the layout; M, N; top_k, other_top_k
+    sizes       num_routes; limit: rows of the layout; M, N; TOP_K
     strides     in elements; the columns are contiguous in gathered and other
     tunable     BLOCK_M, BLOCK_N, BLOCK_K rows of a step, GROUP_M
     """
@@ -255,22 +280,23 @@ def weights_gradient(
     n = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     first, count = _span_of(offsets, counts, expert, limit)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(0, count, BLOCK_K):
-        slots = first + step + tl.arange(0, BLOCK_K)
-        routes = tl.load(sorted_ids + slots, mask=slots < limit, other=num_routes)
+    # The routes of a step are loaded one step ahead: otherwise two loads in turn would precede each product.
+    depth = tl.arange(0, BLOCK_K)
+    routes = tl.load(sorted_ids + first + depth, mask=first + depth < limit, other=num_routes)
+    for step in range(tl.cdiv(count, BLOCK_K)):
+        start = first + step * BLOCK_K
+        slots = start + depth
         kept = (routes >= 0) & (routes < num_routes)
-        left_rows = (routes // top_k).to(tl.int64)
+        left_rows = (routes // TOP_K).to(tl.int64)
         left_at = gathered + left_rows[:, None] * gathered_stride + m[None, :]
         left = tl.load(left_at, mask=kept[:, None] & (m < M)[None, :], other=0.0)
         if OTHER_TMA:
-            right = other.load([first + step, column_tile * BLOCK_N])
+            right = other.load([start, column_tile * BLOCK_N])
         else:
-            if OTHER_LAYOUT:
-                right_rows = slots.to(tl.int64)
-            else:
-                right_rows = (routes // other_top_k).to(tl.int64)
+            right_rows = slots.to(tl.int64) if OTHER_LAYOUT else routes.to(tl.int64)
             right_at = other + right_rows[:, None] * other_stride + n[None, :]
             right = tl.load(right_at, mask=kept[:, None] & (n < N)[None, :], other=0.0)
+        routes = tl.load(sorted_ids + slots + BLOCK_K, mask=slots < limit - BLOCK_K, other=num_routes)
         total = tl.dot(left.T, right, total, input_precision=PRECISION)
     out_at = out + expert.to(tl.int64) * out_stride_e + m[:, None] * out_stride_m + n[None, :] * out_stride_n
     inside = (m < M)[:, None] & (n < N)[None, :]

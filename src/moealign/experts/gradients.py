@@ -3,7 +3,7 @@
 Between forward and backward a layer keeps its inputs and the rows of the first product before the activation, ``2I`` or
 ``I`` elements a route, or not even these.  The backward aligns the routes again (some microseconds), because it takes
 other blocks than the forward.  The largest tensors that it makes, in elements a route: the gradient of those rows and
-the activated rows (``2I + I``), then the former and the rows of the input's gradient (``2I + H``).
+the activated rows (``2I + I``), and beside them, for a while, the rows of the input's gradient (``H``).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GradientTiles(NamedTuple):
 
 
 def select_gradient_tiles(target: Target, routes: int, experts: int, itemsize: int) -> GradientTiles:
-    """Tiles by the rows per expert."""
+    """Tiles by the rows per expert, measured on an H100."""
     each = routes / max(experts, 1)
     m = next((size for size in BLOCK_SIZES if each <= size * 0.75), 128)
     warps = 8 if m == 128 else 4
@@ -43,9 +43,11 @@ def select_gradient_tiles(target: Target, routes: int, experts: int, itemsize: i
         k = 32 if itemsize == 4 else 64
         rows = Tile(m, 64, k, 8, warps, 2)
         return GradientTiles(rows, rows, Tile(64, 64, min(m, 32), 8, 4, 2))
-    rows = Tile(m, 128, 64, 8, warps, 4, 1, 1)
-    inputs = Tile(m, 256 if m == 128 else 128, 64, 8, warps, 4, 2, 1)
-    return GradientTiles(rows, inputs, Tile(128, 256 if m >= 64 else 128, min(m, 64), 8, 8, 3, 1))
+    wide = m == 128
+    rows = Tile(128, 256, 64, 4, 8, 4, 1, 1) if wide else Tile(m, 128, 64, 8, warps, 4, 1, 1)
+    inputs = Tile(m, 256 if wide else 128, 64, 8, warps, 4, 2, 1)
+    weights = Tile(128, 256, 64, 8, 8, 3, 1) if each > 900 else Tile(128, 128, min(m, 64), 8, 4, 2, 1)
+    return GradientTiles(rows, inputs, weights)
 
 
 class LayerGradients(NamedTuple):
@@ -107,13 +109,17 @@ def layer_gradients(
     launch.run([_activation_launch(target, tiles.rows, grad, weights, routes, layout, *kept)], device)
     del before, kept  # a launch that is held would keep them
 
+    # The gradients of weights come last, the larger one first: no more than what they read is held beside them.
     to_down = to_gate_up = to_hidden = to_routing = to_gate_up_bias = to_down_bias = None
-    if for_down:
-        to_down = _weights_result(weights.down, buffers[1])
-        strides = _strides(to_down, weights.transposed)
-        into = (to_down, strides, buffers[1] is not None)
-        launch.run([_weights_launch(target, tiles.weights, grad, top_k, activated, None, layout, count, *into)], device)
-    del activated
+    if for_hidden:
+        of_rows, to_hidden = new(count, hidden), new(tokens, hidden)
+        back = Product(of_before, weights.gate_up, layout, 1, None, None, None, False, not weights.transposed)
+        launches = [
+            launch.gemm_launch(target, tiles.inputs, back, of_rows, count, a_layout=True, transposed_tma=True),
+            launch.sum_launch(target, of_rows, top_k, layout.positions, 2**31 - 1, to_hidden),
+        ]
+        launch.run(launches, device)
+        del of_rows, back, launches
     dots = None
     if weights.down_bias is not None and (for_down_bias or for_routing):
         to_down_bias = torch.empty_like(weights.down_bias, memory_format=torch.contiguous_format)
@@ -132,15 +138,13 @@ def layer_gradients(
         to_gate_up = _weights_result(weights.gate_up, buffers[0])
         strides = _strides(to_gate_up, not weights.transposed)
         into = (to_gate_up, strides, buffers[0] is not None)
-        launch.run([_weights_launch(target, tiles.weights, x, top_k, of_before, None, layout, count, *into)], device)
-    if for_hidden:
-        of_rows, to_hidden = new(count, hidden), new(tokens, hidden)
-        back = Product(of_before, weights.gate_up, layout, 1, None, None, None, False, not weights.transposed)
-        launches = [
-            launch.gemm_launch(target, tiles.inputs, back, of_rows, count, a_layout=True, transposed_tma=True),
-            launch.sum_launch(target, of_rows, top_k, layout.positions, 2**31 - 1, to_hidden),
-        ]
-        launch.run(launches, device)
+        launch.run([_weights_launch(target, tiles.weights, x, top_k, of_before, True, layout, count, *into)], device)
+    del of_before
+    if for_down:
+        to_down = _weights_result(weights.down, buffers[1])
+        strides = _strides(to_down, weights.transposed)
+        into = (to_down, strides, buffers[1] is not None)
+        launch.run([_weights_launch(target, tiles.weights, grad, top_k, activated, True, layout, count, *into)], device)
     return LayerGradients(
         to_hidden,
         to_gate_up if buffers[0] is None else None,
@@ -181,7 +185,7 @@ def product_gradients(
     shape = (experts, rows.shape[1], grad.shape[1]) if transposed else (experts, grad.shape[1], rows.shape[1])
     result = rows.new_empty(shape)
     into = (result, _strides(result, not transposed), False)
-    launches = [_weights_launch(target, tile, rows, top_k, grad, 1, own, count, *into)]
+    launches = [_weights_launch(target, tile, rows, top_k, grad, False, own, count, *into)]
     bias = None
     if with_bias:
         bias = rows.new_empty(experts, grad.shape[1])
@@ -255,16 +259,15 @@ def _weights_launch(
     gathered: Tensor,
     top_k: int,
     other: Tensor,
-    other_top_k: int | None,
+    in_layout: bool,
     layout: BlockLayout,
     count: int,
     out: Tensor,
     strides: tuple[int, int, int],
     accumulate: bool,
 ) -> GemmLaunch:
-    """A launch of the kernel `weights_gradient`.  `other` is in layout order if `other_top_k` is None."""
+    """A launch of the kernel `weights_gradient`.  `other` is in layout order, or in that of the routes."""
     m, n = gathered.shape[1], other.shape[1]
-    in_layout = other_top_k is None
     tma = bool(tile.tma and target.hopper and in_layout and launch.takes_tma(other))
     assert layout.expert_offsets is not None
     assert layout.expert_counts is not None
@@ -274,11 +277,12 @@ def _weights_launch(
         (
             gathered, launch.descriptor(other, tile.k, tile.n) if tma else other, layout.sorted_token_ids,
             layout.expert_offsets, layout.expert_counts, out,
-            count, layout.sorted_token_ids.numel(), m, n, top_k, other_top_k or 1,
+            count, layout.sorted_token_ids.numel(), m, n,
             launch.row_stride(gathered), launch.row_stride(other), *strides,
         ),
         {
-            "OTHER_LAYOUT": in_layout, "OTHER_TMA": tma, "ACCUMULATE": accumulate, "PRECISION": _precision(gathered),
+            "TOP_K": top_k, "OTHER_LAYOUT": in_layout, "OTHER_TMA": tma, "ACCUMULATE": accumulate,
+            "PRECISION": _precision(gathered),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
         tile.warps,

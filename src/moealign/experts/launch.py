@@ -37,6 +37,15 @@ _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _kind(argument: Any) -> Any:
+    """What of a kernel's argument Triton compiles for."""
+    if type(argument) is int:
+        return (argument == 1) + 2 * (argument % 16 == 0) + 4 * (argument >= 2**31)
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument and (argument.base.dtype, *argument.block_shape)  # a descriptor or None
+
+
 class GemmLaunch(NamedTuple):
     """A prepared launch.  Tests compile it ahead for GPUs that are not in the machine."""
 
@@ -48,6 +57,18 @@ class GemmLaunch(NamedTuple):
     num_stages: int
     pdl: bool
     module: str = "kernels"  # of this package, with the kernel
+
+    def options(self) -> dict[str, Any]:
+        """Triton's options for the compilation and the launch."""
+        options: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.pdl:
+            options["launch_pdl"] = True
+        return options
+
+    def key(self) -> tuple[Any, ...]:
+        """All that Triton compiles for, but the device: launches of one key are of one compiled kernel."""
+        kinds = tuple(map(_kind, self.arguments))
+        return self.kernel, kinds, *self.constants.values(), self.num_warps, self.num_stages, self.pdl
 
 
 def refuses(rows: Tensor) -> str | None:
@@ -71,14 +92,33 @@ def _descriptor_type() -> Any:
     return TensorDescriptor
 
 
+#: What Triton compiled, by device and key.  To find it, Triton itself takes longer than the launch.
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
 def run(launches: list[GemmLaunch], device: torch.device) -> None:
     """Launch the kernels on `device`."""
     with on_device(device):
+        index = torch.cuda.current_device() if device.type == "cuda" else None
         for one in launches:
-            options: dict[str, Any] = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-            if one.pdl:
-                options["launch_pdl"] = True
-            _kernel(one.module, one.kernel)[one.grid](*one.arguments, **one.constants, **options)
+            key = index, one.key()
+            known = _compiled.get(key)
+            if known is not None:
+                compiled, names = known
+                compiled[(*one.grid, 1, 1)[:3]](*one.arguments, *map(one.constants.__getitem__, names))
+                continue
+            kernel = _kernel(one.module, one.kernel)
+            compiled = kernel[one.grid](*one.arguments, **one.constants, **one.options())
+            if index is not None and _launches_compiled():
+                _compiled[key] = compiled, kernel.arg_names[len(one.arguments) :]
+
+
+@functools.cache
+def _launches_compiled() -> bool:
+    """Whether what a launch returns can be launched again with the same arguments and constants."""
+    import triton
+
+    return not interpreted() and (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
 
 # ---- one product -----------------------------------------------------------------------------------------------------
