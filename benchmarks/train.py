@@ -18,7 +18,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,20 @@ def compile_liger(job: tuple[Shape, int, int]) -> str | None:
     except Exception as error:
         return f"{job}: {bench.first_line(error)}"
     return None
+
+
+@contextlib.contextmanager
+def untuned(tuners: Sequence[Any]) -> Iterator[None]:
+    """Within it, Liger takes its first configurations; afterwards, it tunes anew, for the tokens of the next call."""
+    configs = [tuner.configs for tuner in tuners]
+    for tuner in tuners:
+        tuner.configs = tuner.configs[:1]
+    try:
+        yield
+    finally:
+        for tuner, every in zip(tuners, configs, strict=True):
+            tuner.configs = every
+            tuner.cache.clear()
 
 
 def implementations() -> dict[str, LayerCall]:
@@ -289,11 +303,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     calls = implementations()
     for shape, tokens in chosen:
-        right = verified(calls, shape, failures)
+        with untuned(liger_tuners() if LIGER in calls else []):
+            right = verified(calls, shape, failures)
         torch.cuda.empty_cache()
-        if LIGER in right:
-            for tuner in liger_tuners():
-                tuner.cache.clear()  # its key has no number of tokens: tune for those of this case
         tensors = random_step(shape, tokens)
         steps = {name: step_of(calls[name], tensors) for name in right}
         peaks: dict[str, float] = {}

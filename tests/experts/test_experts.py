@@ -324,6 +324,13 @@ def test_buffers_that_cannot_hold_the_gradients_are_refused():
     refused(right, InvalidType, "batch_invariant: expected True or False", batch_invariant="yes")
     with pytest.raises(InvalidInput, match="expected an eager call"):
         torch.compile(fused_moe, backend="eager")(x, gate_up, down, weights, ids, weight_grads=right)
+    out = fused_moe(x, gate_up.requires_grad_(), down, weights, ids, weight_grads=right)
+    with pytest.raises(InvalidInput, match="expected a plain backward"):
+        out.sum().backward(retain_graph=True, create_graph=True)
+    with pytest.raises(InvalidInput, match="expected a plain backward"):
+        torch.autograd.grad(out, gate_up, torch.ones(2, *out.shape, dtype=out.dtype), is_grads_batched=True)
+    assert not right[0].requires_grad
+    assert not right[0].any()
 
 
 # ---- one product ---------------------------------------------------------------------------------------------------

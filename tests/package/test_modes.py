@@ -743,6 +743,11 @@ def refusals() -> dict[str, tuple[Callable[..., Any], list[Any], type[Exception]
             [x, up, down, weights, ids, torch.zeros(2, 2, dtype=torch.int32)],
             InvalidInput,
         ),
+        "fused_moe, short map": (
+            lambda *given: fused_moe(*given[:5], expert_map=given[5]),
+            [x, up, down, weights, ids, torch.zeros(E - 1, dtype=torch.int32)],
+            InvalidInput,
+        ),
         "fused_moe, activation": (
             lambda *given: fused_moe(*given, activation="tanh"),
             [x, up, down, weights, ids],

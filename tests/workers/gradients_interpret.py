@@ -15,6 +15,7 @@ from helpers import failures, patch_interpreter
 
 import moealign
 from moealign import fused_moe, grouped_gemm
+from moealign.errors import InvalidInput
 from moealign.experts import gradients, launch
 from moealign.experts.records import ExpertWeights, Routes
 from moealign.experts.tiles import Tile
@@ -113,6 +114,13 @@ def gates():
                 yield from compare(what, given(tensors, ids, grad, **options), wanted(tensors, ids, grad, **options))
                 again = given(tensors, ids, grad, **options, recompute=True)
                 yield from compare(f"{what}, recompute", again, wanted(tensors, ids, grad, **options))
+    tensors, ids = layer_of(6, 2, 3, 24, 16, bias=True)
+    tensors[4] = tensors[4].index_fill(1, torch.tensor([3]), float("nan"))
+    for gate in (GATES[0], GATES[1], GATES[3]):
+        ways = [given(tensors, ids, grads_like(tensors), activation=gate, backend=way) for way in ("triton", "packed")]
+        yield f"{gate.text}: NaN in the gradients", float(not ways[1][1].isnan().any())
+        for name, one, other in zip(NAMES, *ways, strict=True):
+            yield f"{gate.text}: NaN in {name}", float(not torch.equal(one.isnan(), other.isnan()))
     layer = torch.compile(fused_moe, backend="aot_eager", fullgraph=True)
     tensors, ids = layer_of(6, 2, 3, 24, 16, bias=True)
     grad, options = grads_like(tensors), {"activation": GATES[1]}
@@ -167,6 +175,8 @@ def options():
     for tiles in (
         gradients.GradientTiles(wide, wide, Tile(16, 32, 16, 1, 4, 2)),
         gradients.GradientTiles(narrow, wide._replace(swap=1), Tile(32, 16, 32, 8, 4, 2)),
+        gradients.GradientTiles(wide._replace(n=128), wide, Tile(16, 32, 16, 1, 4, 2)),
+        gradients.GradientTiles(wide._replace(n=256), wide, Tile(16, 32, 16, 1, 4, 2)),
     ):
         call = (grad.float(), None, tensors[0].float(), weights, routes, "silu")
         got = gradients.layer_gradients(*call, (True, True, True, True, False, False), tiles=tiles)
@@ -174,7 +184,21 @@ def options():
     strided = [each.detach() for each in tensors]
     strided[1] = torch.cat([tensors[1], tensors[1]], 2)[:, :, :32]  # a view into wider rows
     strided[0] = torch.cat([tensors[0], tensors[0]], 1)[:, :32]
+    strided[4], strided[5] = (each.t().contiguous().t() for each in tensors[4:])  # biases whose columns are strided
     yield from compare("strided inputs", given(strided, ids, grad), want)
+    inputs, expanded = leaves(tensors[:5], torch.float32), tensors[5].float()[:, :1].expand(tensors[5].shape)
+    fused_moe(*inputs[:4], ids, gate_up_bias=inputs[4], down_bias=expanded).backward(grad.float())
+    other = wanted([*tensors[:5], expanded.contiguous()], ids, grad)
+    yield from compare("an expanded bias", [*(each.grad for each in inputs), None], [*other[:5], None])
+    inputs = leaves(tensors, torch.float32)
+    out = fused_moe(*inputs[:4], ids, weight_grads=tuple(torch.zeros(each.shape) for each in tensors[1:3]))
+    for how in ({"create_graph": True}, {"is_grads_batched": True}):
+        outputs = grad.float().expand(2, *grad.shape) if "is_grads_batched" in how else grad.float()
+        try:
+            torch.autograd.grad(out, inputs[0], outputs, retain_graph=True, **how)
+            yield f"buffers are refused with {how}", 1.0
+        except InvalidInput:
+            pass
     for name, place in zip(NAMES, range(6), strict=True):  # one gradient at a time
         inputs = [each.detach().float() for each in tensors]
         inputs[place].requires_grad_()

@@ -14,7 +14,7 @@ from .activations import PLAIN, Gate, names
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES
 
-__all__ = ["PATHS", "check_layer", "check_out", "check_product", "check_training", "select_path"]
+__all__ = ["PATHS", "check_accumulation", "check_layer", "check_out", "check_product", "check_training", "select_path"]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PATHS = ("triton", "packed")
@@ -149,6 +149,15 @@ def check_training(
         )
 
 
+def check_accumulation(grad: Tensor) -> None:
+    """Refuse a backward that cannot add `grad` to a buffer."""
+    if torch.is_grad_enabled() or modes.is_batched_gradient(grad):
+        raise InvalidInput(
+            "weight_grads: expected a plain backward, got one with create_graph=True or is_grads_batched=True; leave "
+            "weight_grads out there"
+        )
+
+
 def _check_ids(routes: Routes, gate_up: Tensor) -> None:
     """Refuse ids on another device than `gate_up`, and those that :func:`moealign.align` refuses.
 
@@ -164,6 +173,11 @@ def _check_ids(routes: Routes, gate_up: Tensor) -> None:
     if isinstance(expert_map, Tensor) and expert_map.dim() == 1:
         experts = expert_map.shape[0]
     check_align(ids, 1, experts, expert_map, False, True, num_valid_tokens, None, ())
+    if expert_map is not None and expert_map.shape[0] < gate_up.shape[0]:
+        raise InvalidInput(
+            f"expert_map: expected an entry for each global expert, at least the {gate_up.shape[0]} local ones, got "
+            f"{expert_map.shape[0]}"
+        )
 
 
 # ---- grouped_gemm ----------------------------------------------------------------------------------------------------

@@ -80,17 +80,16 @@ def _gate_and_slopes(x, up, ACT: tl.constexpr, GATE: tl.constexpr):
     As in torch, the gradient of a clamp passes where the value is within the limit or equal to it.
     """
     if GATE[LIMIT] is not None and not GATE[LIMIT_AFTER]:
-        passes = x <= GATE[LIMIT]
-        value, slope = _activation_and_slope(tl.where(passes, x, GATE[LIMIT]), ACT, GATE)
-        slope = tl.where(passes, slope, 0.0)
+        value, slope = _activation_and_slope(tl.minimum(x, GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL), ACT, GATE)
+        slope = tl.where(x <= GATE[LIMIT], slope, 0.0)
     else:
         value, slope = _activation_and_slope(x, ACT, GATE)
         if GATE[LIMIT] is not None:
-            slope = tl.where(value <= GATE[LIMIT], slope, 0.0)
-            value = tl.minimum(value, GATE[LIMIT])
+            slope *= tl.where(value <= GATE[LIMIT], 1.0, 0.0)
+            value = tl.minimum(value, GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
     if GATE[LIMIT] is not None:
         up_slope = tl.where(tl.abs(up) <= GATE[LIMIT], 1.0, 0.0)
-        up = tl.clamp(up, -GATE[LIMIT], GATE[LIMIT])
+        up = tl.clamp(up, -GATE[LIMIT], GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
     else:
         up_slope = tl.full(up.shape, 1.0, tl.float32)
     if GATE[LINEAR_BETA] is not None:
@@ -224,6 +223,10 @@ def _through_activation(
         value, slope, up, up_slope = _gate_and_slopes(x, up.to(tl.float32), ACT, GATE)
         to_x = weighted_g * slope * up
         to_up = weighted_g * value * up_slope
+        if GATE[LIMIT] is not None:  # as in torch, what a clamp stops is zero beside NaN too
+            to_up = tl.where(up_slope == 0, 0.0, to_up)
+            if not GATE[LIMIT_AFTER]:
+                to_x = tl.where(slope == 0, 0.0, to_x)
         value = value * up
     else:
         value, slope = _activation_and_slope(x, ACT, GATE)

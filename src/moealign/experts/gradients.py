@@ -125,7 +125,7 @@ def layer_gradients(
         to_down_bias = torch.empty_like(weights.down_bias, memory_format=torch.contiguous_format)
         dots = hidden_states.new_zeros(count, cdiv(hidden, _BIAS_COLUMNS), dtype=torch.float32)
         factors = routes.weights.reshape(-1)
-        bias_of = (factors, weights.down_bias, layout, to_down_bias, dots)
+        bias_of = (factors, launch.row_major(weights.down_bias), layout, to_down_bias, dots)
         launch.run([_bias_launch(grad, top_k, count, False, *bias_of)], device)
     if for_routing:
         to_routing = torch.empty_like(routes.weights, memory_format=torch.contiguous_format)

@@ -148,9 +148,9 @@ def product(
             elif B_TMA:
                 u = b.load([b_row + N, start])
             elif EVEN_K:
-                u = tl.load(b_at + N * b_stride_n)
+                u = tl.load(b_at + tl.cast(N, tl.int64) * b_stride_n)
             else:
-                u = tl.load(b_at + N * b_stride_n, mask=depth[None, :] < K - start, other=0.0)
+                u = tl.load(b_at + tl.cast(N, tl.int64) * b_stride_n, mask=depth[None, :] < K - start, other=0.0)
             if SWAP:
                 second = tl.dot(u, x.T, second, input_precision=PRECISION)
             else:

@@ -115,10 +115,15 @@ def run(launches: list[GemmLaunch], device: torch.device) -> None:
 
 @functools.cache
 def _launches_compiled() -> bool:
-    """Whether what a launch returns can be launched again with the same arguments and constants."""
+    """Whether what a launch returns can be launched again with the same arguments and constants.  On AMD GPUs Triton
+    also compiles for the sizes of tensors, which a key does not tell."""
     import triton
 
-    return not interpreted() and (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+    return (
+        torch.version.hip is None
+        and not interpreted()
+        and (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+    )
 
 
 # ---- one product -----------------------------------------------------------------------------------------------------
@@ -202,6 +207,7 @@ def gemm_launch(
         rows = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
         blocks = layout.expert_ids.numel()
         max_blocks = min(blocks, layout.sorted_token_ids.numel() // tile.m)
+    bias = None if bias is None else row_major(bias)
     tiles = blocks * cdiv(columns, tile.n)
     half_rows = 0 if no_layout else tile.half_tile_rows
     persistent = bool(tile.ctas) and not no_layout

@@ -15,7 +15,7 @@ from .. import modes
 from ..layout import BlockLayout
 from . import gradients, launch, packed, packed_operators  # noqa: F401  (registers its operators)
 from .activations import function_of
-from .checks import select_path
+from .checks import check_accumulation, select_path
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES, select_tiles
 
@@ -159,6 +159,7 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         else:
             parts = torch.ops.moealign.fused_moe_backward.default(grad, before, *inputs, needed)
     else:
+        check_accumulation(grad)
         parts = torch.ops.moealign.fused_moe_backward.accumulate(grad, before, *inputs, needed, *ctx.buffers)
         needed[1] = needed[2] = False
     result: list[Tensor | None] = [None] * ctx.arguments
@@ -170,9 +171,8 @@ def _layer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _layer_gradients(grad: Tensor, before: Tensor | None, *args: Any) -> list[Tensor]:
     hidden_states, weights, routes, activation, _ = _records(*args[:12])
     batch_invariant, needed, *buffers = args[12:]
-    inputs = (hidden_states, weights.gate_up, weights.down, routes.weights, weights.gate_up_bias, weights.down_bias)
     if is_empty(hidden_states, weights, routes):  # without tokens: `_takes_layer` leaves empty weights to the formula
-        return [grad.new_empty(0) if each is None else torch.zeros_like(each) for each in inputs]
+        return [each.zero_() for each in _layer_backward_fake(grad, before, *args)]
     call = (grad, before, hidden_states, weights, routes, activation, needed, tuple(buffers) or (None, None))
     parts = gradients.layer_gradients(*call, batch_invariant)
     return [grad.new_empty(0) if each is None else each for each in parts]

@@ -18,6 +18,7 @@ from .. import modes
 from ..errors import InvalidInput
 from ..layout import BlockLayout
 from .activations import Rows, function_of
+from .checks import check_accumulation
 from .records import ExpertWeights, Product, Routes
 
 __all__ = [
@@ -152,6 +153,7 @@ class _AddToBuffer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        check_accumulation(grad)
         ctx.buffer.add_(grad)
         return None, None
 
