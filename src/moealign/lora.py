@@ -13,7 +13,7 @@ from .calls.checks import check_plain
 from .errors import InvalidInput, InvalidType
 from .layout import INT32_MAX, BlockLayout, capacity
 
-__all__ = ["LoraLayout", "align_lora"]
+__all__ = ["LoraLayout", "adapters_of_requests", "align_lora"]
 
 
 class LoraLayout(NamedTuple):
@@ -80,6 +80,50 @@ def align_lora(
     sizes = capacity(topk_ids.numel(), block_size=block_size, num_experts=num_experts)
     rows, blocks, totals = segments(packed, max_loras, num_experts, sizes.sorted_token_ids, sizes.expert_ids)
     return LoraLayout(rows, blocks, totals, block_size, num_experts, topk_ids.numel())
+
+
+def adapters_of_requests(seg_indptr: Tensor, req_to_lora: Tensor, num_tokens: int) -> Tensor:
+    """The `token_lora_mapping` of :func:`align_lora` from segments of tokens, a request each, as SGLang has them.
+
+    Args:
+        seg_indptr: ``[R + 1]``, integer, ascending: tokens ``seg_indptr[r] .. seg_indptr[r + 1] - 1`` are of request r.
+        req_to_lora: ``[R]``, integer: the slot of each request.
+        num_tokens: tokens ``T`` of the batch.
+
+    Returns:
+        int32 ``[T]``, -1 for tokens of no request.  The host never waits.
+
+    Raises:
+        InvalidInput, InvalidType: shapes, dtypes or devices do not match.
+    """
+    refusal = modes.checked(_check_requests, seg_indptr, req_to_lora, num_tokens)
+    if isinstance(refusal, modes.Refusal):
+        return modes.refuse(refusal)[0]
+    tokens = torch.arange(num_tokens, device=seg_indptr.device)
+    ends = seg_indptr.to(torch.int64)
+    request = torch.searchsorted(ends, tokens, right=True) - 1  # that of the last segment that begins at or before it
+    slots = torch.cat([req_to_lora.to(torch.int32), req_to_lora.new_full((1,), -1, dtype=torch.int32)])
+    none = slots.shape[0] - 1
+    return slots[torch.where((request >= 0) & (request < none), request, none)]
+
+
+def _check_requests(seg_indptr: object, req_to_lora: object, num_tokens: object) -> None:
+    for name, tensor in (("seg_indptr", seg_indptr), ("req_to_lora", req_to_lora)):
+        check_plain(name, tensor)
+        assert isinstance(tensor, Tensor)
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
+            raise InvalidType(f"{name}: expected an integer dtype, got {tensor.dtype}")
+    assert isinstance(seg_indptr, Tensor)
+    assert isinstance(req_to_lora, Tensor)
+    if seg_indptr.device != req_to_lora.device:
+        raise InvalidInput(f"req_to_lora: expected a tensor on {seg_indptr.device}, got {req_to_lora.device}")
+    if req_to_lora.dim() != 1 or list(seg_indptr.shape) != [req_to_lora.shape[0] + 1]:
+        raise InvalidInput(
+            f"seg_indptr, req_to_lora: expected [R + 1] and [R], got {list(seg_indptr.shape)} and "
+            f"{list(req_to_lora.shape)}"
+        )
+    if not isinstance(num_tokens, (int, torch.SymInt)) or isinstance(num_tokens, bool) or num_tokens < 0:
+        raise InvalidInput(f"num_tokens: expected an int of at least 0, got {num_tokens!r}")
 
 
 def _check(

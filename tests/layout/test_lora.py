@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moealign import InvalidInput, InvalidType, align, align_lora, grouped_gemm
+from moealign.lora import adapters_of_requests
 
 E, K, B, SLOTS = 6, 2, 4, 3
 
@@ -42,6 +43,39 @@ def test_an_adapters_product():
         slot, expert = int(mapping[route // K]), int(ids.flatten()[route])
         want = weights[slot, expert] @ x[route // K] if 0 <= slot < SLOTS else torch.zeros(3)
         torch.testing.assert_close(got[route], want)
+
+
+@pytest.mark.parametrize(
+    ("ends", "slots"),
+    [([0, 2, 2, 5], [1, 0, 2]), ([0, 5], [0]), ([1, 3, 4], [2, -1]), ([0], []), ([0, 0, 9], [1, 2]), ([7, 9], [1])],
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_adapters_of_requests(ends, slots, dtype):
+    want = [-1] * 6
+    for request, slot in enumerate(slots):
+        for token in range(ends[request], min(ends[request + 1], 6)):
+            want[token] = slot
+    given = torch.tensor(ends, dtype=dtype), torch.tensor(slots, dtype=dtype)
+    for function in (adapters_of_requests, torch.compile(adapters_of_requests, backend="eager", fullgraph=True)):
+        got = function(*given, 6)
+        assert got.dtype is torch.int32
+        assert got.tolist() == want
+    assert adapters_of_requests(*given, 0).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("ends", "slots", "tokens", "error", "message"),
+    [
+        (torch.zeros(2), torch.zeros(1).int(), 3, InvalidType, "seg_indptr: expected an integer dtype"),
+        (torch.zeros(2).int(), [0], 3, InvalidType, "req_to_lora: expected a torch.Tensor"),
+        (torch.zeros(2).int(), torch.zeros(2).int(), 3, InvalidInput, r"expected \[R \+ 1\] and \[R\], got \[2\]"),
+        (torch.zeros(2).int(), torch.zeros(1).int(), -1, InvalidInput, "num_tokens: expected an int of at least 0"),
+        (torch.zeros(2).int(), torch.zeros(1).int(), 2.5, InvalidInput, "num_tokens: expected an int of at least 0"),
+    ],
+)
+def test_refused_requests(ends, slots, tokens, error, message):
+    with pytest.raises(error, match=message):
+        adapters_of_requests(ends, slots, tokens)
 
 
 def test_it_compiles_to_one_graph():
