@@ -15,6 +15,7 @@ import torch
 
 from . import __version__
 from .alignment import explain
+from .backend.cache import cache_folder
 from .calls.dispatch import backends
 from .errors import InvalidInput, MoealignError
 from .experts.tiles import parse_tuning
@@ -22,7 +23,7 @@ from .integrations.engines import ENGINES, status
 from .integrations.recording import LIMITS, limit_of
 from .terminal import escape, paragraph
 
-__all__ = ["VARIABLES", "device_of", "facts", "problems", "show", "tuning_problem"]
+__all__ = ["VARIABLES", "device_of", "facts", "problems", "show", "tuning_problem", "warnings"]
 
 PACKAGES = (
     "torch",
@@ -62,8 +63,10 @@ def _threads(value: str) -> str | None:
 
 
 def _trace(value: str) -> str | None:
-    folder = Path(value).absolute().parent
-    return None if folder.is_dir() else f"expected a path in a folder that exists, got {value!r}"
+    path = Path(value).absolute()
+    if path.is_dir():
+        return f"expected a file to write, got the folder {value!r}"
+    return None if path.parent.is_dir() else f"expected a path in a folder that exists, got {value!r}"
 
 
 def _limit(name: str, value: str) -> str | None:
@@ -119,6 +122,15 @@ def problems() -> list[str]:
     return lines
 
 
+def warnings() -> list[str]:
+    """What makes commands slower but stops none, one line each."""
+    value = os.environ.get("MOEALIGN_CACHE_DIR")
+    if (value and _cache(value)) or cache_folder() is not None:  # a file is a problem
+        return []
+    got = repr(value) if value else "another one in its default place"
+    return [f"MOEALIGN_CACHE_DIR: expected a folder that only you can write, got {got}; every process compiles kernels"]
+
+
 # ---- everything --------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +177,7 @@ def facts() -> dict[str, Any]:
         "environment": {name: os.environ.get(name) or None for name in VARIABLES},
         "unknown_variables": unknown,
         "problems": problems(),
+        "warnings": warnings(),
     }
 
 
@@ -174,6 +187,11 @@ def _section(title: str, lines: dict[str, str]) -> None:
     for name, text in lines.items():
         print(paragraph(f"  {name:<{indent - 4}}  {escape(text)}", indent=indent))
     print()
+
+
+def _list(lines: list[str]) -> None:
+    for line in lines:
+        print(paragraph(f"  {escape(line)}", indent=4))
 
 
 def show(as_json: bool = False) -> int:
@@ -195,10 +213,13 @@ def show(as_json: bool = False) -> int:
     variables = {name: value or "not set" for name, value in found["environment"].items()}
     variables |= dict.fromkeys(found["unknown_variables"], "unknown: moealign does not read it")
     _section("Environment", variables)
+    if found["warnings"]:
+        print("Warnings: every command runs")
+        _list(found["warnings"])
+        print()
     if not found["problems"]:
         print("No problems.")
         return 0
     print("Problems: every other command refuses to run until they are solved")
-    for line in found["problems"]:
-        print(paragraph(f"  {escape(line)}", indent=4))
+    _list(found["problems"])
     return 1

@@ -82,6 +82,26 @@ def test_named_layers_and_steps(recorder, engine, names):
     assert list(path.parent.iterdir()) == [path], "no partial file stays"
 
 
+@pytest.mark.parametrize(
+    ("attributes", "sizes"),
+    [
+        ([{"hidden_size": 64, "intermediate_size_per_partition": 24}] * 2, (64, 24)),
+        ([{"moe_config": types.SimpleNamespace(hidden_dim=64, intermediate_size_per_partition=24)}] * 2, (64, 24)),
+        ([{"hidden_size": 64, "intermediate_size_per_partition": size} for size in (24, 8)], (64, None)),
+        ([{"hidden_size": 64, "intermediate_size_per_partition": 24}, {}], (None, None)),
+        ([{"hidden_size": 64, "intermediate_size_per_partition": None}] * 2, (None, None)),
+        ([{"hidden_size": 0, "intermediate_size_per_partition": 24}] * 2, (None, None)),
+    ],
+)
+def test_sizes_of_experts_are_those_that_all_layers_have(recorder, attributes, sizes):
+    layers = [Layer(number, "vllm") for number in range(2)]
+    for layer, values in zip(layers, attributes, strict=True):
+        vars(layer).update(values)
+    run(layers, 3)
+    trace = load_trace(engines.write_trace())
+    assert (trace.hidden, trace.intermediate, trace.device) == (*sizes, "")
+
+
 def test_maps_are_counted_and_dropped_ids_are_minus_one(recorder):
     layer = Layer(0, "vllm")
     expert_map = torch.arange(EXPERTS, dtype=torch.int32)
@@ -415,3 +435,4 @@ def test_on_a_gpu_copies_are_asynchronous_and_captures_are_left_out(recorder):
     trace = load_trace(recorder.write())
     assert torch.equal(trace.topk_ids[0].int(), ids.cpu())
     assert trace.details["calls_left_out"] == {"graph capture": 1}
+    assert trace.device == torch.cuda.get_device_name()

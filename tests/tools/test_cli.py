@@ -192,6 +192,12 @@ def test_version_and_short_help():
     assert run().output == run("-h").output
 
 
+def test_the_help_of_bench_names_its_files_in_60_columns():
+    text = run("bench", "-h", COLUMNS="60").output
+    assert "moealign_bench_*.csv" in text
+    assert "…" not in text
+
+
 def test_options_have_the_same_names_everywhere():
     for name in ("demo", "report", "bench", "tune"):
         text = run(name, "-h", COLUMNS="120").output
@@ -210,12 +216,15 @@ def test_options_have_the_same_names_everywhere():
     ("arguments", "keys"),
     [
         (("info",), {"moealign", "python", "platform", "packages", "devices", "backends", "engines", "environment",
-                     "unknown_variables", "problems"}),
+                     "unknown_variables", "problems", "warnings"}),
         (("check", "--cases", "2"), {"moealign", "ok", "seed", "results", "unavailable"}),
         (("inspect",), {"trace", "model", "source", "revision", "layers", "tokens", "top_k", "experts", "load",
                         "load_all", "padding", "advice", "hidden", "intermediate", "machine"}),
+        (("report", "--no-gpu"), {"trace", "sizes", "machine", "not_measured", "batches", "layers", "imbalance",
+                                  "block_sizes", "by_tokens", "placements"}),
+        (("report", "--no-gpu", TRACE, TRACE), {"A", "B", "overlap", "placement"}),
     ],
-    ids=["info", "check", "inspect"],
+    ids=["info", "check", "inspect", "report", "two traces"],
 )  # fmt: skip
 def test_json(arguments, keys):
     result = run(*arguments, "--json")
@@ -304,6 +313,24 @@ BAD = [
     (("report", "--layer", "99"), "--layer: expected a layer below 4, got 99"),
     (("report", "--map-block-size", "1" + "0" * 20), "--map-block-size"),
     (("report", "--dark"), "--dark: expected an --output that ends in .png"),
+    *[(("report", option, "200000"), f"'{option}': ") for option in ("--ranks", "--replicas")],
+    *[
+        (("report", "--placement", "p.json", *counts), f"replicas: expected {expected}")
+        for counts, expected in (
+            (("--replicas", "3"), "0 or a multiple of 8 more"),
+            (("--ranks", "2", "--replicas", "66"), "0 to 64"),
+        )
+    ],
+    *[
+        (("report", "--device-name", "G", "--engine-config", *values), message)
+        for values, message in (
+            (("/proc/x/y",), "--engine-config: expected a folder that can be written, got /proc/x/y (No such file"),
+            (("new/a\0b",), "null byte"),
+            ((__file__,), "--engine-config: expected a folder, got the file"),
+            (("same", "--placement", "same"), "--placement: expected another path than --engine-config's"),
+            (("new/folder", "--block-size", "16,100"), "block sizes among 16, 32, 64, 128, 256, got 100; pass other"),
+        )
+    ],
     (("check", "--cases", "0"), "--cases"),
     (("check", "--cases", "1" + "0" * 20), "--cases"),
     (("check", "--seed", "x"), "--seed"),
@@ -351,6 +378,7 @@ VALUES = [
     ("MOEALIGN_TUNING", __file__, "expected a tuning file, got"),
     ("MOEALIGN_TUNING", os.path.dirname(__file__), "expected a tuning file, got the folder"),
     ("MOEALIGN_TRACE", "/no/such/t.safetensors", "expected a path in a folder that exists, got"),
+    ("MOEALIGN_TRACE", os.path.dirname(__file__), "expected a file to write, got the folder"),
     ("MOEALIGN_TRACE_MB", "0", "expected a number of MiB above 0, got '0'"),
     ("MOEALIGN_VLLM", "yes", "expected 1 or 0, got 'yes'"),
     ("MOEALIGN_SGLANG", "on", "expected 1 or 0, got 'on'"),
@@ -378,6 +406,19 @@ def test_info_names_every_problem():
     assert [name for name in values if f"  {name}: expected " not in result.output] == []
     assert len(json.loads(run("info", "--json", **values).stdout)["problems"]) == 3
     assert "(and 2 more; see moealign info)" in run("inspect", **values).stderr
+
+
+def test_a_cache_folder_that_cannot_be_made_is_a_warning(tmp_path):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "folder")
+    result = run("info", COLUMNS="300", MOEALIGN_CACHE_DIR=folder)
+    assert result.exit_code == 0, result.output
+    message = f"MOEALIGN_CACHE_DIR: expected a folder that only you can write, got '{folder}'; every process compiles"
+    assert message in result.stdout
+    assert "No problems." in result.stdout
+    answer = json.loads(run("info", "--json", MOEALIGN_CACHE_DIR=folder).stdout)
+    assert (answer["problems"], len(answer["warnings"])) == ([], 1)
+    assert run("inspect", MOEALIGN_CACHE_DIR=folder).exit_code == 0
 
 
 def test_every_variable_that_the_package_reads_is_checked():

@@ -393,6 +393,7 @@ def test_the_command(tmp_path):
     assert "prefill, 8,192 tokens a batch: blocks of" in result.output
     assert "alignment takes" in result.output
     assert "Not measured: no GPU that torch can use." in result.output
+    assert "vLLM and SGLang read the files that --engine-config DIR writes" in " ".join(result.output.split())
     text = path.read_text()
     assert '<option value="3" selected>' in text
     for words in (text, " ".join(result.output.split())):
@@ -444,6 +445,7 @@ WITHOUT_A_GPU = [
 )
 def test_refusals_of_the_command(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moealign.cli.report.pages.study", lambda *a, **k: pytest.fail("the study began"))
     result = run(str(example_trace()), *arguments)
     assert list(tmp_path.iterdir()) == []
     assert result.exit_code == 2

@@ -16,7 +16,7 @@ from moealign.cli import app
 from moealign.errors import InvalidInput
 from moealign.parallel import ExpertPlacement
 from moealign.recorder import capture
-from moealign.report import engines
+from moealign.report import engines, summary
 from moealign.trace import Trace, example_trace, load_trace, save_trace
 
 PATH = str(example_trace())
@@ -40,6 +40,7 @@ def test_the_numbers_as_json(tmp_path, monkeypatch):
     assert [each["kind"] for each in numbers["batches"]] == ["decode", "prefill"]
     assert numbers["batches"][0]["share"] == pytest.approx(study.advice[0].alignment / study.advice[0].layer)
     assert not numbers["batches"][0]["measured"]
+    assert numbers["trace"]["device"] == "cpu"
     assert len(numbers["by_tokens"]) == len(study.by_tokens)
 
 
@@ -53,7 +54,7 @@ def test_a_trace_without_routes_has_no_recommendation(tmp_path, recwarn):
     assert "<b>0 routes</b>" in (tmp_path / "a.html").read_text()
     assert [str(each.message) for each in recwarn] == []
     with pytest.raises(InvalidInput, match="expected a trace with routes, got one without"):
-        engines.configuration(study)
+        report.write_configuration(study, tmp_path, "a GPU")
 
 
 def test_batches_are_the_calls_of_the_model(tmp_path):
@@ -75,6 +76,27 @@ def test_batches_are_the_calls_of_the_model(tmp_path):
     page = (tmp_path / "a.html").read_text()
     assert "Imbalance over 132 calls" in page
     assert "tokens of a call, " in page
+
+
+GAPS = {"calls_left_out": {"incomplete step": 1, "limit": 14}, "note": "Replays of <graphs> are missing."}
+TOLD = "Alignments that the trace lacks: 1 incomplete step, 14 limit. Replays of <graphs> are missing."
+
+
+def test_what_the_recorder_could_not_see_is_said(tmp_path):
+    path = tmp_path / "t.safetensors"
+    save_trace(path, dataclasses.replace(TRACE, details={**TRACE.details, **GAPS}))
+    words = {"inspect": CliRunner().invoke(app, ["inspect", str(path)]).output}
+    for name, arguments in {"one": (str(path),), "two": (PATH, str(path))}.items():
+        for suffix in (".html", ".svg"):
+            page = tmp_path / f"{name}{suffix}"
+            words[name] = run(*arguments, "-o", str(page)).output
+            words[page.name] = re.sub(r"</text>\s*<text[^>]*>", " ", page.read_text()).replace("&lt;", "<")
+            words[page.name] = words[page.name].replace("&gt;", ">")
+    for name, text in words.items():
+        assert " ".join(text.split()).count(TOLD) == 1, name
+    assert "lacks" not in CliRunner().invoke(app, ["inspect", PATH]).output
+    odd = dataclasses.replace(TRACE, details={"calls_left_out": [1], "note": 3})
+    assert summary.gaps_text(odd) == ""
 
 
 class Experts(torch.nn.Module):
@@ -141,11 +163,19 @@ def test_the_configuration_of_engines(tmp_path, monkeypatch):
         assert all(value & (value - 1) == 0 for name, value in tile.items() if name.startswith("BLOCK"))
 
 
-def test_a_configuration_needs_the_sizes_of_the_trace():
+def test_a_configuration_needs_the_sizes_of_the_trace(tmp_path, monkeypatch):
     study = report.study(dataclasses.replace(TRACE, details={}), (16,), on_gpu=False)
     assert study.experts_source == "assumed"
     with pytest.raises(InvalidInput, match="expected the sizes of an expert, which name the file, got a trace without"):
-        engines.configuration(study)
+        report.write_configuration(study, tmp_path, "a GPU")
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "t.safetensors"
+    save_trace(path, study.trace)
+    monkeypatch.setattr("moealign.cli.report.pages.study", lambda *a, **k: pytest.fail("the study began"))
+    result = run(str(path), "--json", "--engine-config", str(tmp_path / "tiles"), "--device-name", "G")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "got a trace without; pass --hidden and --intermediate" in result.stderr
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_device_names():

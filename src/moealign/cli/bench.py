@@ -48,11 +48,11 @@ def _device(name: str | None) -> str:
 
 def bench(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="CSV to write (default: moealign_bench_DEVICE.csv)")
+        Path | None, typer.Option("--output", "-o", help="CSV to write (default: moealign_bench_*.csv, * the device)")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", hidden=True)] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Picture to write, .png or .svg (default: moealign_bench_DEVICE.png)")
+        Path | None, typer.Option(help="Picture to write, .png or .svg (default: moealign_bench_*.png, * the device)")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few sizes, few replays.")] = False,
     part: Annotated[

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -100,6 +102,27 @@ def output(option: str, path: Path, suffixes: Collection[str] = ()) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         fail(f"{option}: expected a path that can be written, got {path} ({getattr(error, 'strerror', None) or error})")
     return path
+
+
+def folder(option: str, path: Path) -> None:
+    """Make sure that `path` is a folder with room for new files, or can become one; it is left as it was."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        fail(f"{option}: expected a folder, got the file {path}")
+    made: list[Path] = []
+    try:
+        for each in reversed([path, *path.parents]):
+            if not os.path.exists(each):
+                each.mkdir()
+                made.append(each)
+        tempfile.TemporaryFile(dir=path).close()
+    except (OSError, ValueError) as error:
+        fail(
+            f"{option}: expected a folder that can be written, got {path} ({getattr(error, 'strerror', None) or error})"
+        )
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):  # another process may use it by now
+                each.rmdir()
 
 
 def _try_to_write(path: Path) -> None:

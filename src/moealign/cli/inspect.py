@@ -7,7 +7,7 @@ import json
 
 from .. import costs
 from ..report import terminal as tables
-from ..report.summary import advice_text
+from ..report.summary import advice_text, gaps_text
 from ..terminal import escape, paragraph
 from . import checks
 
@@ -69,6 +69,8 @@ def inspect(
             f"{'one batch' if batches.shape[1] == 1 else f'{batches.shape[1]:,} batches'}\n"
         )
     )
+    if gaps := gaps_text(trace):
+        print(paragraph(escape(gaps)))
     print()
     print(tables.load_table(loads))
     print()

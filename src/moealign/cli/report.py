@@ -19,6 +19,8 @@ from . import checks
 
 __all__ = ["report"]
 
+MAX_RANKS = 4096  # and copies of experts: placements of more take minutes
+
 
 def report(
     trace_paths: Annotated[
@@ -61,9 +63,10 @@ def report(
     placement: Annotated[
         Path | None, typer.Option(help="File for a balanced placement of the experts: JSON, as EPLB has it.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks of --placement.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="Ranks of --placement.")] = 8,
     replicas: Annotated[
-        int | None, typer.Option(min=0, help="Copies of experts in --placement (default: as few as fill all ranks)")
+        int | None,
+        typer.Option(min=0, max=MAX_RANKS, help="Copies of experts in --placement (default: as few as fill all ranks)"),
     ] = None,
 ) -> None:
     """Write a page about a trace: block sizes, the alignment's share of a layer, loads, and placements."""
@@ -73,11 +76,12 @@ def report(
         output = Path("report.html")
     if output is not None:
         checks.output("--output", output, pages.FORMATS)
-    if engine_config is not None and engine_config.exists() and not engine_config.is_dir():
-        checks.fail(f"--engine-config: expected a folder, got the file {engine_config}")
+    if engine_config is not None:
+        checks.folder("--engine-config", engine_config)
     if placement is not None:
         checks.output("--placement", placement)
-    checks.distinct([(o, p) for o, p in (("--output", output), ("--placement", placement)) if p is not None])
+    outputs = (("--output", output), ("--engine-config", engine_config), ("--placement", placement))
+    checks.distinct([(option, path) for option, path in outputs if path is not None])
     if dark and (output is None or output.suffix.lower() != ".png"):
         checks.fail(f"--dark: expected an --output that ends in .png (others follow the reader's scheme), got {output}")
     if gpu and not torch.cuda.is_available():
@@ -89,20 +93,23 @@ def report(
     traces = [checks.load(path) for path in trace_paths]
     for trace in traces:
         checks.layer_of(trace, layer)
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    device = device_name or here or (traces[0].device if traces[0].device != "cpu" else "")
     theme = DARK if dark else LIGHT
     files: list[Path] = [] if output is None else [output]
     try:
-        studies = []
-        for trace in traces:
-            experts, source = costs.experts_of(trace, hidden, intermediate)
-            study = pages.study(trace, sizes, experts, experts_source=source, on_gpu=gpu, map_size=map_block_size)
-            studies.append(study)
+        experts_of = [costs.experts_of(trace, hidden, intermediate) for trace in traces]
         if engine_config is not None:
-            here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-            traced = traces[0].device if traces[0].device != "cpu" else ""
-            files += pages.write_configuration(studies[0], engine_config, device_name or here or traced)
-        if placement is not None:
-            placements.save(placement, costs.place(traces[0], ranks, replicas))
+            pages.check_configuration(traces[0], sizes, experts_of[0][1], device)
+        placed = None if placement is None else costs.place(traces[0], ranks, replicas)  # first: it may refuse
+        studies = [
+            pages.study(trace, sizes, experts, experts_source=source, on_gpu=gpu, map_size=map_block_size)
+            for trace, (experts, source) in zip(traces, experts_of, strict=True)
+        ]
+        if engine_config is not None:
+            files += pages.write_configuration(studies[0], engine_config, device)
+        if placement is not None and placed is not None:
+            placements.save(placement, placed)
             files.append(placement)
         if len(studies) == 2:
             comparison = pages.compare(*studies)

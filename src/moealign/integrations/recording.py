@@ -61,6 +61,8 @@ class Recorder:
         self._lock, self._write_lock = threading.Lock(), threading.Lock()
         self._failed = self._seen = False
         self._rank: int | None = None
+        self._device = ""  #: name of the GPU that the ids are on
+        self._sizes: dict[str, dict[str, int]] = {}  #: of an expert, by layer
         self._unwritten = False
 
     def _start_in_child(self) -> None:
@@ -90,9 +92,16 @@ class Recorder:
             return self._leave_out("graph capture")
         if topk_ids.numel() == 0:
             return None
-        layer, start_up = _caller(sys._getframe(1))
+        found, start_up = _caller(sys._getframe(1))
         if start_up:
             return self._leave_out("start-up")
+        layer = None
+        if found is not None:
+            layer, module = found
+            if layer not in self._sizes:
+                self._sizes[layer] = _sizes_of(module)
+        if topk_ids.is_cuda and not self._device:
+            self._device = torch.cuda.get_device_name(topk_ids.device)
         dtype = torch.int16 if num_experts <= 1 << 15 else torch.int32
         size = topk_ids.numel() * dtype.itemsize + CALL_BYTES
         with self._lock:
@@ -193,6 +202,10 @@ class Recorder:
             "rank": self._rank,
             "note": NOTE,
         }
+        if self._device:
+            details["device"] = self._device
+        sizes = [self._sizes.get(layer, {}) for layer in recording.layers]
+        details |= {name: size for name, size in sizes[0].items() if all(each.get(name) == size for each in sizes)}
         name = f"{self.engine} {release}"
         source = f"requests to process {os.getpid()}"
         return Trace(recording.topk_ids, recording.num_experts, f"model in {name}", source, name, details)
@@ -222,8 +235,8 @@ def _to_host(ids: Tensor, num_experts: int, dtype: torch.dtype) -> tuple[Tensor,
     return host, copied
 
 
-def _caller(frame: FrameType | None) -> tuple[str | None, bool]:
-    """The name of the MoE layer that the innermost frame with one belongs to, and whether this is a start-up run."""
+def _caller(frame: FrameType | None) -> tuple[tuple[str, nn.Module] | None, bool]:
+    """The MoE layer that the innermost frame with one belongs to and its name, and whether this is a start-up run."""
     layer = None
     while frame is not None:
         if frame.f_code.co_name in START_UP:
@@ -234,7 +247,7 @@ def _caller(frame: FrameType | None) -> tuple[str | None, bool]:
     return layer, False
 
 
-def _layer_of(frame: FrameType) -> str | None:
+def _layer_of(frame: FrameType) -> tuple[str, nn.Module] | None:
     """vLLM's MoE layers have a ``layer_name``, SGLang's a ``layer_id``; the locals of their callees hold them."""
     if not {"layer", "self"}.intersection(frame.f_code.co_varnames):
         return None
@@ -243,11 +256,21 @@ def _layer_of(frame: FrameType) -> str | None:
         if isinstance(owner, nn.Module):
             name = getattr(owner, "layer_name", None)
             if type(name) is str:
-                return name
+                return name, owner
             number = getattr(owner, "layer_id", None)
             if type(number) is int:
-                return f"layer {number}"
+                return f"layer {number}", owner
     return None
+
+
+def _sizes_of(layer: nn.Module) -> dict[str, int]:
+    """``hidden`` and ``intermediate`` of an expert on this rank; {} if neither `layer` nor its config says both."""
+    for owner in (layer, getattr(layer, "moe_config", None)):  # newer releases of vLLM have both in a config
+        hidden = getattr(owner, "hidden_size", getattr(owner, "hidden_dim", None))
+        intermediate = getattr(owner, "intermediate_size_per_partition", None)
+        if type(hidden) is int and type(intermediate) is int and hidden > 0 and intermediate > 0:
+            return {"hidden": hidden, "intermediate": intermediate}
+    return {}
 
 
 def recorder_from_environment(engine: str) -> Recorder:

@@ -2,7 +2,7 @@
 
 from .analysis import Study, study
 from .compare import Comparison, compare, comparison_json, comparison_lines, write_comparison
-from .engines import write_configuration
+from .engines import check_configuration, write_configuration
 from .page import FORMATS, write
 from .summary import as_json, lines
 from .theme import ADAPTIVE, DARK, LIGHT, Theme, save_adaptive, style
@@ -16,6 +16,7 @@ __all__ = [
     "Study",
     "Theme",
     "as_json",
+    "check_configuration",
     "compare",
     "comparison_json",
     "comparison_lines",

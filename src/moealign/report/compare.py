@@ -16,7 +16,7 @@ from ..errors import InvalidInput
 from .analysis import Study
 from .figures import Panel
 from .page import FORMATS, document, figure_section, table_of
-from .summary import as_json, basis_text, batches_text
+from .summary import as_json, context_lines, gaps_text
 from .theme import ADAPTIVE, LIGHT, Theme, pyplot, save_adaptive, style
 
 __all__ = ["Comparison", "compare", "comparison_json", "comparison_lines", "write_comparison"]
@@ -55,6 +55,11 @@ class Comparison:
                 f"placement, and {other:.2f}x if those of A do."
             )
         return notes
+
+    def gaps(self) -> list[str]:
+        """What the traces lack."""
+        texts = [gaps_text(study.trace) for study in self.studies]
+        return [f"{name}: {text}" for name, text in zip("AB", texts, strict=True) if text]
 
 
 def compare(first: Study, second: Study) -> Comparison:
@@ -107,7 +112,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     for name, first, second in comparison.rows():
         same = first == second
         lines += [f"{name}: {first}"] if same else [f"{name}:", f"  A  {first}", f"  B  {second}"]
-    return [*lines, *comparison.notes()]
+    return [*lines, *comparison.notes(), *comparison.gaps()]
 
 
 def comparison_json(comparison: Comparison) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def write_comparison(comparison: Comparison, path: str | Path, theme: Theme = LI
     table = table_of(["", "A", "B"], rows, "All values").replace("<details>", '<details class="words" open>', 1)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in comparison.notes())
     bases = "".join(
-        f'<p class="muted">{name}: {html.escape(basis_text(study))} {html.escape(batches_text(study))}</p>'
+        f'<p class="muted">{name}: {html.escape(" ".join(context_lines(study)))}</p>'
         for name, study in zip("AB", comparison.studies, strict=True)
     )
     body = f'<h1>Two routing traces</h1>{notes}{table}<div class="pair">{figures}</div>{bases}'
@@ -187,7 +192,7 @@ def _save_picture(comparison: Comparison, path: Path, theme: Theme) -> None:
             f"{name}: {study.trace.model}; {study.trace.source}"
             for name, study in zip("AB", comparison.studies, strict=True)
         ]
-        words = [textwrap.fill(line, 70 * len(panels)) for line in (*names, *comparison.notes())]
+        words = [textwrap.fill(line, 70 * len(panels)) for line in (*names, *comparison.notes(), *comparison.gaps())]
         figure.suptitle("\n".join(words), color=colours.muted, fontsize=8.5)
         if adaptive:
             save_adaptive(figure, path, "moealign report: two traces")

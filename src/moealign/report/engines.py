@@ -9,36 +9,48 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InvalidInput
+from ..trace import Trace
 from .analysis import Study
 
-__all__ = ["BLOCK_SIZES", "configuration", "device_name", "write_configuration"]
+__all__ = ["BLOCK_SIZES", "check_configuration", "configuration", "device_name", "write_configuration"]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  #: that the engines' kernels take
 _STAGES_BYTES = 96 * 1024  # of shared memory; small GPUs have 99 KiB
 
 
-def configuration(study: Study) -> dict[str, dict[str, int]]:
-    """For each number of tokens, as a string, the tile of a batch.
+def check_configuration(trace: Trace, sizes: Sequence[int], experts_source: str, device: str) -> None:
+    """Refuse what no file can be written for, before there is a study; the arguments are those of a study.
 
     Raises:
-        InvalidInput: the trace has no routes or no sizes, or a block size is none that the engines take.
+        InvalidInput: `device` is empty, the trace has no routes or no sizes, or a block size is none that the engines
+            take.
     """
-    if not study.advice:
+    if not device.strip():
+        raise InvalidInput(
+            "engine configuration: expected the name of the GPU, which names the file, got none; pass --device-name, "
+            "as in 'NVIDIA H100 80GB HBM3'"
+        )
+    if not bool((trace.topk_ids >= 0).any()):
         raise InvalidInput("engine configuration: expected a trace with routes, got one without")
-    if study.experts_source == "assumed":
+    if experts_source == "assumed":
         raise InvalidInput(
             "engine configuration: expected the sizes of an expert, which name the file, got a trace without; pass "
             "--hidden and --intermediate"
         )
-    invalid = [size for size in study.sizes if size not in BLOCK_SIZES]
+    invalid = [size for size in sizes if size not in BLOCK_SIZES]
     if invalid:
         raise InvalidInput(
             f"engine configuration: expected block sizes among {', '.join(map(str, BLOCK_SIZES))}, got "
-            f"{', '.join(map(str, invalid))}"
+            f"{', '.join(map(str, invalid))}; pass other --block-size"
         )
+
+
+def configuration(study: Study) -> dict[str, dict[str, int]]:
+    """For each number of tokens, as a string, the tile of a batch."""
     advised = {row.tokens: row.block_size for row in study.by_tokens}
     advised |= {each.tokens: each.block_size for each in study.advice}  # measured, on a GPU
     return {str(tokens): _tile(tokens, size, study.trace.num_experts) for tokens, size in sorted(advised.items())}
@@ -73,13 +85,9 @@ def write_configuration(study: Study, folder: Path, device: str) -> list[Path]:
     vLLM reads it with ``VLLM_TUNED_CONFIG_FOLDER=folder``, SGLang with ``SGLANG_MOE_CONFIG_DIR=folder``.
 
     Raises:
-        InvalidInput: as :func:`configuration`, or `device` is empty.
+        InvalidInput: as :func:`check_configuration`.
     """
-    if not device.strip():
-        raise InvalidInput(
-            "engine configuration: expected the name of the GPU, which names the file, got none; pass --device-name, "
-            "as in 'NVIDIA H100 80GB HBM3'"
-        )
+    check_configuration(study.trace, study.sizes, study.experts_source, device)
     text = json.dumps(configuration(study), indent=4) + "\n"
     start = f"E={study.trace.num_experts},N={study.experts.intermediate},device_name="
     paths = [folder / f"{start}{device_name(device)}.json"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import costs
 from .analysis import Study
-from .summary import basis_text, batches_text
+from .summary import context_lines
 from .theme import ADAPTIVE, Theme, pyplot, save_adaptive, style
 
 __all__ = ["Panel", "block_map", "draw_block_map", "map_cells", "map_text", "panels", "save_block_map", "save_picture"]
@@ -333,7 +333,7 @@ def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
         trace = study.trace
         words = (
             f"{trace.model}; {trace.source}; {trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of "
-            f"{trace.num_experts} experts. {basis_text(study)} {batches_text(study)}"
+            f"{trace.num_experts} experts. {' '.join(context_lines(study))}"
         )
         figure.suptitle(textwrap.fill(words, 150), color=colours.muted, fontsize=8.5)
         if adaptive:

@@ -13,7 +13,7 @@ from .. import costs
 from ..errors import InvalidInput
 from .analysis import Study
 from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, map_text, panels, save_picture
-from .summary import alignment_text, basis_text, batches_text, cards
+from .summary import alignment_text, cards, context_lines
 from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, pyplot, style
 
 __all__ = ["FORMATS", "document", "figure_section", "table_of", "write"]
@@ -244,8 +244,7 @@ def _html(study: Study, layer: int) -> str:
         "<h1>Routing report</h1>",
         f"<p>{html.escape(_origin(study))}</p>",
         f'<p class="muted">{trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of {trace.num_experts} '
-        f"experts, {int(study.loads.sum()):,} routes. {html.escape(batches_text(study))} "
-        f"{html.escape(basis_text(study))}</p>",
+        f"experts, {int(study.loads.sum()):,} routes. {html.escape(' '.join(context_lines(study)))}</p>",
         _answers(study),
         _advice(study),
         section(

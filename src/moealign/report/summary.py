@@ -6,9 +6,15 @@ import dataclasses
 from typing import Any
 
 from .. import costs
+from ..trace import Trace
 from .analysis import Study
 
-__all__ = ["advice_text", "as_json", "basis_text", "batches_text", "cards", "lines"]
+__all__ = ["advice_text", "as_json", "basis_text", "batches_text", "cards", "context_lines", "gaps_text", "lines"]
+
+_WHERE = (
+    "Where to set block sizes: vLLM and SGLang read the files that --engine-config DIR writes; fused_moe chooses its "
+    "own, and moealign tune finds out whether another one is faster."
+)
 
 
 def advice_text(each: costs.BatchCost) -> str:
@@ -49,6 +55,23 @@ def batches_text(study: Study) -> str:
     return "The trace does not say where batches begin, so runs of neighbouring tokens stand for them."
 
 
+def gaps_text(trace: Trace) -> str:
+    """What the recorder of `trace` left out or cannot see, by the metadata; "" if that says nothing."""
+    left_out, note = trace.details.get("calls_left_out"), trace.details.get("note")
+    parts = []
+    if left_out and isinstance(left_out, dict):
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        parts.append(f"Alignments that the trace lacks: {reasons}.")
+    if isinstance(note, str):
+        parts.append(note)
+    return " ".join(parts)
+
+
+def context_lines(study: Study) -> list[str]:
+    """What the figures rest on: costs, batches, and gaps of the trace."""
+    return [*filter(None, (basis_text(study), batches_text(study), gaps_text(study.trace)))]
+
+
 def cards(study: Study) -> list[tuple[str, str]]:
     """The main results: a figure and what it is."""
     if not study.advice:
@@ -85,7 +108,7 @@ def lines(study: Study) -> list[str]:
     """The report for a terminal."""
     trace = study.trace
     if not study.advice:
-        return ["The trace has no routes, so there is nothing to recommend."]
+        return [*filter(None, ("The trace has no routes, so there is nothing to recommend.", gaps_text(trace)))]
     found = ["Block size:", *(f"  {advice_text(each)}" for each in study.advice)]
     found += ["Alignment:", *(f"  {alignment_text(each, trace.layers)}" for each in study.advice)]
     if study.gains:
@@ -94,10 +117,10 @@ def lines(study: Study) -> list[str]:
             f"Placement: on {gain.ranks} ranks the busiest has {gain.linear:.2f}x the mean load when placed linearly, "
             f"{gain.balanced:.2f}x when balanced"
         )
-    found += [basis_text(study), batches_text(study)]
+    found += context_lines(study)
     if study.not_measured:
         found.append(f"Not measured: {study.not_measured}.")
-    return found
+    return [*found, _WHERE]
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -123,6 +146,7 @@ def as_json(study: Study) -> dict[str, Any]:
             "top_k": trace.top_k,
             "experts": trace.num_experts,
             "calls": len(trace.calls),
+            "device": trace.device or None,
         },
         "sizes": dataclasses.asdict(study.experts) | {"source": study.experts_source},
         "machine": dataclasses.asdict(study.machine),
