@@ -8,7 +8,7 @@ the activated rows (``2I + I``), and beside them, for a while, the rows of the i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,13 +136,13 @@ def layer_gradients(
         launch.run([_bias_launch(of_before, 1, count, True, None, None, layout, to_gate_up_bias, None)], device)
     if for_gate_up:
         to_gate_up = _weights_result(weights.gate_up, buffers[0])
-        strides = _strides(to_gate_up, not weights.transposed)
+        strides = launch.strides_of(to_gate_up, not weights.transposed)
         into = (to_gate_up, strides, buffers[0] is not None)
         launch.run([_weights_launch(target, tiles.weights, x, top_k, of_before, True, layout, count, *into)], device)
     del of_before
     if for_down:
         to_down = _weights_result(weights.down, buffers[1])
-        strides = _strides(to_down, weights.transposed)
+        strides = launch.strides_of(to_down, weights.transposed)
         into = (to_down, strides, buffers[1] is not None)
         launch.run([_weights_launch(target, tiles.weights, grad, top_k, activated, True, layout, count, *into)], device)
     return LayerGradients(
@@ -157,11 +157,6 @@ def layer_gradients(
 
 def _weights_result(weights: Tensor, buffer: Tensor | None) -> Tensor:
     return torch.empty_like(weights, memory_format=torch.contiguous_format) if buffer is None else buffer
-
-
-def _strides(result: Tensor, swapped: bool) -> tuple[int, int, int]:
-    """Strides of experts, of the gathered rows' columns and of the other rows' columns in an ``[E, ., .]`` gradient."""
-    return (result.stride(0), result.stride(2), result.stride(1)) if swapped else result.stride()  # type: ignore[return-value]
 
 
 # ---- one product -----------------------------------------------------------------------------------------------------
@@ -184,7 +179,7 @@ def product_gradients(
     own = align(ids, block_size=tile.k, num_experts=experts, expert_counts=True, expert_offsets=True)
     shape = (experts, rows.shape[1], grad.shape[1]) if transposed else (experts, grad.shape[1], rows.shape[1])
     result = rows.new_empty(shape)
-    into = (result, _strides(result, not transposed), False)
+    into = (result, launch.strides_of(result, not transposed), False)
     launches = [_weights_launch(target, tile, rows, top_k, grad, False, own, count, *into)]
     bias = None
     if with_bias:
@@ -205,8 +200,15 @@ def experts_of_routes(layout: BlockLayout, routes: int, experts: int) -> Tensor:
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
-def _precision(rows: Tensor) -> str:
-    return "ieee" if rows.dtype is torch.float32 else "tf32"
+def _launch(
+    kernel: str,
+    programs: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    warps: int = 4,
+    stages: int = 2,
+) -> GemmLaunch:
+    return GemmLaunch(kernel, (programs,), arguments, constants, warps, stages, False, "gradient_kernels")
 
 
 def _activation_launch(
@@ -226,15 +228,15 @@ def _activation_launch(
     b, inner = weights.down, weights.inner()
     count, hidden = routes.ids.numel(), grad.shape[1]
     # The weights from the inner columns to H, read from H to the inner columns.
-    strides = b.stride() if weights.transposed else (b.stride(0), b.stride(2), b.stride(1))
+    strides = launch.strides_of(b, not weights.transposed)
     even = hidden % tile.k == 0
     by_tma = tile.tma and target.hopper and b.is_contiguous() and launch.takes_tma(b) and (weights.transposed or even)
     tma = (1 if weights.transposed else 2) if by_tma else 0
     blocks = layout.expert_ids.numel()
     tiles = blocks * cdiv(inner, tile.n)
-    return GemmLaunch(
+    return _launch(
         "activation_gradient",
-        (min(tiles, tile.ctas * target.multiprocessors) if tile.ctas else tiles,),
+        min(tiles, tile.ctas * target.multiprocessors) if tile.ctas else tiles,
         (
             grad, launch.weights_operand(b, tile, tma), before, routes.weights.reshape(-1), layout.sorted_token_ids,
             layout.expert_ids, layout.num_tokens_post_padded, activated, out, sums,
@@ -243,13 +245,11 @@ def _activation_launch(
         ),
         {
             **launch.activation_constants(activation, weights.gated()), "B_TMA": tma, "EVEN_K": even,
-            "PRECISION": _precision(grad),
+            "PRECISION": launch.precision(grad),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
         tile.warps,
         tile.stages,
-        False,
-        "gradient_kernels",
     )  # fmt: skip
 
 
@@ -271,9 +271,9 @@ def _weights_launch(
     tma = bool(tile.tma and target.hopper and in_layout and launch.takes_tma(other))
     assert layout.expert_offsets is not None
     assert layout.expert_counts is not None
-    return GemmLaunch(
+    return _launch(
         "weights_gradient",
-        (out.shape[0] * cdiv(m, tile.m) * cdiv(n, tile.n),),
+        out.shape[0] * cdiv(m, tile.m) * cdiv(n, tile.n),
         (
             gathered, launch.descriptor(other, tile.k, tile.n) if tma else other, layout.sorted_token_ids,
             layout.expert_offsets, layout.expert_counts, out,
@@ -282,28 +282,22 @@ def _weights_launch(
         ),
         {
             "TOP_K": top_k, "OTHER_LAYOUT": in_layout, "OTHER_TMA": tma, "ACCUMULATE": accumulate,
-            "PRECISION": _precision(gathered),
+            "PRECISION": launch.precision(gathered),
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
         tile.warps,
         tile.stages,
-        False,
-        "gradient_kernels",
     )  # fmt: skip
 
 
 def _routing_launch(sums: Tensor, dots: Tensor | None, positions: Tensor, out: Tensor) -> GemmLaunch:
     """A launch of the kernel `routing_gradient`."""
     count, block = positions.shape[0], 128
-    return GemmLaunch(
+    return _launch(
         "routing_gradient",
-        (cdiv(count, block),),
+        cdiv(count, block),
         (sums, dots, positions, out, count, sums.shape[1], 0 if dots is None else dots.shape[1]),
         {"BLOCK": block},
-        4,
-        2,
-        False,
-        "gradient_kernels",
     )
 
 
@@ -320,17 +314,13 @@ def _bias_launch(
 ) -> GemmLaunch:
     """A launch of the kernel `bias_gradient`."""
     columns = rows.shape[1]
-    return GemmLaunch(
+    return _launch(
         "bias_gradient",
-        (out.shape[0] * cdiv(columns, _BIAS_COLUMNS),),
+        out.shape[0] * cdiv(columns, _BIAS_COLUMNS),
         (
             rows, weights, bias, layout.sorted_token_ids, layout.expert_offsets, layout.expert_counts, out, sums,
             count, layout.sorted_token_ids.numel(), columns, top_k, launch.row_stride(rows),
             0 if bias is None else bias.stride(0),
         ),
         {"IN_LAYOUT": in_layout, "BLOCK_M": _BIAS_ROWS, "BLOCK_N": _BIAS_COLUMNS},
-        4,
-        2,
-        False,
-        "gradient_kernels",
     )  # fmt: skip

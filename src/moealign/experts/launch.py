@@ -22,12 +22,14 @@ __all__ = [
     "fill_product",
     "gemm_launch",
     "layer_launches",
+    "precision",
     "product_launch",
     "refuses",
     "row_major",
     "row_stride",
     "run",
     "run_layer",
+    "strides_of",
     "sum_launch",
     "takes_tma",
     "weights_operand",
@@ -155,6 +157,17 @@ def weights_operand(b: Tensor, tile: Tile, tma: int, interleaved: bool = False) 
     return descriptor(b.view(-1, b.shape[2]), *shape)
 
 
+def strides_of(matrices: Tensor, swapped: bool) -> tuple[int, int, int]:
+    """Of ``[E, ., .]``; with `swapped` the last one before the middle one."""
+    first, middle, last = matrices.stride()
+    return (first, last, middle) if swapped else (first, middle, last)
+
+
+def precision(rows: Tensor) -> str:
+    """How kernels multiply these rows, in Triton's words."""
+    return "ieee" if rows.dtype is torch.float32 else "tf32"
+
+
 def row_stride(matrix: Tensor) -> int:
     """The distance of rows.  A single row's stride is arbitrary, and would compile another kernel."""
     return matrix.shape[1] if matrix.shape[0] == 1 else matrix.stride(0)
@@ -188,7 +201,7 @@ def gemm_launch(
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
     columns = product_columns(b, gated, transposed)
-    strides = (b.stride(0), b.stride(2), b.stride(1)) if transposed else b.stride()
+    strides = strides_of(b, transposed)
     by_tma = tile.tma and target.hopper and b.is_contiguous() and takes_tma(b)
     if transposed:
         b_tma = 2 if by_tma and transposed_tma and depth % tile.k == 0 else 0
@@ -226,7 +239,7 @@ def gemm_launch(
             **options, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
             "HALF_ROWS": half_rows, "NO_LAYOUT": no_layout, "PDL": target.hopper,
-            "PRECISION": "ieee" if a.dtype is torch.float32 else "tf32",
+            "PRECISION": precision(a),
             "PERSISTENT": persistent,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
