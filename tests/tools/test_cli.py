@@ -192,10 +192,15 @@ def test_version_and_short_help():
     assert run().output == run("-h").output
 
 
-def test_the_help_of_bench_names_its_files_in_60_columns():
-    text = run("bench", "-h", COLUMNS="60").output
-    assert "moealign_bench_*.csv" in text
+@pytest.mark.parametrize("columns", [50, 60, 79, 80, 120])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_cuts_nothing(name, columns):
+    text = run(*filter(None, [name]), "-h", COLUMNS=str(columns)).output
     assert "…" not in text
+    assert "..." not in text.replace("]]...", "").replace("[ARGS]...", "")
+    assert max(map(len, text.splitlines())) <= columns
+    wide = run(*filter(None, [name]), "-h", COLUMNS="120").output
+    assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", wide)) <= set(re.findall(r"--[a-z-]+", re.sub(r"-\n\s*", "-", text)))
 
 
 def test_options_have_the_same_names_everywhere():

@@ -10,18 +10,34 @@ from typer.core import TyperCommand, TyperGroup
 
 from .. import diagnosis
 from ..errors import MoealignError
-from ..terminal import escape
+from ..terminal import escape, width
 
 __all__ = ["Command", "Group"]
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+BOXES_FROM = 80  # columns: in fewer, help in boxes cuts the names of options
 
 
 def _report(message: object) -> None:
     print(f"moealign: {escape(message)}", file=sys.stderr)
 
 
-class Group(TyperGroup):
+class _Help:
+    """Help that is legible at any width."""
+
+    rich_markup_mode: Any
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        columns = width()
+        if columns < BOXES_FROM:
+            self.rich_markup_mode, formatter.width = None, max(columns, 50)
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return super().get_short_help_str(1000)  # type: ignore[misc,no-any-return]  # click would cut it
+
+
+class Group(_Help, TyperGroup):
     """Turns every foreseeable exception of a command into one line and an exit status."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
@@ -55,7 +71,7 @@ def _usage(error: Any) -> str:
     return f"{' '.join(error.format_message().split()).rstrip('.')}; see {command} --help"
 
 
-class Command(TyperCommand):
+class Command(_Help, TyperCommand):
     """Refuses to run where an environment variable has a value that means nothing; `info` lists them instead."""
 
     def invoke(self, ctx: Any) -> Any:
