@@ -124,7 +124,7 @@ def _launches_compiled() -> bool:
     return (
         torch.version.hip is None
         and not interpreted()
-        and (3, 3) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+        and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
     )
 
 
