@@ -107,12 +107,16 @@ def adapters_of_requests(seg_indptr: Tensor, req_to_lora: Tensor, num_tokens: in
     return slots[torch.where((request >= 0) & (request < none), request, none)]
 
 
+def _check_integers(name: str, tensor: object, booleans: bool = False) -> None:
+    check_plain(name, tensor)
+    assert isinstance(tensor, Tensor)
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype is torch.bool and not booleans):
+        raise InvalidType(f"{name}: expected an integer dtype, got {tensor.dtype}")
+
+
 def _check_requests(seg_indptr: object, req_to_lora: object, num_tokens: object) -> None:
     for name, tensor in (("seg_indptr", seg_indptr), ("req_to_lora", req_to_lora)):
-        check_plain(name, tensor)
-        assert isinstance(tensor, Tensor)
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool:
-            raise InvalidType(f"{name}: expected an integer dtype, got {tensor.dtype}")
+        _check_integers(name, tensor)
     assert isinstance(seg_indptr, Tensor)
     assert isinstance(req_to_lora, Tensor)
     if seg_indptr.device != req_to_lora.device:
@@ -142,10 +146,8 @@ def _check(
     ):
         if tensor is None and name in ("adapter_enabled", "expert_map"):
             continue
-        check_plain(name, tensor)
+        _check_integers(name, tensor, booleans)
         assert isinstance(tensor, Tensor)
-        if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype is torch.bool and not booleans):
-            raise InvalidType(f"{name}: expected an integer dtype, got {tensor.dtype}")
         assert isinstance(topk_ids, Tensor)
         if tensor.device != topk_ids.device:
             raise InvalidInput(f"{name}: expected a tensor on {topk_ids.device} like topk_ids, got {tensor.device}")
