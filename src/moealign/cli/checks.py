@@ -98,8 +98,7 @@ def output(option: str, path: Path, suffixes: Collection[str] = ()) -> Path:
         fail(f"{option}: expected a file, got the folder {path}")
     try:
         _try_to_write(path)
-    # RuntimeError: a symbolic link to itself, before Python 3.13.  ValueError: a null byte, from 3.12 on.
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symbolic link to itself, before Python 3.13
         fail(f"{option}: expected a path that can be written, got {path} ({getattr(error, 'strerror', None) or error})")
     return path
 
@@ -115,7 +114,7 @@ def folder(option: str, path: Path) -> None:
                 each.mkdir()
                 made.append(each)
         tempfile.TemporaryFile(dir=path).close()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         fail(
             f"{option}: expected a folder that can be written, got {path} ({getattr(error, 'strerror', None) or error})"
         )
