@@ -44,6 +44,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
     "docs/index.md": GAINS[:2],
     "docs/performance.md": [
         ("performance", "results/align_{gpu}", tables.performance_table),
+        ("performance-scale", "results/align_{gpu}", tables.scale_table),
         ("performance-cpu", "results/align_cpu", tables.cpu_table),
     ],
     "docs/experts.md": [
@@ -51,7 +52,10 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
         ("transformers", "results/transformers_{gpu}", tables.transformers_table),
         ("experts-cpu", "results/experts_cpu", tables.experts_cpu_table),
     ],
-    "docs/training.md": [("train", "results/train_h100", tables.train_table)],
+    "docs/training.md": [
+        ("train", "results/train_{gpu}", tables.train_table),
+        ("train-model", "results/transformers_{gpu}", tables.train_model_sentence),
+    ],
     "docs/routing.md": [
         ("routing", "results/routing_{gpu}", tables.routing_table),
         ("routing-cpu", "results/routing_cpu", tables.routing_cpu_table),
@@ -82,10 +86,20 @@ def replace_between(text: str, marker: str, body: str) -> str:
     return f"{text[: text.index(begin)]}{begin}\n{body}\n{text[text.index(end) :]}"
 
 
-def with_tables(page: str, text: str, benchmarks: Path, gpu: str = "h200") -> str:
+def measured(benchmarks: Path, name: str, gpu: str | None) -> Path:
+    """The CSV file `name` of `gpu`, or of the GPU that was measured last; it may not exist."""
+    file = benchmarks / f"{name}.csv"
+    if gpu is None:
+        runs = [run for run in file.parent.glob(file.name.format(gpu="*")) if not run.stem.endswith("_cpu")]
+        if "{gpu}" in name and runs:
+            return max(runs, key=lambda run: (read(run)[-1]["date"], run.name))
+    return file.with_name(file.name.format(gpu=gpu))
+
+
+def with_tables(page: str, text: str, benchmarks: Path, gpu: str | None = None) -> str:
     """The `text` of `page` with the tables of the CSV files that exist."""
     for marker, name, table in PAGES[page]:
-        path = benchmarks / f"{name.format(gpu=gpu)}.csv"
+        path = measured(benchmarks, name, gpu)
         if path.exists():
             text = replace_between(text, marker, table(read(path), path.relative_to(benchmarks.parent).as_posix()))
     return text
@@ -94,15 +108,15 @@ def with_tables(page: str, text: str, benchmarks: Path, gpu: str = "h200") -> st
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="the repository, or a copy of its pages and CSV files")
-    parser.add_argument("--gpu", default="h200", help="as in the CSV files' names (default: h200)")
+    parser.add_argument("--gpu", help="as in the CSV files' names (default: of each kind of file the newest)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is stale")
     args = parser.parse_args(arguments)
 
     benchmarks: Path = args.root / "benchmarks"
-    measured = benchmarks / "results" / f"align_{args.gpu}.csv"
-    if not measured.exists() and not (benchmarks / "results" / "align_cpu.csv").exists():
-        expected = f"{measured.name} or align_cpu.csv"
-        print(f"{measured.parent}: expected {expected}, found neither; benchmarks/align.py writes the first")
+    aligned = measured(benchmarks, "results/align_{gpu}", args.gpu)
+    if not aligned.exists() and not (benchmarks / "results" / "align_cpu.csv").exists():
+        expected = f"align_{args.gpu or 'GPU'}.csv or align_cpu.csv"
+        print(f"{aligned.parent}: expected {expected}, found neither; benchmarks/align.py writes the first")
         return 2
     stale = []
     for page in PAGES:
@@ -122,10 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{page}: its tables differ from benchmarks/; run benchmarks/figures.py")
         return int(bool(stale))
     print(f"written: {', '.join(stale) or 'nothing, all tables were up to date'}")
-    if measured.exists():
+    if aligned.exists():
         image = args.root / "docs" / "images" / "performance.png"
-        draw(read(measured), image, DRAWN)
-        print(f"{image}: drawn from {measured.name}")
+        draw(read(aligned), image, DRAWN)
+        print(f"{image}: drawn from {aligned.name}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -104,6 +105,30 @@ def performance_table(rows: Sequence[Row], source: str) -> str:
         parts += ["The batched layout:", batched_table(rows)]
     parts.append(host_sentence(rows))
     return "\n\n".join(part for part in parts if part)
+
+
+def scale_table(rows: Sequence[Row], source: str) -> str:
+    """Times past a million routes, and how random shapes compare with the faster peer."""
+    lines = []
+    for row, times in cases_of(rows, "align-scale"):
+        own, floor = times["moealign-cuda"], times["floor-bytes"]
+        best = best_peer(times)
+        spent = [microseconds(times.get(impl)) for impl in ("moealign-cuda", *PEERS, "torch-argsort", "floor-bytes")]
+        ratios = [f"{best / own:.0f}x" if best else "-", f"{own / floor:.1f}x"]
+        lines.append([f"{int(row['routes']):,}", f"{int(row['num_experts']):,}", *spent, *ratios])
+    if not lines:
+        return ""
+    header = ["routes", "experts", "**moealign**", *PEERS.values(), "torch argsort", TITLES["floor-bytes"],
+              "best peer / ours", "ours / bytes"]  # fmt: skip
+    parts = [caption(rows, "CUDA graph replay", source), markdown(header, lines, left=0)]
+    gains = [best_peer(times) / times["moealign-cuda"] for _, times in cases_of(rows, "align-random")]
+    if gains:
+        mean = statistics.geometric_mean(gains)
+        parts.append(
+            f"{len(gains)} random shapes of 1 to 262,144 routes: the faster peer takes {min(gains):.2f} to "
+            f"{max(gains):.1f} times as long, {mean:.2f} in the geometric mean."
+        )
+    return "\n\n".join(parts)
 
 
 def cpu_table(rows: Sequence[Row], source: str) -> str:
@@ -304,6 +329,19 @@ def model_sentence(rows: Sequence[Row], source: str) -> str:
         f"**Transformers**: {graph} times the tokens per second of `grouped_mm` when decoding in a CUDA graph, {eager} "
         f"times in eager decoding and prefill {where_and_when(rows)}."
     )
+
+
+def train_model_sentence(rows: Sequence[Row], source: str) -> str:
+    """Tokens per second of a forward and a backward of a Transformers model."""
+    for row, times in cases_of(rows, "transformers-train"):
+        tokens = int(row["case"].split()[1].removeprefix("T"))
+        own, other = (tokens / times[impl] * 1e6 for impl in ("moealign", "grouped_mm"))
+        return (
+            f"Forward and backward of a Transformers model ({' '.join(row['case'].split()[2:])}), {tokens:,} tokens, "
+            f"eager: {own:,.0f} tokens per second, with `grouped_mm` {other:,.0f}, {own / other:.2f}x "
+            f"{where_and_when(rows)}."
+        )
+    return ""
 
 
 def align_sentence(rows: Sequence[Row], source: str) -> str:

@@ -68,7 +68,8 @@ def decode_step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 
     (batch, prompt), device = ids.shape, ids.device
     cache = transformers.StaticCache(config=model.config, max_cache_len=prompt + 8)
-    model(ids, past_key_values=cache)
+    for part in ids.split(max(1, BATCHED_MAX_TOKENS // batch), dim=1):
+        model(part, past_key_values=cache)
     token = ids[:, -1:]
     positions = torch.full((batch, 1), prompt, device=device)
 

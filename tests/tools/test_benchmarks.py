@@ -30,6 +30,12 @@ align,16384x8-E256-B128,131072,256,8,128,moealign-cuda,7.5,7.4,7.6,h200,2.11.0,2
 align,16384x8-E256-B128,131072,256,8,128,vllm-0.33.0,60,59,61,h200,2.11.0,2026-11-23
 batched,nb8-M128-B16,1024,8,128,16,moealign-cuda,2.2,2.1,2.3,h200,2.11.0,2026-11-23
 batched,nb8-M128-B16,1024,8,128,16,vllm-0.33.0,3.3,3.2,3.4,h200,2.11.0,2026-11-23
+align-scale,131072x8-E1024-B128,1048576,1024,8,128,moealign-cuda,20,19,21,h200,2.11.0,2026-11-23
+align-scale,131072x8-E1024-B128,1048576,1024,8,128,floor-bytes,4,4,4,h200,2.11.0,2026-11-23
+align-random,2x2-E8-B16,4,8,2,16,moealign-cuda,1,1,1,h200,2.11.0,2026-11-23
+align-random,2x2-E8-B16,4,8,2,16,vllm-0.33.0,2,2,2,h200,2.11.0,2026-11-23
+align-random,9x2-E8-B16,18,8,2,16,moealign-cuda,1,1,1,h200,2.11.0,2026-11-23
+align-random,9x2-E8-B16,18,8,2,16,vllm-0.33.0,8,8,8,h200,2.11.0,2026-11-23
 eager-host,32x8-E256-B16 drop-in,256,256,8,16,moealign-cuda,11,10,12,h200,2.11.0,2026-11-23
 eager-host,32x8-E256-B16 drop-in,256,256,8,16,vllm-0.33.0,25,24,26,h200,2.11.0,2026-11-23
 """
@@ -43,6 +49,9 @@ TEXT = """# title
 
 <!-- performance:begin -->
 <!-- performance:end -->
+
+<!-- performance-scale:begin -->
+<!-- performance-scale:end -->
 
 between
 
@@ -209,6 +218,8 @@ def test_tables_of_results_that_were_made_up(root: Path) -> None:
     assert "| 1 x 8, 256, 16 | 8 | 2.00 | 5.00 | 4.00 | 1.00 | 2.0x |" in text
     assert "| 16,384 x 8, 256, 128 | 131,072 | 7.50 | 60.0 | - | - | 8.0x |" in text
     assert "| 8 x 128, 16 | 2.20 | 3.30 | 1.5x |" in text
+    assert "| 1,048,576 | 1,024 | 20.0 | - | - | - | 4.00 | - | 5.0x |" in text
+    assert "2 random shapes of 1 to 262,144 routes: the faster peer takes 2.00 to 8.0 times as long, 4.00 in" in text
     assert "(256 routes): 11.0 us, vLLM's wrapper 25.0 us." in text
     assert "H200, torch 2.11.0, 2026-11-23; `benchmarks/results/align_h200.csv`" in text
     assert "| 512 x 8, 256, 64 | 4,096 | 25.0 | 500.0 | 20.0x |" in text
@@ -217,6 +228,16 @@ def test_tables_of_results_that_were_made_up(root: Path) -> None:
     assert text.startswith("# title\n")
     assert "\nbetween\n" in text
     assert figures.with_tables(PAGE, text, root / "benchmarks") == text
+
+
+def test_without_a_gpu_named_the_newest_measurements_are_taken(root: Path) -> None:
+    results = root / "benchmarks" / "results"
+    (results / "align_h100.csv").write_text(DONE.replace("h200", "h100").replace("11-23", "11-24"))
+    name = "results/align_{gpu}"
+    for gpu, file in ((None, "align_h100.csv"), ("h200", "align_h200.csv"), ("b200", "align_b200.csv")):
+        assert figures.measured(root / "benchmarks", name, gpu) == results / file
+    (results / "align_h200.csv").write_text(DONE.replace("11-23", "11-24"))
+    assert figures.measured(root / "benchmarks", name, None) == results / "align_h200.csv"
 
 
 def test_a_missing_or_double_marker_is_an_error(root: Path) -> None:
