@@ -169,15 +169,19 @@ def compile_ahead(function, signature, constants, attributes=None, targets=TARGE
 
 
 def patch_interpreter() -> None:
-    """Make Triton's interpreter right where it is not.
+    """Make Triton's interpreter right where it is not, and a third faster.
 
     Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here.  A product is
-    summed in the order of k: how NumPy rounds a row depends on where it stands in the matrix.
+    summed in the order of k: how NumPy rounds a row depends on where it stands in the matrix.  At every call of a
+    function by a kernel the interpreter looks for the language's operations, of which there are always the same.
     """
+    import inspect
+
     import numpy as np
     from triton.runtime import interpreter
 
-    original = interpreter._patch_lang_tensor
+    original, is_builtin = interpreter._patch_lang_tensor, interpreter.tl.core.is_builtin
+    operations: dict[object, list[str]] = {}  # by module or class, from before its first change
 
     def patched(tensor, scope):
         original(tensor, scope)
@@ -189,5 +193,21 @@ def patch_interpreter() -> None:
             total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
         return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
 
+    def patch_builtin(owner, builder, scope):
+        if owner not in operations:
+            operations[owner] = [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+        for name in operations[owner]:
+            if is_builtin(member := getattr(owner, name)):
+                interpreter._patch_attr(owner, name, member, builder, scope)
+
+    dtype_of, dtypes = interpreter._get_np_dtype, {}
+
+    def np_dtype(kind):
+        if kind.name not in dtypes:
+            dtypes[kind.name] = dtype_of(kind)
+        return dtypes[kind.name]
+
+    interpreter._get_np_dtype = np_dtype
+    interpreter._patch_builtin = patch_builtin
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = create_dot
