@@ -39,7 +39,8 @@ def hand_made(generator):
     for tokens, top_k, experts, size in SIZES:
         ids = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator, dtype=torch.int32)
         call = {"block_size": size, "num_experts": experts}
-        for what, values in (("random", ids), ("one expert", torch.full_like(ids, experts - 1))):
+        last = torch.full_like(ids, experts - 1)
+        for what, values in (("random", ids), ("one expert", last))[: 1 if experts > 1_025 else 2]:
             word = moealign.new_error_word("cpu")
             layout = moealign.align(values, **call, **extras, error_word=word, backend="triton")
             yield f"{what} {tokens} x {top_k}, {experts} experts, B {size}", layout, word, oracle_align(values, **call)
@@ -71,4 +72,4 @@ def compared(cases: int):
 
 if __name__ == "__main__":
     patch_interpreter()
-    sys.exit(failures(compared(cases=int(sys.argv[1]) if len(sys.argv) > 1 else 60)))
+    sys.exit(failures(compared(cases=int(sys.argv[1]) if len(sys.argv) > 1 else 40)))
