@@ -236,7 +236,7 @@ def draw_block_map(axis: Any, cells: Cells, block_size: int, theme: Theme, lines
     def add(boxes: list[Any], **options: Any) -> None:
         if boxes:
             shape = Shape(np.concatenate([np.array(b) for b in boxes]), codes * len(boxes))
-            axis.add_patch(PathPatch(shape, **options))
+            axis.add_artist(PathPatch(shape, **options))  # add_patch looks for limits, which are set below
 
     for colour, boxes in sorted(filled.items()):
         add(boxes, facecolor=theme.series[colour], linewidth=0)
