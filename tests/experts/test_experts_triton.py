@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import multiprocessing
@@ -348,6 +349,7 @@ def product_with_blocks(tokens, size, gated):
     return launch.product_launch(Product(a, b, layout, top_k, weights, None, name, gated, False), out, H200)
 
 
+@functools.cache
 def distinct():
     seen = {}
     for one in every_configuration():
