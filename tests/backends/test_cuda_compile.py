@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import random
 import re
 import struct
 import sys
@@ -51,6 +52,19 @@ def specialisations(major: int) -> list[tuple[str, str, tuple[tuple[str, int], .
     for module in ("batched", "align", "route"):
         kernels += importlib.import_module(f"moealign.backend.cuda.{module}").specialisations(major)
     return list(dict.fromkeys(kernels))
+
+
+def compiled_for(arch: str) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
+    """Every specialisation is compiled for sm_90 and for one other: where sm_90 does not have it, for that alone."""
+    kernels = specialisations(int(arch[3:-1]))
+    if arch == "sm_90":
+        return kernels
+    others = {other: specialisations(int(other[3:-1])) for other in ARCHITECTURES if other != "sm_90"}
+    chance, mine = random.Random(0), []  # not in turn: the options of a kernel come in turn too
+    for kernel in specialisations(9):
+        if arch == chance.choice([other for other in others if kernel in others[other]]):
+            mine.append(kernel)
+    return mine + [kernel for kernel in kernels if kernel not in specialisations(9)]
 
 
 class Resources(NamedTuple):
@@ -105,7 +119,7 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 def test_every_specialisation_compiles_and_spills_nothing(arch):
     few = 16  # bytes, of a kernel that keeps 64-bit ids and every extra in 64 registers
     wrong = []
-    for file, name, defines in specialisations(int(arch[3:-1])):
+    for file, name, defines in compiled_for(arch):
         needs = resources(compile_.build(compile_.source(file), name, defines, arch), name)
         threads = threads_of(defines)
         if needs.stack > few * (threads == 1024) or not 0 < needs.registers <= min(255, 65536 // threads):
