@@ -65,12 +65,8 @@ def test_both_modes_are_the_single_layer(ranks, tmp_path):
     run(ranks, CHECKS, tmp_path)
 
 
-def test_both_modes_in_the_modes_of_pytorch(tmp_path):
-    run(2, "check_modes", tmp_path)
-
-
-def test_data_parallel_with_a_rank_without_tokens(tmp_path):
-    run(2, "check_data_parallel", tmp_path)
+def test_the_modes_of_pytorch_and_data_parallel_with_a_rank_without_tokens(tmp_path):
+    run(2, "check_modes,check_data_parallel", tmp_path)
 
 
 def test_a_rank_that_never_comes_is_noticed(tmp_path):
