@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import modes
-from .backend.reference.route import TINY
+from .backend.reference.route import FAR, MAX, TINY
 from .calls import prepared
 from .calls.checks import check_align, check_align_batched, check_out, check_route
 from .calls.dispatch import check_name, select_backend
@@ -364,15 +364,30 @@ def weights_of(
         else:
             weights = torch.softmax(x, 1).gather(1, index)
     else:
-        weights = torch.sigmoid(picked).masked_fill(~kept, 0)
+        weights = _score(picked, scoring).masked_fill(~kept, 0)
         if renormalize:
             weights = weights / (weights.sum(1, keepdim=True) + TINY)
     weights = torch.where(kept, weights * scale, 0.0)
     if not mean:
         return weights, torch.zeros(0, dtype=torch.float32, device=x.device)
-    every = torch.softmax(x, 1) if scoring == "softmax" else torch.sigmoid(x)
+    every = torch.softmax(x, 1) if scoring == "softmax" else _score(x, scoring)
     shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
     return weights, shares.sum(0) / live.sum().clamp(min=1)
+
+
+def _score(x: Tensor, scoring: str) -> Tensor:
+    """The score of each logit by itself: its sigmoid, or the square root of its softplus."""
+    if scoring == "sigmoid":
+        return torch.sigmoid(x)
+    root = torch.nn.functional.softplus(x.clamp(-FAR, MAX)).sqrt()
+    return torch.where(x >= -FAR, root, 0.0)
+
+
+def _slope(x: Tensor, score: Tensor, scoring: str) -> Tensor:
+    """The derivative of :func:`_score`, from its value."""
+    if scoring == "sigmoid":
+        return score * (1 - score)
+    return torch.where(score > 0, torch.sigmoid(x) / (2 * torch.where(score > 0, score, 1.0)), 0.0)
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -382,7 +397,7 @@ def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _route_backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tensor) -> tuple[Any, ...]:
-    """Through w_i = scale * f(l_i) / sum f and the mean of the shares, with f = exp or the sigmoid."""
+    """Through w_i = scale * f(l_i) / sum f and the mean of the shares, with f = exp or the score."""
     logits, ids = ctx.saved_tensors
     x = logits.to(torch.float32)
     live = ids[:, :1] >= 0
@@ -398,21 +413,21 @@ def _route_backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tenso
             share = p.gather(1, index)
             grad = torch.zeros_like(x).scatter(1, index, share * upstream) - p * (upstream * share).sum(1, keepdim=True)
     else:
-        s = torch.sigmoid(picked)
+        s = _score(picked, ctx.scoring)
         of_s = upstream
         if ctx.renormalize:
             total = s.sum(1, keepdim=True) + TINY
             of_s = (upstream - (upstream * s).sum(1, keepdim=True) / total) / total
-        grad = torch.zeros_like(x).scatter(1, index, of_s * s * (1 - s))
+        grad = torch.zeros_like(x).scatter(1, index, of_s * _slope(picked, s, ctx.scoring))
     if ctx.wants_mean:
         share_of = of_mean / live.sum().clamp(min=1)
         if ctx.scoring == "softmax":
             p = torch.softmax(x, 1)
             through = p * (share_of - (share_of * p).sum(1, keepdim=True))
         else:
-            s = torch.sigmoid(x)
+            s = _score(x, ctx.scoring)
             total = s.sum(1, keepdim=True)
-            through = s * (1 - s) * (share_of - (share_of * s).sum(1, keepdim=True) / total) / total
+            through = _slope(x, s, ctx.scoring) * (share_of - (share_of * s).sum(1, keepdim=True) / total) / total
         grad = grad + torch.where(live, through, 0.0)
     return grad.to(logits.dtype), *(None,) * 10
 

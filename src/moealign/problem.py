@@ -34,7 +34,7 @@ class RouteProblem(NamedTuple):
     tokens: int
     num_experts: int
     top_k: int
-    scoring: str  # "softmax" or "sigmoid"
+    scoring: str  # "softmax", "sigmoid" or "sqrtsoftplus"
     renormalize: bool
     scale: float  # of the weights
     num_groups: int  # 1: every expert may be chosen

@@ -134,17 +134,18 @@ def route(
 
     Settings by model.  Mixtral, Qwen3-MoE, gpt-oss: the defaults.  OLMoE: ``renormalize=False``.  Llama-4:
     ``scoring="sigmoid", renormalize=False``.  DeepSeek-V3, Kimi-K2, GLM-4.5: ``scoring="sigmoid"`` with
-    `correction_bias`, `num_groups`, `topk_groups` and `scale`.
+    `correction_bias`, `num_groups`, `topk_groups` and `scale`.  DeepSeek-V4: ``scoring="sqrtsoftplus"`` with
+    `correction_bias` and `scale`.  ERNIE-4.5, LongCat-Flash: `correction_bias`.
 
     Args:
         router_logits: ``[tokens, num_experts]``, float32, bfloat16 or float16; computed in float32.
         top_k: experts of a token, at most 32, best first.  Among equal scores the lower expert comes first.
         block_size: rows of a block of the layout.
-        scoring: "softmax" or "sigmoid" of the logits.
+        scoring: "softmax", "sigmoid" or "sqrtsoftplus", ``sqrt(log(1 + exp(x)))``, of the logits.
         renormalize: weights of a token are divided by their sum.
-        correction_bias: ``[num_experts]``, added to the sigmoid where experts are chosen, not to the weights.
+        correction_bias: ``[num_experts]``, added to the scores where experts are chosen, not to the weights.
         num_groups, topk_groups: experts are chosen from the `topk_groups` best of `num_groups` groups of neighbours.
-            A group's score is that of its best expert; with a bias, the sum of its two best.
+            A group's score is that of its best expert; with a bias, which may be zeros, the sum of its two best.
         scale: factor of all weights (``routed_scaling_factor``).
         num_valid_tokens: int32, one element, on the same device: rows from there on get ids -1 and weights 0.
         replay_ids: ``[tokens, top_k]`` integers, the choice of an earlier run: nothing is chosen, and the weights are

@@ -5,7 +5,6 @@ The oracle reads the contract and nothing else: Python ints and lists, no code i
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .alignment import align, align_batched
 from .layout import EXTRAS, OUTPUTS, BlockLayout, Capacity, capacity, capacity_batched, cdiv
+from .router_oracle import oracle_route
 
 __all__ = [
     "argsort_align",
@@ -114,76 +114,6 @@ def oracle_align_batched(expert_num_tokens: Tensor, *, max_tokens_per_batch: int
     expected = _lay_out(bins, block_size, length, len(bins) * slots, lambda b: b)
     expected["error_word"] = [error]
     return expected
-
-
-def _exp_by_contract(x: float) -> Any:
-    """docs/routing.md, step by step, every operation rounded to float32."""
-    f = np.float32
-    if x < -87:
-        return f(0)
-    n = np.floor(f(f(x) * f(1.44269504)) + f(0.5))
-    r = f(f(x) - n * f(0.693359375)) - n * f(-2.12194440e-4)
-    y = f(1.9875691500e-4)
-    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        y = f(y * r) + f(coefficient)
-    y = f(y * f(r * r)) + r
-    return f(f(y + f(1)) * f(2.0 ** int(n)))
-
-
-def oracle_route(
-    router_logits: Tensor,
-    top_k: int,
-    *,
-    scoring: str = "softmax",
-    renormalize: bool = True,
-    correction_bias: Tensor | None = None,
-    num_groups: int = 1,
-    topk_groups: int = 1,
-    scale: float = 1.0,
-    num_valid_tokens: int | None = None,
-) -> tuple[list[list[int]], list[list[float]], list[float]]:
-    """Ids, weights and mean shares of :func:`moealign.route`.  Ids are exact; weights are computed in double."""
-    experts = router_logits.shape[1]
-    bias = None if correction_bias is None else correction_bias.to(torch.float32).tolist()
-    valid = router_logits.shape[0] if num_valid_tokens is None else num_valid_tokens
-    all_ids, all_weights, shares = [], [], [0.0] * experts
-
-    def rank(score: float, place: int) -> tuple[bool, float, int]:
-        return (math.isnan(score), 0.0 if math.isnan(score) else -score, place)  # NaN last, equals by their place
-
-    for token, row in enumerate(router_logits.to(torch.float32).tolist()):
-        if token >= valid:
-            all_ids.append([-1] * top_k)
-            all_weights.append([0.0] * top_k)
-            continue
-        scores = list(row)
-        if bias is not None:
-            for e, x in enumerate(row):
-                s = np.float32(1) / (np.float32(1) + _exp_by_contract(-min(x, 88))) if x >= -87 else 0
-                scores[e] = x if math.isnan(x) else float(np.float32(s) + np.float32(bias[e]))
-        size = experts // num_groups
-        groups = []
-        for g in range(num_groups):
-            part = sorted((-math.inf if math.isnan(x) else x for x in scores[g * size : (g + 1) * size]), reverse=True)
-            both = bias is not None and size > 1
-            groups.append(float(np.float32(part[0]) + np.float32(part[1])) if both else part[0])
-        best = sorted(range(num_groups), key=lambda g: rank(groups[g], g))[:topk_groups]
-        allowed = [e for e in range(experts) if e // size in best]
-        chosen = sorted(allowed, key=lambda e: rank(scores[e], e))[:top_k]
-
-        if scoring == "softmax":
-            highest = max((x for x in row if not math.isnan(x)), default=0.0)
-            every = [0.0 if math.isnan(x) else 1.0 if x == highest else math.exp(x - highest) for x in row]
-            divisor = sum(every[e] for e in chosen) if renormalize else sum(every)
-        else:
-            every = [1 / (1 + math.exp(-x)) if x >= -87 else 0.0 for x in row]
-            divisor = sum(every[e] for e in chosen) + 1e-20 if renormalize else 1.0
-        all_ids.append(chosen)
-        all_weights.append([every[e] / divisor * scale if divisor else 0.0 for e in chosen])
-        total = sum(every)
-        if total:
-            shares = [old + new / total for old, new in zip(shares, every, strict=True)]
-    return all_ids, all_weights, [share / max(min(valid, len(all_ids)), 1) for share in shares]
 
 
 def _lay_out(bins: list[list[int]], size: int, length: int, sentinel: int, name_of: Any) -> Expected:

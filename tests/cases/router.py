@@ -18,7 +18,17 @@ KINDS = {
     "sigmoid, bias": {"scoring": "sigmoid", "correction_bias": True, "scale": 2.5},
     "sigmoid, bias, groups": {"scoring": "sigmoid", "correction_bias": True, "num_groups": 4, "topk_groups": 2},
     "sigmoid, bias, groups of one": {"scoring": "sigmoid", "correction_bias": True, "num_groups": 0, "topk_groups": 0},
-}
+    "softmax, bias": {"correction_bias": True, "scale": 1.5},
+    "softmax, bias, not renormalized": {"correction_bias": True, "renormalize": False},
+    "softmax, groups by two best": {"correction_bias": None, "num_groups": 4, "topk_groups": 2},
+    "softmax, bias, groups of one": {"correction_bias": True, "num_groups": 0, "topk_groups": 0},
+    "sqrtsoftplus": {"scoring": "sqrtsoftplus"},
+    "sqrtsoftplus, not renormalized": {"scoring": "sqrtsoftplus", "renormalize": False, "scale": 0.5},
+    "sqrtsoftplus, bias": {"scoring": "sqrtsoftplus", "correction_bias": True, "scale": 2.5},
+    "sqrtsoftplus, bias, groups": {
+        "scoring": "sqrtsoftplus", "correction_bias": True, "num_groups": 4, "topk_groups": 2,
+    },
+}  # fmt: skip
 
 
 def device_of(backend):
@@ -39,8 +49,9 @@ def routed(logits, top_k, *, backend, **given):
 
 def arguments(kind: str, experts: int, top_k: int, generator: torch.Generator) -> dict[str, object]:
     found: dict[str, object] = dict(KINDS[kind])
-    if found.get("correction_bias"):
-        found["correction_bias"] = torch.rand(experts, generator=generator) - 0.5
+    if "correction_bias" in found:
+        spread = {None: 0.0, True: 1.0 if "scoring" in found else 2.0 / experts}[found["correction_bias"]]
+        found["correction_bias"] = (torch.rand(experts, generator=generator) - 0.5) * spread
     if found.get("num_groups") == 0:
         found |= {"num_groups": experts, "topk_groups": max(top_k, experts // 2)}
     elif found.get("topk_groups") == 2 and 2 * (experts // 4) < top_k:

@@ -12,12 +12,22 @@ from cases.router import KINDS, arguments, awkward, device_of, routed
 
 import moealign
 from moealign.backend.reference import route as reference_routing
-from moealign.backend.reference.route import exp32, sigmoid32
+from moealign.backend.reference.route import exp32, sigmoid32, softmax32, sqrtsoftplus32
 from moealign.layout import OUTPUTS
 from moealign.testing import assert_same_layout, oracle_align, oracle_route
 
 ROUTERS = ("reference", "cpu", "triton", "cuda")
-SIZES = [(1, 4, 1), (7, 8, 2), (33, 64, 8), (9, 60, 6), (5, 100, 32), (3, 260, 8), (2, 1024, 8), (12, 256, 8)]
+SIZES = [
+    (1, 4, 1),
+    (7, 8, 2),
+    (33, 64, 8),
+    (9, 60, 6),
+    (5, 100, 32),
+    (3, 260, 8),
+    (2, 1024, 8),
+    (12, 256, 8),
+    (3, 896, 16),
+]
 
 
 @pytest.fixture(params=ROUTERS)
@@ -67,15 +77,16 @@ def test_an_order_that_differs_would_be_seen(monkeypatch):
     assert moealign.route(logits, 2, block_size=4, backend="reference")[1].tolist() != oracle_route(logits, 2)[0]
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("tokens", [0, 1, 5])
-def test_the_backends_agree_to_the_bit_about_experts(tokens):
+def test_the_backends_agree_to_the_bit_about_experts(tokens, scoring):
     names = [name for name in ROUTERS if moealign.backends()[name] is None]
     generator = torch.Generator().manual_seed(1)
     for seed in range(40):
         logits = torch.randn(tokens * 50, 256, generator=generator)
         logits = (logits * 64).round() / 64 if seed % 2 else logits
         bias = torch.rand(256, generator=generator) / 100
-        given = {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 8, "topk_groups": 4, "block_size": 16}
+        given = {"scoring": scoring, "correction_bias": bias, "num_groups": 8, "topk_groups": 4, "block_size": 16}
         first, *others = (routed(logits, 8, **given, backend=name)[1] for name in names)
         assert all(torch.equal(first, other) for other in others)
 
@@ -87,6 +98,40 @@ def test_the_contract_s_exp_is_accurate():
     assert exp32(torch.tensor([-88.0, -math.inf])).tolist() == [0, 0]
     s = sigmoid32(torch.tensor([-math.inf, -88.0, 0.0, 88.0, math.inf, math.nan]))
     assert s.tolist() == [0, 0, 0.5, 1, 1, 0]
+
+
+def test_the_contract_s_softmax_has_no_order_and_is_accurate():
+    """Its sum is one of whole numbers, so permuted logits have the same probabilities to the bit."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.cat([torch.randn(200, 896, generator=generator) * scale for scale in (0.01, 1, 3, 20)])
+    p = softmax32(x)
+    order = torch.randperm(896, generator=generator)
+    assert torch.equal(softmax32(x[:, order]), p[:, order])
+    shuffled = x[:, order].softmax(1)  # torch's own sum depends on the order
+    assert not torch.equal(shuffled, x.softmax(1)[:, order])
+    exact = x.double().softmax(1)
+    near = exact > 1e-25
+    below = x.amax(1, keepdim=True) - x  # its rounding is an error of the exponential
+    assert (((p.double() - exact) / exact).abs() / (8 + below))[near].max() < 2**-24
+    assert p[exact < 1e-31].sum() == 0
+    inf, nan = math.inf, math.nan
+    rows = torch.tensor([[inf, 0.0, inf, nan], [nan] * 4, [-inf] * 4, [0.0, -70.0, 0.0, -60.0]])
+    assert softmax32(rows).tolist()[:3] == [[0.5, 0, 0.5, 0], [0] * 4, [0.25] * 4]
+    assert softmax32(rows)[3, 1] == 0
+
+
+def test_the_contract_s_sqrtsoftplus_is_accurate_and_keeps_the_order():
+    x = torch.linspace(-86.9, 200, 400_001)
+    exact = torch.nn.functional.softplus(x.double(), threshold=100).sqrt()
+    assert ((sqrtsoftplus32(x).double() - exact) / exact).abs().max() < 4 * 2**-24
+    near = torch.arange(-(2**21), 2**21) / 2**20  # logits 2**-20 apart
+    assert (sqrtsoftplus32(near).diff() >= 0).all()
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    s = sqrtsoftplus32(every[every.abs() > 2**-12].sort().values)
+    assert (s.diff() >= 0).all()
+    assert s.isfinite().all()
+    s = sqrtsoftplus32(torch.tensor([-math.inf, -88.0, 0.0, math.inf, math.nan]))
+    assert s.tolist() == [0, 0, pytest.approx(math.sqrt(math.log(2)), rel=1e-6), pytest.approx(2**64), 0]
 
 
 # ------------------------------------------------------------------------------------------------- models' own routers
@@ -161,10 +206,11 @@ def test_llama4_s_own_router_agrees(backend):
 
 def eager(x, ids, scoring="softmax", renormalize=True, scale=1.0, **_):
     index = ids.to(torch.int64)
-    every = torch.softmax(x, 1) if scoring == "softmax" else torch.sigmoid(x)
+    scores = {"softmax": lambda x: torch.softmax(x, 1), "sigmoid": torch.sigmoid}
+    every = scores.get(scoring, lambda x: torch.nn.functional.softplus(x).sqrt())(x)
     picked = every.gather(1, index)
     if renormalize:
-        picked = picked / (picked.sum(1, keepdim=True) + (1e-20 if scoring == "sigmoid" else 0))
+        picked = picked / (picked.sum(1, keepdim=True) + (0 if scoring == "softmax" else 1e-20))
     return picked * scale, (every / every.sum(1, keepdim=True)).mean(0)
 
 
@@ -201,7 +247,8 @@ def test_padding_rows_have_no_gradient(backend):
 
 def test_opcheck(backend):
     x = torch.randn(5, 8, requires_grad=True, device=device_of(backend))
-    for scoring, bias in (("softmax", None), ("sigmoid", torch.rand(8, device=x.device))):
+    some = torch.rand(8, device=x.device)
+    for scoring, bias in (("softmax", None), ("softmax", some), ("sigmoid", some), ("sqrtsoftplus", some)):
         given = (x, 2, scoring, True, bias, 2, 1, 1.0, None, True, backend)
         torch.library.opcheck(torch.ops.moealign.route, given)
 
@@ -234,8 +281,8 @@ REFUSED = [
     ({"top_k": 0}, ValueError, "top_k: expected an int of at least 1"),
     ({"top_k": 9}, ValueError, "top_k: expected at most 8"),
     ({"router_logits": torch.zeros(1, 64), "top_k": 33}, ValueError, "top_k: expected at most 32"),
-    ({"scoring": "tanh"}, ValueError, "scoring: expected one of softmax, sigmoid"),
-    ({"correction_bias": torch.zeros(8)}, ValueError, "correction_bias: expected scoring='sigmoid'"),
+    ({"scoring": "tanh"}, ValueError, "scoring: expected one of softmax, sigmoid, sqrtsoftplus"),
+    ({"correction_bias": torch.zeros(9)}, ValueError, "correction_bias: expected shape"),
     ({"scoring": "sigmoid", "correction_bias": torch.zeros(7)}, ValueError, "correction_bias: expected shape"),
     ({"num_groups": 3}, ValueError, "num_groups: expected a divisor of num_experts = 8"),
     ({"num_groups": 4, "topk_groups": 5}, ValueError, "topk_groups: expected at most 4 groups"),

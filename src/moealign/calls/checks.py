@@ -194,7 +194,7 @@ def check_align_batched(
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 MAX_TOP_K = 32
 
 
@@ -232,8 +232,6 @@ def check_route(
         raise InvalidInput(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
     if correction_bias is not None:
         _float_tensor("correction_bias", correction_bias)
-        if scoring != "sigmoid":
-            raise InvalidInput(f"correction_bias: expected scoring='sigmoid' together with it, got {scoring!r}")
         if list(correction_bias.shape) != [experts]:
             raise InvalidInput(
                 f"correction_bias: expected shape [num_experts] = [{experts}], got {list(correction_bias.shape)}"

@@ -38,6 +38,8 @@ _LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 def refuses(routing: RouteProblem) -> str | None:
     """Why no kernel takes this router; None if one does."""
+    if routing.scoring == "sqrtsoftplus" or (routing.scoring == "softmax" and routing.has_bias):
+        return f"expected no bias on softmax scores and no sqrtsoftplus, got {routing.scoring}"
     if routing.num_experts > MAX_EXPERTS:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     if routing.num_groups > MAX_GROUPS:

@@ -18,6 +18,8 @@ MAX_EXPERTS = 4096  #: of one program
 
 def refuses(routing: RouteProblem) -> str | None:
     """Why no kernel takes this router; None if one does."""
+    if routing.scoring == "sqrtsoftplus" or (routing.scoring == "softmax" and routing.has_bias):
+        return f"expected no bias on softmax scores and no sqrtsoftplus, got {routing.scoring}"
     if routing.num_experts > MAX_EXPERTS:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     return None
