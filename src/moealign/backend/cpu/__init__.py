@@ -27,10 +27,6 @@ def unavailable() -> str | None:
 def refuses(problem: AlignProblem | RouteProblem) -> str | None:
     if problem.device.type != "cpu":
         return f"expected CPU tensors, got tensors on {problem.device}; it sorts in host memory only"
-    if isinstance(problem, RouteProblem) and (
-        problem.scoring == "sqrtsoftplus" or (problem.scoring == "softmax" and problem.has_bias)
-    ):
-        return f"expected no bias on softmax scores and no sqrtsoftplus, got {problem.scoring}"
     return None
 
 

@@ -41,7 +41,7 @@ def route(
         inputs = (router_logits, correction_bias, num_valid_tokens)
         reference.route(routing, *inputs, weights, ids, mean_probability)
         return
-    first = compiled.loaded["route_kernels"].ARGUMENTS_AT
+    first, scorings = compiled.loaded["route_kernels"].ARGUMENTS_AT, compiled.loaded["route_kernels"].SCORINGS
     tokens, experts = routing.tokens, routing.num_experts
     logits, bias = (
         _contiguous_float32(router_logits),
@@ -56,7 +56,7 @@ def route(
     _ARGUMENTS.pack_into(
         arguments, first,
         chunks, tokens, experts, routing.top_k, valid,
-        routing.scoring == "sigmoid", routing.renormalize, routing.num_groups, routing.topk_groups,
+        scorings[routing.scoring], routing.renormalize, routing.num_groups, routing.topk_groups,
         logits.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(), ids.data_ptr(),
         0 if mean_probability is None else mean_probability.data_ptr(), routing.scale,
     )  # fmt: skip

@@ -12,10 +12,23 @@ import numpy as np
 from numba import carray
 
 from ..reference import route as reference
-from ..reference.route import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
+from ..reference.route import (
+    FAR,
+    INVERSE_LN2,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG1P,
+    MAX,
+    NEAR_ZERO,
+    POLYNOMIAL,
+    TINY,
+    UNIT,
+)
 from .intrinsics import atomic_add, f32_ptr, f64_ptr, i32_ptr, i64_ptr, joins, kernel, subroutine, wait_for
 
-__all__ = ["ARGUMENTS", "ARGUMENTS_AT", "route"]
+__all__ = ["ARGUMENTS", "ARGUMENTS_AT", "SCORINGS", "route"]
+
+SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 
 LANES = 16  # a constant, so that loops over it are vectorised
 ARGUMENTS_AT = 192  # bytes: behind three counters, each in a cache line of its own
@@ -25,6 +38,9 @@ _ZERO, _HALF, _ONE = np.float32(0), np.float32(0.5), np.float32(1)
 _FAR, _TINY = np.float32(FAR), np.float32(TINY)
 _INVERSE_LN2, _LN2_HIGH, _LN2_LOW = np.float32(INVERSE_LN2), np.float32(LN2_HIGH), np.float32(LN2_LOW)
 _C0, _C1, _C2, _C3, _C4, _C5 = (np.float32(c) for c in POLYNOMIAL)
+_L0, _L1, _L2, _L3 = (np.float32(c) for c in LOG1P)
+_TWO, _MAX, _NEAR_ZERO = np.float32(2), np.float32(MAX), np.float32(NEAR_ZERO)
+_UNIT, _HALF_UNIT = np.float32(UNIT), np.float32(UNIT**0.5)
 _POWERS = np.ldexp(np.float32(1), np.arange(-126, 128)).astype(np.float32)
 _MINUS_INF = np.float32(-np.inf)
 _TAKEN = np.int64(-(2**63))
@@ -63,6 +79,28 @@ def _sigmoid32(x):
     return _ONE / (_ONE + _exp32(-min(x, _FAR + _ONE)))
 
 
+@subroutine
+def _sqrtsoftplus32_of(x, t):
+    """``sqrtsoftplus32`` of ``reference/route.py`` for x >= -FAR, from t = exp32(-abs(x))."""
+    z = t / (t + _TWO)
+    w = z * z
+    y = _L0 * w + _L1
+    y = y * w + _L2
+    y = y * w + _L3
+    y = (z + z) + z * (w * y)
+    return np.sqrt(y + x if x > _ZERO else y)
+
+
+@subroutine
+def _score32(scoring, x):
+    """The score of one logit by itself."""
+    if scoring == 1:
+        return _sigmoid32(x)
+    if not x >= -_FAR:
+        return _ZERO
+    return _sqrtsoftplus32_of(min(x, _MAX), _exp32(-abs(x)))
+
+
 @_kernel
 def _exp32_each(x, powers):
     """x[e] = _exp32(x[e]), NaN to 0, for x at most FAR.  Without a branch or a table, so that the loops are vectorised.
@@ -94,8 +132,54 @@ def _sigmoid32_each(row, out, powers):
         out[e] = _ONE / (_ONE + out[e]) if row[e] >= -_FAR else _ZERO
 
 
+@_kernel
+def _sqrtsoftplus32_each(row, out, powers):
+    """out[e] = sqrtsoftplus32(row[e])."""
+    for e in range(out.size):
+        v = row[e]
+        out[e] = -abs(v)
+    _exp32_each(out, powers)
+    for e in range(out.size):
+        v = row[e]
+        v = v if v < _MAX else _MAX
+        out[e] = _sqrtsoftplus32_of(v, out[e]) if row[e] >= -_FAR else _ZERO
+
+
 @subroutine
+def _scores32_each(scoring, row, out, powers):
+    """out[e] = _score32(scoring, row[e])."""
+    if scoring == 1:
+        _sigmoid32_each(row, out, powers)
+    else:
+        _sqrtsoftplus32_each(row, out, powers)
+
+
+@subroutine
+def _highest(row):
+    """The highest number; -inf if there is none."""
+    highest = _MINUS_INF
+    for e in range(row.size):
+        highest = row[e] if row[e] > highest else highest
+    return highest
+
+
+@_kernel
 def _softmax32_each(row, highest, out, powers):
+    """``softmax32`` of ``reference/route.py``."""
+    _exponentials_each(row, highest, out, powers)
+    upper = lower = np.int64(0)  # of the sum, in units of 2**-20 and of 2**-40: int32 is vectorised
+    for e in range(out.size):
+        scaled = out[e] * _HALF_UNIT
+        whole = np.int32(scaled)
+        upper += np.int64(whole)
+        lower += np.int64(np.int32((scaled - np.float32(whole)) * _HALF_UNIT))
+    divisor = np.float32(np.float64((upper << np.int64(20)) + lower)) / _UNIT
+    for e in range(out.size):
+        out[e] = out[e] / divisor if out[e] >= _NEAR_ZERO else _ZERO
+
+
+@subroutine
+def _exponentials_each(row, highest, out, powers):
     """out[e] = exp(row[e] - highest), NaN to 0."""
     for e in range(out.size):
         out[e] = row[e] - highest
@@ -205,7 +289,7 @@ def _scratch(experts, biased, k, num_groups, topk_groups):
 
 @subroutine
 def _route_tokens(
-    lo, hi, logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums, scratch
+    lo, hi, logits, bias, scoring, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums, scratch
 ):
     """Route the tokens [lo, hi), and add their shares to sums [E], unless that is empty.  `scratch` is from
     :func:`_scratch`: nothing is allocated here, so nothing can fail."""
@@ -217,7 +301,10 @@ def _route_tokens(
         row = logits[t]
         score = row
         if bias.size > 0:
-            _sigmoid32_each(row, biased, powers)
+            if scoring == 0:
+                _softmax32_each(row, _highest(row), biased, powers)
+            else:
+                _scores32_each(scoring, row, biased, powers)
             for e in range(experts):
                 biased[e] = biased[e] + bias[e] if row[e] == row[e] else row[e]
             score = biased
@@ -232,20 +319,28 @@ def _route_tokens(
 
         total = np.float64(0)
         highest = _MINUS_INF
-        if sigmoid:
+        if scoring != 0:
             for i in range(k):
-                weights[t, i] = _sigmoid32(row[index[i]])
+                weights[t, i] = _score32(scoring, row[index[i]])
                 total += weights[t, i]
             divisor = np.float32(total) + _TINY if renormalize else _ONE
         else:
-            x = row[index[0]]  # softmax has no bias: the first choice has the highest logit
+            x = row[index[0]]  # without a bias the first choice has the highest logit, unless it is NaN
             highest = x if x == x else _MINUS_INF
+            base = highest  # of the weights
+            if bias.size > 0:
+                highest = base = _highest(row)
+                if renormalize:
+                    base = _MINUS_INF
+                    for i in range(k):
+                        x = row[index[i]]
+                        base = x if x > base else base
             for i in range(k):
                 x = row[index[i]]
-                weights[t, i] = _ONE if x == highest else _exp32(x - highest) if x == x else _ZERO
+                weights[t, i] = _ONE if x == base else _exp32(x - base) if x == x else _ZERO
                 total += weights[t, i]
             if sums.size > 0 or not renormalize:
-                _softmax32_each(row, highest, parts, powers)
+                _exponentials_each(row, highest, parts, powers)
             if not renormalize:
                 total = 0.0
                 for e in range(experts):
@@ -255,8 +350,8 @@ def _route_tokens(
             ids[t, i] = index[i]
             weights[t, i] = weights[t, i] / divisor * scale if divisor > _ZERO else _ZERO
         if sums.size > 0:
-            if sigmoid:
-                _sigmoid32_each(row, parts, powers)
+            if scoring != 0:
+                _scores32_each(scoring, row, parts, powers)
             total = 0.0
             for e in range(experts):
                 total += parts[e]
@@ -280,7 +375,7 @@ def route(leader, address):
     """
     args = i64_ptr(address + ARGUMENTS_AT)
     chunks, tokens, experts, k, valid = args[0], args[1], args[2], args[3], args[4]
-    sigmoid, renormalize, num_groups, topk_groups = args[5] != 0, args[6] != 0, args[7], args[8]
+    scoring, renormalize, num_groups, topk_groups = args[5], args[6] != 0, args[7], args[8]
     logits = carray(f32_ptr(args[9]), (tokens, experts))
     bias = carray(f32_ptr(args[10]), experts if args[10] != 0 else 0)
     weights = carray(f32_ptr(args[11]), (tokens, k))
@@ -295,7 +390,7 @@ def route(leader, address):
     while chunk < chunks:
         _route_tokens(
             tokens * chunk // chunks, tokens * (chunk + 1) // chunks,
-            logits, bias, sigmoid, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums, scratch,
+            logits, bias, scoring, renormalize, scale, num_groups, topk_groups, valid, weights, ids, sums, scratch,
         )  # fmt: skip
         atomic_add(address + 64, 1)
         chunk = atomic_add(address, 1)
