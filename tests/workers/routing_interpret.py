@@ -13,7 +13,7 @@ from helpers import FLOATS, failures, patch_interpreter
 
 from moealign.testing import oracle_route
 
-SIZES = [(1, 4, 1), (12, 8, 2), (4, 60, 6), (2, 100, 32), (2, 260, 8)]  # tokens, experts, top_k
+SIZES = [(1, 4, 1), (12, 8, 2), (4, 60, 6), (2, 100, 32), (2, 260, 8), (2, 896, 16)]  # tokens, experts, top_k
 
 
 def cases():

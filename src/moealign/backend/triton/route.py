@@ -18,8 +18,6 @@ MAX_EXPERTS = 4096  #: of one program
 
 def refuses(routing: RouteProblem) -> str | None:
     """Why no kernel takes this router; None if one does."""
-    if routing.scoring == "sqrtsoftplus" or (routing.scoring == "softmax" and routing.has_bias):
-        return f"expected no bias on softmax scores and no sqrtsoftplus, got {routing.scoring}"
     if routing.num_experts > MAX_EXPERTS:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     return None
@@ -37,7 +35,7 @@ def launch_of(
     """Arguments, constants and warps of the one launch."""
     size = power_of_two(routing.num_experts)
     constants = {
-        "SIGMOID": routing.scoring == "sigmoid", "RENORM": routing.renormalize, "EXPERTS": routing.num_experts,
+        "SCORING": routing.scoring, "RENORM": routing.renormalize, "EXPERTS": routing.num_experts,
         "TOP_K": routing.top_k, "GROUPS": routing.num_groups, "TOP_GROUPS": routing.topk_groups,
         "EXPERTS_POW2": size, "TOP_K_POW2": power_of_two(routing.top_k),
         "GROUPS_POW2": power_of_two(routing.num_groups),

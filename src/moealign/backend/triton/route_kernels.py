@@ -10,13 +10,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..reference.route import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
+from ..reference.route import (
+    FAR,
+    INVERSE_LN2,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG1P,
+    MAX,
+    NEAR_ZERO,
+    POLYNOMIAL,
+    TINY,
+    UNIT,
+)
 
 __all__ = ["topk"]
 
 _INVERSE_LN2, _LN2_HIGH, _LN2_LOW = tl.constexpr(INVERSE_LN2), tl.constexpr(LN2_HIGH), tl.constexpr(LN2_LOW)
 _C0, _C1, _C2, _C3, _C4, _C5 = (tl.constexpr(each) for each in POLYNOMIAL)
+_L0, _L1, _L2, _L3 = (tl.constexpr(each) for each in LOG1P)
 _FAR, _TINY = tl.constexpr(FAR), tl.constexpr(TINY)
+_MAX, _NEAR_ZERO, _UNIT = tl.constexpr(MAX), tl.constexpr(NEAR_ZERO), tl.constexpr(UNIT)
+_INVERSE_UNIT = tl.constexpr(1 / UNIT)
 _NEVER = tl.constexpr(-(2**63))  # the key of an expert that cannot be selected
 _NAN = tl.constexpr(-(2**31))
 _STEP = tl.constexpr(2**32)
@@ -51,6 +65,51 @@ def _sigmoid32(x):
 
 
 @triton.jit
+def _sqrtsoftplus32(x):
+    """``sqrtsoftplus32`` of the reference."""
+    regular = x >= -_FAR  # False for NaN
+    inside = tl.minimum(tl.where(regular, x, 0.0), _MAX)
+    t = _exp32(-tl.abs(inside))
+    z = tl.div_rn(t, t + 2.0)
+    w = z * z
+    y = w * _L0 + _L1
+    y = y * w + _L2
+    y = y * w + _L3
+    y = (z + z) + z * (w * y)
+    y = tl.where(inside > 0, y + inside, y)
+    return tl.where(regular, tl.sqrt_rn(y), 0.0)
+
+
+@triton.jit
+def _exponentials(x, highest):
+    """exp(x - highest), 1 at the highest, which may be infinite, and 0 for NaN."""
+    number = x == x
+    return tl.where(x == highest, 1.0, tl.where(number, _exp32(tl.where(number, x - highest, 0.0)), 0.0))
+
+
+@triton.jit
+def _softmax32(x, inside):
+    """``softmax32`` of the reference."""
+    highest = tl.max(tl.where(inside & (x == x), x, float("-inf")), 0)
+    parts = tl.where(inside, _exponentials(x, highest), 0.0)
+    total = tl.sum((parts * _UNIT).to(tl.int64), 0)
+    divisor = tl.full(x.shape, 1.0, tl.float32) * (total.to(tl.float32) * _INVERSE_UNIT)
+    regular = parts >= _NEAR_ZERO
+    return tl.where(regular, tl.div_rn(parts, tl.where(regular, divisor, 1.0)), 0.0)
+
+
+@triton.jit
+def _scores(x, inside, SCORING: tl.constexpr):
+    """What a bias is added to."""
+    if SCORING == "softmax":
+        return _softmax32(x, inside)
+    elif SCORING == "sigmoid":
+        return _sigmoid32(x)
+    else:
+        return _sqrtsoftplus32(x)
+
+
+@triton.jit
 def _keys(score, index):
     """int64 keys in the order of the float32 scores, NaN lowest.  Of equal scores the first has the highest key."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
@@ -65,12 +124,14 @@ def _index_of(key):
 
 
 @triton.jit
-def _parts(x, highest, SIGMOID: tl.constexpr):
+def _parts(x, highest, SCORING: tl.constexpr):
     """Weights before their division by the total; 0 for NaN."""
-    if SIGMOID:
+    if SCORING == "softmax":
+        return _exponentials(x, highest)
+    elif SCORING == "sigmoid":
         return _sigmoid32(x)
-    number = x == x
-    return tl.where(x == highest, 1.0, tl.where(number, _exp32(tl.where(number, x - highest, 0.0)), 0.0))
+    else:
+        return _sqrtsoftplus32(x)
 
 
 @triton.jit
@@ -107,7 +168,7 @@ def _allowed(
 def topk(
     logits, bias, num_valid, weights, ids, shares,
     tokens, row_stride, scale,
-    SIGMOID: tl.constexpr, RENORM: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
+    SCORING: tl.constexpr, RENORM: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     EXPERTS_POW2: tl.constexpr, TOP_K_POW2: tl.constexpr, GROUPS_POW2: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +186,8 @@ def topk(
     x = tl.load(row + experts, mask=inside, other=0.0).to(tl.float32)
     score = x
     if bias is not None:
-        score = tl.where(x == x, _sigmoid32(x) + tl.load(bias + experts, mask=inside, other=0.0), float("nan"))
+        base = _scores(x, inside, SCORING)
+        score = tl.where(x == x, base + tl.load(bias + experts, mask=inside, other=0.0), float("nan"))
     if GROUPS > 1:
         size: tl.constexpr = EXPERTS // GROUPS
         allowed = inside & _allowed(
@@ -142,20 +204,24 @@ def topk(
 
     listed = choice < TOP_K
     highest = tl.max(tl.where(inside & (x == x), x, float("-inf")), 0)
-    part = _parts(tl.load(row + chosen, mask=listed, other=0.0).to(tl.float32), highest, SIGMOID)
+    picked = tl.load(row + chosen, mask=listed, other=0.0).to(tl.float32)
+    of_chosen = highest
+    if bias is not None and RENORM:  # the highest logit may not be among the chosen
+        of_chosen = tl.max(tl.where(listed & (picked == picked), picked, float("-inf")), 0)
+    part = _parts(picked, of_chosen, SCORING)
     part = tl.where(listed, part, 0.0)
     total = tl.full((TOP_K_POW2,), 1.0, tl.float32)
     if RENORM:
         total = total * tl.sum(part, 0)
-        if SIGMOID:
+        if SCORING != "softmax":
             total = total + _TINY
     live = token < tokens
     if num_valid is not None:
         live = token < tl.load(num_valid)
-    if (shares is not None) or (not SIGMOID and not RENORM):
-        parts = tl.where(inside, _parts(x, highest, SIGMOID), 0.0)
+    if (shares is not None) or (SCORING == "softmax" and not RENORM):
+        parts = tl.where(inside, _parts(x, highest, SCORING), 0.0)
         sum_of_all = tl.sum(parts, 0)
-        if not SIGMOID and not RENORM:
+        if SCORING == "softmax" and not RENORM:
             total = total * sum_of_all
         if shares is not None:
             share = tl.where(live & (sum_of_all > 0), parts / tl.where(sum_of_all > 0, sum_of_all, 1.0), 0.0)
