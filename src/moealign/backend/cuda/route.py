@@ -14,7 +14,17 @@ from torch import Tensor
 
 from ...layout import OUTPUTS, BlockLayout, cdiv
 from ...problem import AlignProblem, RouteProblem
-from ..reference.route import FAR, INVERSE_LN2, LN2_HIGH, LN2_LOW, POLYNOMIAL, TINY
+from ..reference.route import (
+    FAR,
+    INVERSE_LN2,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG1P,
+    MAX,
+    NEAR_ZERO,
+    POLYNOMIAL,
+    TINY,
+)
 from .align import Alignment, Path, defines_of, path_of, pointers
 from .compile import Defines
 from .launch import COOPERATIVE, PLAIN, Kernel, Launch, green_multiprocessors, kernel
@@ -33,13 +43,12 @@ _MAX_FUSED_TOKENS = 8  #: every CTA chooses for all tokens, a warp each; more to
 _MAX_FUSED_EXPERTS = 1024  #: with more, two launches are as fast
 _MAX_EARLY_TOKENS = 512  #: up to here the next kernel may start with the router, beyond only when its CTAs end
 
+_SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 _LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def refuses(routing: RouteProblem) -> str | None:
     """Why no kernel takes this router; None if one does."""
-    if routing.scoring == "sqrtsoftplus" or (routing.scoring == "softmax" and routing.has_bias):
-        return f"expected no bias on softmax scores and no sqrtsoftplus, got {routing.scoring}"
     if routing.num_experts > MAX_EXPERTS:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     if routing.num_groups > MAX_GROUPS:
@@ -59,6 +68,9 @@ _CONSTANTS = (
     ("EXP32_LN2_HIGH", LN2_HIGH),
     ("EXP32_LN2_LOW", LN2_LOW),
     *((f"EXP32_C{i}", coefficient) for i, coefficient in enumerate(POLYNOMIAL)),
+    *((f"LOG1P_{i}", coefficient) for i, coefficient in enumerate(LOG1P)),
+    ("FLOAT_MAX", MAX),
+    ("NEAR_ZERO", NEAR_ZERO),
     ("TINY", TINY),
 )
 
@@ -69,7 +81,7 @@ def _macros(routing: RouteProblem, vector: bool) -> Defines:
         ("TOP_K", routing.top_k),
         ("LOGITS", _LOGITS[routing.dtype]),
         ("LOGITS_VECTOR", int(vector)),
-        ("SIGMOID", int(routing.scoring == "sigmoid")),
+        ("SCORING", _SCORINGS[routing.scoring]),
         ("RENORM", int(routing.renormalize)),
         ("BIAS", int(routing.has_bias)),
         ("GROUPS", routing.num_groups),
@@ -266,6 +278,16 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
         routing(384, 8, torch.bfloat16, **sigmoid),
         routing(1024, 32),
         routing(2048, 8, torch.bfloat16),
+        routing(896, 16, torch.bfloat16),
+        routing(896, 16, **sigmoid),
+        routing(64, 6, has_bias=True),
+        routing(768, 12, has_bias=True, renormalize=False, scale=6.0),
+        routing(128, 4, torch.bfloat16, has_bias=True, num_groups=8, topk_groups=4),
+        routing(60, 4, torch.float16, has_bias=True, num_groups=3, topk_groups=2, renormalize=False),
+        routing(2048, 32, has_bias=True, num_groups=32, topk_groups=8),
+        routing(256, 6, scoring="sqrtsoftplus", has_bias=True, scale=1.5),
+        routing(384, 8, torch.bfloat16, scoring="sqrtsoftplus", renormalize=False),
+        routing(256, 8, scoring="sqrtsoftplus", has_bias=True, num_groups=8, topk_groups=4),
     ]
     for each in routers:
         vector = each.num_experts % 128 == 0

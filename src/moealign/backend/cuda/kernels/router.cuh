@@ -2,9 +2,9 @@
 //
 //   EXPERTS, TOP_K  at most 2,048 and 32; expert e belongs to lane e / PER_LANE
 //   LOGITS  0 float32, 1 bfloat16, 2 float16      LOGITS_VECTOR  E = 32 * PER_LANE, and rows are aligned for vectors
-//   SIGMOID, RENORM  sigmoid instead of softmax; weights are divided by their sum      BIAS  0 none, 1 float32
+//   SCORING  0 softmax, 1 sigmoid, 2 sqrtsoftplus      RENORM  weights are divided by their sum      BIAS  0 none, 1 float32
 //   GROUPS, TOP_GROUPS  at most 32 groups
-//   EXP32_*, TINY  bits of the float32 constants in moealign.backend.reference.route
+//   EXP32_*, LOG1P_*, FLOAT_MAX, NEAR_ZERO, TINY  bits of the float32 constants in moealign.backend.reference.route
 //
 // Experts are compared by keys: a u32 that sorts as the float does.  NaN is 1, below every number; 0 cannot be chosen.
 // For 16-bit logits the key's lower half is 0xffff - expert, so one reduction gives value and expert.
@@ -14,6 +14,8 @@
 #define PER_LANE ((EXPERTS + 31) / 32)
 #define SHORT_KEYS (LOGITS != 0 && !BIAS)
 #define GROUP_SIZE (EXPERTS / GROUPS)
+#define SOFTMAX (SCORING == 0)
+#define HIGHEST (SOFTMAX && (BIAS || GROUPS > 1))  // the highest logit may not be the first that is selected
 
 #if LOGITS == 0
 typedef u32 raw_t;
@@ -64,7 +66,7 @@ DEV float short_key_to_float(u32 key) {
 
 #define FLOAT(bits) __int_as_float(bits)
 
-// moealign.backend.reference.route.exp32 and sigmoid32, operation for operation.
+// moealign.backend.reference.route.exp32, sigmoid32, sqrtsoftplus32 and softmax32, operation for operation.
 DEV float exp32(float x) {
     if (x < -FLOAT(EXP32_FAR)) return 0.f;
     x = fminf(x, FLOAT(EXP32_FAR));
@@ -85,10 +87,23 @@ DEV float sigmoid32(float x) {
     return x >= -FLOAT(EXP32_FAR) ? __fdiv_rn(1.f, __fadd_rn(1.f, exp32(-x))) : 0.f;
 }
 
-// The numerator of a weight: of the softmax, or the sigmoid.
+DEV float sqrtsoftplus32(float x) {
+    if (!(x >= -FLOAT(EXP32_FAR))) return 0.f;
+    x = fminf(x, FLOAT(FLOAT_MAX));
+    const float t = exp32(-fabsf(x)), z = __fdiv_rn(t, __fadd_rn(t, 2.f)), w = __fmul_rn(z, z);
+    float y = __fadd_rn(__fmul_rn(FLOAT(LOG1P_0), w), FLOAT(LOG1P_1));
+    y = __fadd_rn(__fmul_rn(y, w), FLOAT(LOG1P_2));
+    y = __fadd_rn(__fmul_rn(y, w), FLOAT(LOG1P_3));
+    y = __fadd_rn(__fadd_rn(z, z), __fmul_rn(z, __fmul_rn(w, y)));
+    return __fsqrt_rn(x > 0.f ? __fadd_rn(y, x) : y);
+}
+
+// The numerator of a weight: of the softmax, or the score.
 DEV float numerator(float x, float highest) {
-#if SIGMOID
+#if SCORING == 1
     return sigmoid32(x);
+#elif SCORING == 2
+    return sqrtsoftplus32(x);
 #else
     return x != x ? 0.f : x == highest ? 1.f : exp32(__fsub_rn(x, highest));
 #endif
@@ -121,6 +136,39 @@ DEV void load_logits(const raw_t *row, u32 lane, raw_t raw[PER_LANE]) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) raw[i] = lane * PER_LANE + i < EXPERTS ? row[lane * PER_LANE + i] : (raw_t)0;
 }
+
+#if HIGHEST
+// The highest of a value of each lane; no NaN.
+DEV float highest_of_lanes(float x) { return key_to_float(__reduce_max_sync(FULL, to_key(x))); }
+
+// The highest logit; -inf if none is a number.
+DEV float highest_logit(const raw_t raw[PER_LANE], u32 lane) {
+    float x = -__int_as_float(0x7f800000);
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++)
+        if (EXPERTS % 32 == 0 || lane * PER_LANE + i < EXPERTS) x = fmaxf(x, to_float(raw[i]));  // ignores NaN
+    return highest_of_lanes(x);
+}
+#endif
+
+#if SOFTMAX && BIAS
+// softmax32 of the lane's logits.  The sum is in units of 2**-40, its halves of 20 bits apart: each fits 32 bits.
+DEV void probabilities(const raw_t raw[PER_LANE], float highest, u32 lane, float p[PER_LANE]) {
+    u32 upper = 0, lower = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        p[i] = EXPERTS % 32 == 0 || lane * PER_LANE + i < EXPERTS ? numerator(to_float(raw[i]), highest) : 0.f;
+        const float scaled = __fmul_rn(p[i], 1048576.f);
+        const u32 whole = __float2uint_rz(scaled);
+        upper += whole;
+        lower += __float2uint_rz(__fmul_rn(__fsub_rn(scaled, __uint2float_rn(whole)), 1048576.f));
+    }
+    const u64 sum = ((u64)__reduce_add_sync(FULL, upper) << 20) + __reduce_add_sync(FULL, lower);
+    const float total = __fmul_rn(__ull2float_rn(sum), __int_as_float((127 - 40) << 23));
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) p[i] = p[i] >= FLOAT(NEAR_ZERO) ? __fdiv_rn(p[i], total) : 0.f;
+}
+#endif
 
 #if GROUPS > 1
 // The best TOP_GROUPS groups, a bit each.
@@ -201,7 +249,7 @@ DEV void sort_run(Keys &keys, int at) {
 struct Selected {
     u32 key, expert;
     u32 first;      // the best key
-    float highest;  // the highest logit, with groups: it may lie in a group that was not selected
+    float highest;  // the highest logit, if HIGHEST
 };
 
 DEV void select_top_k(Keys &keys, u32 lane, Selected &selected) {
@@ -259,6 +307,10 @@ DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 la
 #if BIAS || GROUPS > 1
     float score[PER_LANE];
 #endif
+#if SOFTMAX && BIAS
+    selected.highest = highest_logit(raw, lane);
+    probabilities(raw, selected.highest, lane, score);
+#endif
 #pragma unroll
     for (int i = 0; i < RUNS * RUN; i++) {
         const u32 e = lane * PER_LANE + i;
@@ -266,8 +318,10 @@ DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 la
         const raw_t value = i < PER_LANE ? raw[i] : (raw_t)0;
 #if BIAS || GROUPS > 1
         float x = to_float(value);
-#if BIAS
-        if (exists && x == x) x = __fadd_rn(sigmoid32(x), bias[e]);
+#if SOFTMAX && BIAS
+        if (exists && x == x) x = __fadd_rn(score[i < PER_LANE ? i : 0], bias[e]);
+#elif BIAS
+        if (exists && x == x) x = __fadd_rn(numerator(x, 0.f), bias[e]);
 #endif
         if (i < PER_LANE) score[i] = x;
 #endif
@@ -289,12 +343,8 @@ DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 la
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
         if (!(allowed >> (lane * PER_LANE + i) / GROUP_SIZE % 32 & 1)) keys.key[i] = 0;
-#if !SIGMOID
-    float x = -__int_as_float(0x7f800000);
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++)
-        if (EXPERTS % 32 == 0 || lane * PER_LANE + i < EXPERTS) x = fmaxf(x, to_float(raw[i]));  // ignores NaN
-    selected.highest = key_to_float(__reduce_max_sync(FULL, to_key(x)));
+#if HIGHEST && !BIAS
+    selected.highest = highest_logit(raw, lane);
 #endif
 #endif
 #pragma unroll
@@ -313,18 +363,23 @@ DEV float weight_of(
 #else
     const float x = selected.key == 1 ? __int_as_float(0x7fffffff) : key_to_float(selected.key);
 #endif
-#if SIGMOID
+#if !SOFTMAX
     const float highest = 0.f;
-#elif GROUPS > 1
+#elif HIGHEST
     const float highest = selected.highest;
 #elif SHORT_KEYS
     const float highest = short_key_to_float(selected.first);
 #else
     const float highest = selected.first == 1 ? -__int_as_float(0x7f800000) : key_to_float(selected.first);
 #endif
+#if SOFTMAX && BIAS && RENORM
+    const float listed = lane < TOP_K && x == x ? x : -__int_as_float(0x7f800000);
+    const float part = lane < TOP_K ? numerator(x, highest_of_lanes(listed)) : 0.f;
+#else
     const float part = lane < TOP_K ? numerator(x, highest) : 0.f;
+#endif
     float total = 1.f;
-    if (shares || (!SIGMOID && !RENORM)) {
+    if (shares || (SOFTMAX && !RENORM)) {
         float sum = 0.f;
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
@@ -333,7 +388,7 @@ DEV float weight_of(
             sum = __fadd_rn(sum, f);
         }
         sum = sum_lanes<32>(sum);
-        if (!SIGMOID) total = sum;
+        if (SOFTMAX) total = sum;
         if (shares) {
 #pragma unroll
             for (int i = 0; i < PER_LANE; i++) shares[i] = sum > 0.f ? __fdiv_rn(shares[i], sum) : 0.f;
@@ -341,7 +396,7 @@ DEV float weight_of(
     }
     if (RENORM) {
         total = sum_lanes<power_of_two(TOP_K)>(part);
-        if (SIGMOID) total = __fadd_rn(total, FLOAT(TINY));
+        if (!SOFTMAX) total = __fadd_rn(total, FLOAT(TINY));
     }
     return total > 0.f ? __fmul_rn(__fdiv_rn(part, total), scale) : 0.f;
 }
