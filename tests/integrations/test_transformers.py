@@ -909,16 +909,19 @@ ROUTERS = [
     ("bailing_hybrid", "BailingHybridTopkRouter"), ("beam", "BeamTopKRouter"),
     ("cohere2_moe", "Cohere2MoeTopKRouter"), ("deepseek_v2", "DeepseekV2TopkRouter"),
     ("deepseek_v3", "DeepseekV3TopkRouter"), ("deepseek_v32", "DeepseekV32TopkRouter"), ("dots1", "Dots1TopkRouter"),
+    ("ernie4_5_moe", "Ernie4_5_MoeTopKRouter"), ("ernie4_5_vl_moe", "Ernie4_5_VLMoeMoeTopKRouter"),
     ("exaone_moe", "ExaoneMoeTopkRouter"), ("flex_olmo", "FlexOlmoTopKRouter"), ("flint", "FlintTopKRouter"),
     ("glm4_moe", "Glm4MoeTopkRouter"), ("glm4_moe_lite", "Glm4MoeLiteTopkRouter"),
     ("glm4v_moe", "Glm4vMoeTextTopkRouter"), ("glm_moe_dsa", "GlmMoeDsaTopkRouter"), ("gpt_oss", "GptOssTopKRouter"),
     ("granitemoe", "GraniteMoeTopKRouter"), ("granitemoehybrid", "GraniteMoeHybridTopKRouter"),
     ("granitemoeshared", "GraniteMoeSharedTopKRouter"), ("hunyuan_v1_moe", "HunYuanMoEV1Gate"),
     ("hy_v3", "HYV3TopKRouter"), ("jamba", "JambaTopKRouter"), ("kimi_linear", "KimiLinearTopkRouter"),
-    ("laguna", "LagunaTopKRouter"), ("lara_mini", "LaraMiniTopKRouter"), ("mellum", "MellumTopKRouter"),
+    ("laguna", "LagunaTopKRouter"), ("lara_mini", "LaraMiniTopKRouter"),
+    ("longcat_flash", "LongcatFlashTopkRouter"), ("mellum", "MellumTopKRouter"),
     ("mimo_v2_flash", "MiMoV2FlashTopkRouter"), ("minimax", "MiniMaxTopKRouter"),
     ("minimax_m2", "MiniMaxM2TopKRouter"), ("minimax_m3_vl", "MiniMaxM3VLTopKRouter"),
-    ("mixtral", "MixtralTopKRouter"), ("nemotron_h", "NemotronHTopkRouter"), ("olmoe", "OlmoeTopKRouter"),
+    ("mistral_large4", "MistralLarge4TextTopkRouter"), ("mixtral", "MixtralTopKRouter"),
+    ("nemotron_h", "NemotronHTopkRouter"), ("olmoe", "OlmoeTopKRouter"),
     ("openai_privacy_filter", "OpenAIPrivacyFilterTopKRouter"), ("qwen2_moe", "Qwen2MoeTopKRouter"),
     ("qwen3_5_moe", "Qwen3_5MoeTopKRouter"), ("qwen3_moe", "Qwen3MoeTopKRouter"),
     ("qwen3_next", "Qwen3NextTopKRouter"), ("qwen3_vl_moe", "Qwen3VLMoeTextTopKRouter"),
@@ -937,6 +940,7 @@ class Sizes:
     norm_topk_prob = True
     routed_scaling_factor = moe_router_scaling_factor = router_scaling_factor = route_scale = 2.5
     router_logit_softcapping = moe_router_logit_softcapping = 0.0
+    moe_norm_min, zero_expert_num = 1e-12, 2
     expert_selection_fn, topk_method, scoring_func = "softmax", "group_limited_greedy", "sigmoid"
 
     def __getattr__(self, name):
@@ -981,6 +985,26 @@ def test_every_router_of_a_known_form_is_replaced(module, name, dtype, runs):
     equal_choices(got, want)
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "form"),
+    [
+        ("deepseek_v4", "DeepseekV4TopKRouter", {"scoring": "sqrtsoftplus", "zero_bias": False, "num_groups": 1}),
+        ("mistral4", "Mistral4TopkRouter", {"scoring": "softmax", "zero_bias": True, "num_groups": 4}),
+    ],
+)
+def test_a_router_that_scores_in_the_model_s_precision_is_replaced_in_float32(module, name, form, runs, monkeypatch):
+    monkeypatch.setattr(Sizes, "scoring_func", "sqrtsoftplus")
+    router = router_of(module, name)
+    with torch.no_grad():
+        want = router(ROWS)
+        assert integration.replace_routers(router) == 1
+        runs.clear()
+        equal_choices(router(ROWS), want)
+    assert {each: getattr(runs[0], each) for each in form} == form
+    with pytest.warns(UserWarning, match=r"expected scores in float32, got torch.bfloat16"):
+        assert integration.replace_routers(router_of(module, name, torch.bfloat16)) == 0
+
+
 def equal_choices(got, want):
     """The same dtypes and logits, and to each token the same experts with the same weights, in any order."""
     assert [(each.dtype, each.shape) for each in got] == [(each.dtype, each.shape) for each in want]
@@ -1007,8 +1031,12 @@ class Chooser(torch.nn.Module):
 
     def forward(self, x):
         scores = torch.nn.functional.linear(x, self.matrix)
-        probabilities = scores.float().softmax(-1) if self.kind == "softmax" else scores.float().sigmoid()
-        if self.kind == "shifted":
+        probabilities = scores.float().softmax(-1) if "softmax" in self.kind else scores.float().sigmoid()
+        if "softplus" in self.kind:
+            probabilities = torch.nn.functional.softplus(scores.float())
+        if "sqrt" in self.kind:
+            probabilities = probabilities.sqrt()
+        if "shifted" in self.kind:
             ids = (probabilities + self.shift).topk(self.how_many).indices
             values = probabilities.gather(-1, ids)
         else:
@@ -1032,7 +1060,10 @@ class Other(Chooser):
     """A subclass with the same forward."""
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid", "shifted", "noise"])
+KNOWN = ["softmax", "sigmoid", "shifted", "noise", "shifted softmax", "sqrtsoftplus", "shifted sqrtsoftplus"]
+
+
+@pytest.mark.parametrize("kind", KNOWN)
 @pytest.mark.parametrize("router", [Chooser, Other])
 def test_a_router_of_any_class_and_names_is_replaced(router, kind, runs):
     module = router(kind).eval()
@@ -1046,7 +1077,7 @@ def test_a_router_of_any_class_and_names_is_replaced(router, kind, runs):
     assert len(runs) == (1 if kind == "noise" else 2), "noise that training adds is its own forward's"
 
 
-@pytest.mark.parametrize("kind", ["root", "least", "of others", "flat", "bent"])
+@pytest.mark.parametrize("kind", ["root", "least", "of others", "flat", "bent", "softplus", "sqrt"])
 def test_a_router_that_computes_something_else_is_left_alone_with_a_reason(kind):
     module = torch.nn.Sequential(Chooser(kind))
     with pytest.warns(UserWarning, match=r"expected a router that moealign.route can stand for .* got 0: expected"):

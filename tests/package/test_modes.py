@@ -109,21 +109,37 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "softmax": {},
     "softmax of all": {"renormalize": False, "scale": 1.5},
     "sigmoid": {"scoring": "sigmoid", "renormalize": True, "scale": 2.0},
+    "sqrtsoftplus": {"scoring": "sqrtsoftplus", "scale": 2.0},
+    "softmax, bias": {"bias": True, "scale": 1.5},
 }
 
 
-def router(**options):
+def shifts(logits):
+    return torch.linspace(0.1, -0.1, E, device=logits.device)
+
+
+def router(bias=False, **options):
     def call(logits):
-        weights, ids, layout, mean = route(logits, K, block_size=B, mean_probability=True, **options)
+        shift = shifts(logits) if bias else None
+        asked = {"block_size": B, "mean_probability": True, "correction_bias": shift}
+        weights, ids, layout, mean = route(logits, K, **asked, **options)
         return weights, mean, ids, layout.sorted_token_ids
 
     return call
 
 
-def plain_router(scoring="softmax", renormalize=True, scale=1.0):
+SCORES = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: torch.nn.functional.softplus(logits).sqrt(),
+}
+
+
+def plain_router(scoring="softmax", renormalize=True, scale=1.0, bias=False):
     def plain(logits):
-        scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
-        ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :K]
+        scores = SCORES[scoring](logits)
+        choice = scores + shifts(logits) if bias else logits
+        ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[..., :K]
         weights = scores.gather(-1, ids)
         if renormalize:
             weights = weights / weights.sum(-1, keepdim=True)

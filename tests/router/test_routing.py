@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 
 import pytest
 import torch
@@ -163,14 +164,44 @@ def filled(router, generator: torch.Generator):
     return router
 
 
+def zeros(router):
+    return torch.zeros(EXPERTS)
+
+
+def bias_of(path):
+    return lambda router: operator.attrgetter(path)(router).detach().reshape(-1)
+
+
+BIAS = bias_of("e_score_correction_bias")
+OF_GROUPS = {"num_groups": 4, "topk_groups": 2}
 GROUPED = {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
 MODELS = [
     ("mixtral", "MixtralTopKRouter", {}, {}),
     ("qwen3_moe", "Qwen3MoeTopKRouter", {}, {}),
     ("olmoe", "OlmoeTopKRouter", {"norm_topk_prob": False}, {"renormalize": False}),
     ("gpt_oss", "GptOssTopKRouter", {}, {}),
-    ("deepseek_v3", "DeepseekV3TopkRouter", GROUPED, {"scoring": "sigmoid", "scale": 2.5}),
-    ("glm4_moe", "Glm4MoeTopkRouter", GROUPED, {"scoring": "sigmoid", "scale": 2.5}),
+    ("deepseek_v3", "DeepseekV3TopkRouter", GROUPED, {"scoring": "sigmoid", "scale": 2.5, "bias": BIAS, **OF_GROUPS}),
+    ("glm4_moe", "Glm4MoeTopkRouter", GROUPED, {"scoring": "sigmoid", "scale": 2.5, "bias": BIAS, **OF_GROUPS}),
+    (
+        "deepseek_v4",
+        "DeepseekV4TopKRouter",
+        {"scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5},
+        {"scoring": "sqrtsoftplus", "scale": 1.5, "bias": BIAS},
+    ),
+    (
+        "ernie4_5_moe",
+        "Ernie4_5_MoeTopKRouter",
+        {"moe_norm_min": 1e-12},
+        {"bias": bias_of("moe_statics.e_score_correction_bias")},
+    ),
+    (
+        "longcat_flash",
+        "LongcatFlashTopkRouter",
+        {"n_routed_experts": EXPERTS - 4, "zero_expert_num": 4, "routed_scaling_factor": 6.0},
+        {"renormalize": False, "scale": 6.0, "bias": BIAS},
+    ),
+    ("mistral4", "Mistral4TopkRouter", GROUPED, {"scale": 2.5, "bias": zeros, **OF_GROUPS}),
+    ("mistral_large4", "MistralLarge4TextTopkRouter", GROUPED, {"scale": 2.5, "bias": zeros, **OF_GROUPS}),
 ]
 
 
@@ -181,13 +212,30 @@ def test_a_model_s_own_router_agrees(backend, package, name, facts, given):
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     with torch.no_grad():
         logits, theirs, which = router(hidden)
-    if "n_group" in facts:
-        given = {**given, "correction_bias": router.e_score_correction_bias, "num_groups": 4, "topk_groups": 2}
+    given = dict(given)
+    if "bias" in given:
+        given["correction_bias"] = given.pop("bias")(router)
     weights, ids, _ = routed(logits, 4, block_size=16, **given, backend=backend)
     # Some of them leave the chosen unsorted: expert by expert.
     order, own = which.sort(1), ids.to(torch.int64).sort(1)
     assert torch.equal(order.values, own.values)
     torch.testing.assert_close(weights.gather(1, own.indices), theirs.float().gather(1, order.indices))
+
+
+def test_the_hash_layers_of_deepseek_v4_are_a_choice_by_a_table(backend):
+    generator = torch.Generator().manual_seed(3)
+    facts = {"scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5, "vocab_size": 100}
+    router = filled(module("deepseek_v4", "DeepseekV4HashRouter")(config(**facts)), generator)
+    table = torch.rand(100, EXPERTS, generator=generator).argsort(1)[:, :4]
+    router.tid2eid.copy_(table)
+    hidden, tokens = torch.randn(TOKENS, HIDDEN, generator=generator), torch.randint(0, 100, (TOKENS,))
+    with torch.no_grad():
+        logits, theirs, which = router(hidden, tokens)
+    given = {"scoring": "sqrtsoftplus", "scale": 1.5, "replay_ids": table[tokens]}
+    weights, ids, layout = routed(logits, 4, block_size=16, **given, backend=backend)
+    assert torch.equal(ids, which.int())
+    torch.testing.assert_close(weights, theirs)
+    assert_same_layout(layout, oracle_align(which.int(), block_size=16, num_experts=EXPERTS))
 
 
 def test_llama4_s_own_router_agrees(backend):

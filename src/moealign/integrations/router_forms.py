@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.checks import SCORINGS
 from ..operators import replay
 from .router_tracing import (
     Expression,
@@ -49,6 +50,7 @@ class RouterForm:
     linear_bias: str | None
     linear_dtypes: tuple[torch.dtype, torch.dtype]  #: of the hidden states, and of their product with the weight
     correction: str | int | None  #: name of the tensor, or position of the argument
+    zero_bias: bool  #: in its place, a bias of zeros, with which groups are chosen by the sum of their two best
     top_k: int
     scoring: str
     renormalize: bool
@@ -94,6 +96,8 @@ class RouterForm:
             if self.correction is not None:
                 key = self.correction
                 correction = (more[key] if isinstance(key, int) else tensor_at(module, key)).reshape(-1)
+            elif self.zero_bias:
+                correction = torch.zeros(logits.shape[-1], dtype=torch.float32, device=logits.device)
             weights, ids, _ = torch.ops.moealign.route(
                 logits, self.top_k, self.scoring, self.renormalize, correction, self.num_groups, self.topk_groups,
                 self.scale, None, False, None,
@@ -215,7 +219,7 @@ def _match(
             raise UnsupportedRouter("expected ids of the highest scores, got something else")
     if chosen not in (("values", score, top_k), ("gathered", ids)):
         raise UnsupportedRouter("expected the weights of the chosen experts, got others")
-    groups, topk_groups, correction, fill = 1, 1, None, 0.0
+    groups, topk_groups, correction, fill, rule = 1, 1, None, 0.0, "best"
     match score:
         case ("fill_others", inner, ("top_ids", group_scores, topk_groups), fill):
             score = inner
@@ -226,25 +230,23 @@ def _match(
         case ("add", base, ("tensor" | "argument", key)) | ("add", base, ("cast", ("tensor" | "argument", key), _)):
             score, correction = base, key
     if correction is not None:
-        if scoring != "sigmoid":
-            raise UnsupportedRouter(f"expected a bias on sigmoid scores, got one on {scoring} scores")
         size = (tensors[correction] if isinstance(correction, str) else more[correction]).numel()
         if size != result[0].shape[-1]:
             raise UnsupportedRouter(f"expected a bias of each of {result[0].shape[-1]} experts, got {size} elements")
+    zero_bias = groups > 1 and correction is None and rule == "sum of two"
     if groups > 1:
-        expected = "best" if correction is None else "sum of two"
-        if rule != expected:
-            raise UnsupportedRouter(f"expected groups by the {expected} of their scores, got the {rule}")
-        if fill != -math.inf and (correction is not None or score[0] not in ("softmax", "sigmoid")):
+        if correction is not None and rule != "sum of two":
+            raise UnsupportedRouter(f"expected groups by the sum of two of their scores, got the {rule}")
+        if fill != -math.inf and (correction is not None or score[0] not in SCORINGS):
             raise UnsupportedRouter(f"expected scores of other groups to be -inf, got {fill}")
-    if score[0] in ("softmax", "sigmoid"):
+    if score[0] in SCORINGS:
         if score[2] != torch.float32:
             raise UnsupportedRouter(f"expected scores in float32, got {score[2]}")
-        if correction is not None and score[0] != scoring:
-            raise UnsupportedRouter(f"expected a bias on {scoring} scores, got one on {score[0]} scores")
+        if (correction is not None or zero_bias) and score[0] != scoring:
+            raise UnsupportedRouter(f"expected a choice by {scoring} scores, like the weights, got one by {score[0]}")
         score = score[1]
-    elif correction is not None:
-        raise UnsupportedRouter("expected a bias on sigmoid scores, got one on logits")
+    elif correction is not None or zero_bias:
+        raise UnsupportedRouter(f"expected a choice by {scoring} scores, got one by logits")
     if _without_float32(score) != logits:
         raise UnsupportedRouter("expected a choice by the logits, got one by something made of them")
     return RouterForm(
@@ -255,6 +257,7 @@ def _match(
         linear_bias=bias,
         linear_dtypes=(rows.dtype, product_dtype),
         correction=correction,
+        zero_bias=zero_bias,
         top_k=top_k,
         scoring=scoring,
         renormalize=renormalize,
@@ -326,19 +329,19 @@ def _match_weights(weights: Any, logits: Any) -> tuple[float, bool, str, Any]:
             return scale, True, "softmax", ("values", x, k)
         case ("softmax", ("gather", x, ids), _) if _without_float32(x) == logits:
             return scale, True, "softmax", ("gathered", ids)
-        case ("sigmoid", ("top_values", x, k), _) | ("sigmoid", ("cast", ("top_values", x, k), _), _) if (
+        case ("sigmoid" | "sqrtsoftplus" as scoring, ("top_values", x, k) | ("cast", ("top_values", x, k), _), _) if (
             _without_float32(x) == logits
         ):
-            return scale, renormalize, "sigmoid", ("values", x, k)
-        case ("top_values", ("softmax" | "sigmoid" as scoring, x, _) as score, k) | (
+            return scale, renormalize, scoring, ("values", x, k)
+        case ("top_values", (str() as scoring, x, _) as score, k) | (
             "top_values",
-            ("fill_others", ("softmax" | "sigmoid" as scoring, x, _), _, _) as score,
+            ("fill_others", (str() as scoring, x, _), _, _) as score,
             k,
-        ) if _without_float32(x) == logits:
+        ) if scoring in SCORINGS and _without_float32(x) == logits:
             return scale, renormalize, scoring, ("values", score, k)
-        case ("gather", ("softmax" | "sigmoid" as scoring, x, _), ids) if _without_float32(x) == logits:
+        case ("gather", (str() as scoring, x, _), ids) if scoring in SCORINGS and _without_float32(x) == logits:
             return scale, renormalize, scoring, ("gathered", ids)
-    raise UnsupportedRouter("expected a softmax or a sigmoid of the logits as weights, got something else")
+    raise UnsupportedRouter(f"expected one of {', '.join(SCORINGS)} of the logits as weights, got something else")
 
 
 def _match_group_scores(expression: Any, scores: Any) -> tuple[str, Any, int]:

@@ -219,6 +219,10 @@ def _expression(name: str, args: Any, x: list[Any], options: dict[str, Any], res
         return ("softmax", x[0], result.dtype)
     if name == "sigmoid":
         return ("sigmoid", x[0], result.dtype)
+    if name == "softplus" and len(args) == 1 and not options:
+        return ("softplus", x[0], result.dtype)
+    if name == "sqrt" and x[0][0] == "softplus":
+        return ("sqrtsoftplus", *x[0][1:])
     if name == "topk":
         arguments = dict(zip(("k", "dim", "largest", "sorted"), args[1:], strict=False)) | options
         if arguments.get("dim", -1) in (-1, last) and arguments.get("largest", True):
