@@ -284,7 +284,7 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
         routing(768, 12, has_bias=True, renormalize=False, scale=6.0),
         routing(128, 4, torch.bfloat16, has_bias=True, num_groups=8, topk_groups=4),
         routing(60, 4, torch.float16, has_bias=True, num_groups=3, topk_groups=2, renormalize=False),
-        routing(2048, 32, has_bias=True, num_groups=32, topk_groups=8),
+        routing(1024, 32, has_bias=True, num_groups=32, topk_groups=8),
         routing(256, 6, scoring="sqrtsoftplus", has_bias=True, scale=1.5),
         routing(384, 8, torch.bfloat16, scoring="sqrtsoftplus", renormalize=False),
         routing(256, 8, scoring="sqrtsoftplus", has_bias=True, num_groups=8, topk_groups=4),

@@ -186,8 +186,9 @@ def topk(
     x = tl.load(row + experts, mask=inside, other=0.0).to(tl.float32)
     score = x
     if bias is not None:
+        number = x == x
         base = _scores(x, inside, SCORING)
-        score = tl.where(x == x, base + tl.load(bias + experts, mask=inside, other=0.0), float("nan"))
+        score = tl.where(number, base + tl.load(bias + experts, mask=inside, other=0.0), float("nan"))
     if GROUPS > 1:
         size: tl.constexpr = EXPERTS // GROUPS
         allowed = inside & _allowed(
