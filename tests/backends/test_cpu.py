@@ -27,7 +27,7 @@ from moealign.backend.cpu import compiled
 from moealign.backend.cpu import route as router
 from moealign.backend.cpu import threads as threads_
 from moealign.backend.cpu.threads import Helpers
-from moealign.backend.reference.route import exp32, sigmoid32
+from moealign.backend.reference.route import exp32, sigmoid32, softmax32, sqrtsoftplus32
 from moealign.layout import EXTRAS, OUTPUTS
 from moealign.problem import AlignProblem
 from moealign.testing import assert_same_layout, oracle_align, oracle_align_batched, poisoned
@@ -110,17 +110,17 @@ def test_any_number_of_threads_gives_the_bits_of_one(
 
 @numba
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("scoring", [None, "softmax", "sigmoid", "sqrtsoftplus"])
 def test_the_router_on_any_number_of_threads_gives_the_bits_of_one(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, grouped: bool
+    monkeypatch: pytest.MonkeyPatch, tokens: int, scoring: str | None
 ) -> None:
     monkeypatch.setattr(router, "PARALLEL_LOGITS", 1)
     monkeypatch.setattr(router, "MIN_LOGITS_PER_THREAD", 1)
     logits = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(1))
     bias = torch.linspace(-1, 1, 48)
     options: dict[str, Any] = {"num_valid_tokens": torch.tensor([tokens - 1], dtype=torch.int32)}
-    if grouped:
-        options |= {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 6, "topk_groups": 2}
+    if scoring is not None:
+        options |= {"scoring": scoring, "correction_bias": bias, "num_groups": 6, "topk_groups": 2}
     results = []
     for count in ("1", "2", "7"):
         monkeypatch.setenv("MOEALIGN_NUM_THREADS", count)
@@ -141,6 +141,14 @@ def test_exponentials_as_vectors_have_the_bits_of_the_definition() -> None:
     sigmoids, powers = torch.empty_like(x), torch.empty(x.numel(), dtype=torch.int32)
     routing_kernels._sigmoid32_each(x.numpy(), sigmoids.numpy(), powers.numpy())
     assert torch.equal(sigmoids, sigmoid32(x))
+    roots = torch.empty_like(x)
+    routing_kernels._sqrtsoftplus32_each(x.numpy(), roots.numpy(), powers.numpy())
+    assert torch.equal(roots, sqrtsoftplus32(x))
+    for scale in (0.01, 1, 30):
+        logits = torch.cat([torch.randn(1000) * scale, torch.tensor([nan, -inf])])
+        shares = torch.empty_like(logits)
+        routing_kernels._softmax32_each(logits.numpy(), logits[:1000].max().item(), shares.numpy(), powers.numpy())
+        assert torch.equal(shares, softmax32(logits))
     below = x[~(x > 87)].clone()
     expected = torch.where(below.isnan(), 0.0, exp32(below))
     routing_kernels._exp32_each(below.numpy(), powers.numpy())

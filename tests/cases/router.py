@@ -59,6 +59,20 @@ def arguments(kind: str, experts: int, top_k: int, generator: torch.Generator) -
     return found
 
 
+SCORES = {
+    "softmax": lambda x: x.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda x: torch.nn.functional.softplus(x).sqrt(),
+}
+
+
+def close_calls(scoring: str, experts: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a token and a bias that makes all scores equal but for their last bits, which then decide."""
+    logits = torch.randn(1, experts, generator=generator) * 2
+    scores = SCORES[scoring](logits)[0]
+    return logits, scores.max() - scores
+
+
 def awkward(tokens: int, experts: int, generator: torch.Generator) -> torch.Tensor:
     """Rows of ties, NaN, infinities and great distances among ordinary ones."""
     x = torch.randn(tokens, experts, generator=generator) * 3

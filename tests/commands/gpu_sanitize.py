@@ -190,6 +190,9 @@ ROUTED: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (40, 256, 8, torch.bfloat16, {"block_rows": True}),
     (300, 64, 8, torch.float32, {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "bias": True, "scale": 2.5}),
     (33, 384, 32, torch.float32, {"mean_probability": True}),
+    (5, 60, 4, torch.float32, {"num_groups": 6, "topk_groups": 3, "bias": True}),
+    (300, 896, 16, torch.bfloat16, {"bias": True, "renormalize": False}),
+    (40, 256, 6, torch.float32, {"scoring": "sqrtsoftplus", "bias": True, "scale": 1.5}),
 ]
 
 

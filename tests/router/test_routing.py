@@ -9,7 +9,7 @@ import operator
 import pytest
 import torch
 import torch._dynamo.testing
-from cases.router import KINDS, arguments, awkward, device_of, routed
+from cases.router import KINDS, SCORES, arguments, awkward, close_calls, device_of, routed
 
 import moealign
 from moealign.backend.reference import route as reference_routing
@@ -90,6 +90,21 @@ def test_the_backends_agree_to_the_bit_about_experts(tokens, scoring):
         given = {"scoring": scoring, "correction_bias": bias, "num_groups": 8, "topk_groups": 4, "block_size": 16}
         first, *others = (routed(logits, 8, **given, backend=name)[1] for name in names)
         assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("scoring", SCORES)
+def test_the_last_bit_of_a_score_decides(backend, scoring):
+    """All scores are equal but for their last bits: those of the contract choose, and others would choose otherwise."""
+    generator = torch.Generator().manual_seed(4)
+    differs = 0
+    for experts in (8, 60, 256, 896) * 10:
+        logits, bias = close_calls(scoring, experts, generator)
+        given = {"scoring": scoring, "correction_bias": bias}
+        ids = routed(logits, 4, block_size=4, **given, backend=backend)[1].tolist()
+        assert ids == oracle_route(logits, 4, **given)[0]
+        others = torch.sort(SCORES[scoring](logits) + bias, dim=1, descending=True, stable=True).indices
+        differs += ids != others[:, :4].tolist()
+    assert differs > 5
 
 
 def test_the_contract_s_exp_is_accurate():
@@ -254,8 +269,7 @@ def test_llama4_s_own_router_agrees(backend):
 
 def eager(x, ids, scoring="softmax", renormalize=True, scale=1.0, **_):
     index = ids.to(torch.int64)
-    scores = {"softmax": lambda x: torch.softmax(x, 1), "sigmoid": torch.sigmoid}
-    every = scores.get(scoring, lambda x: torch.nn.functional.softplus(x).sqrt())(x)
+    every = SCORES[scoring](x)
     picked = every.gather(1, index)
     if renormalize:
         picked = picked / (picked.sum(1, keepdim=True) + (0 if scoring == "softmax" else 1e-20))

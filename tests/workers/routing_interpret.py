@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from cases.router import KINDS, arguments, awkward, routed
+from cases.router import KINDS, SCORES, arguments, awkward, close_calls, routed
 from helpers import FLOATS, failures, patch_interpreter
 
 from moealign.testing import oracle_route
@@ -35,9 +35,20 @@ def cases():
             )
 
 
+def close():
+    """:func:`cases` in which the last bits of the scores decide."""
+    generator = torch.Generator().manual_seed(7)
+    for scoring in SCORES:
+        for experts in (8, 60, 256) * 4:
+            logits, bias = close_calls(scoring, experts, generator)
+            options = {"scoring": scoring, "correction_bias": bias}
+            weights, ids, _, mean = routed(logits, 4, block_size=4, **options, mean_probability=True, backend="triton")
+            yield f"{scoring}, close calls, {experts}", (ids, weights, mean), oracle_route(logits, 4, **options)
+
+
 def compared():
     """(case, difference or None)."""
-    for case, (ids, weights, mean), (want_ids, want_weights, want_mean) in cases():
+    for case, (ids, weights, mean), (want_ids, want_weights, want_mean) in (*cases(), *close()):
         difference = None
         try:
             assert ids.tolist() == want_ids, "ids"

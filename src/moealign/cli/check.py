@@ -27,6 +27,8 @@ ROUTER_KINDS: tuple[dict[str, Any], ...] = (
     {"renormalize": False},
     {"scoring": "sigmoid"},
     {"num_groups": 4, "topk_groups": 2},
+    {"bias": True, "num_groups": 4, "topk_groups": 2},
+    {"bias": True, "scoring": "sqrtsoftplus"},
 )
 MAX_ERROR = 1e-4  # relative, of float32 experts
 
@@ -37,16 +39,21 @@ def check_route(name: str, device: torch.device, cases: int, seed: int = 0) -> I
     generator = torch.Generator().manual_seed(seed)
     for _ in range(cases):
         experts, top_k = draw.choice((8, 64, 260)), draw.choice((1, 2, 4))
-        tokens, options = draw.choice((1, 7, 33)), dict(draw.choice(ROUTER_KINDS))
+        tokens, said = draw.choice((1, 7, 33)), draw.choice(ROUTER_KINDS)
+        options = dict(said)
         logits = (torch.randn(tokens, experts, generator=generator) * 8).round() / 4
-        ids, weights, _ = oracle_route(logits, top_k, **options)
-        got_weights, got_ids, _ = route(logits.to(device), top_k, block_size=16, **options, backend=name)
+        bias = torch.rand(experts, generator=generator) / experts if options.pop("bias", False) else None
+        ids, weights, _ = oracle_route(logits, top_k, correction_bias=bias, **options)
+        there = None if bias is None else bias.to(device)
+        got_weights, got_ids, _ = route(
+            logits.to(device), top_k, block_size=16, correction_bias=there, **options, backend=name
+        )
         problem = None
         if got_ids.tolist() != ids:
             problem = "ids differ"
         elif not torch.allclose(got_weights.cpu(), torch.tensor(weights), rtol=2e-6, atol=1e-9):
             problem = "weights differ"
-        yield f"route: {tokens} tokens, {experts} experts, top {top_k}, {options or 'softmax'}", problem
+        yield f"route: {tokens} tokens, {experts} experts, top {top_k}, {said or 'softmax'}", problem
 
 
 def check_experts(backend: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:

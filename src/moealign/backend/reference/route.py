@@ -89,7 +89,8 @@ def sqrtsoftplus32(x: Tensor) -> Tensor:
     y = z * (w * y)
     y = (z + z) + y
     y = torch.where(inside > 0, inside + y, y)
-    return torch.where(x >= -FAR, y.sqrt(), 0.0)
+    root = y.to(torch.float64).sqrt().to(torch.float32)  # torch's own in float32 is not rounded to the nearest
+    return torch.where(x >= -FAR, root, 0.0)
 
 
 def softmax32(x: Tensor) -> Tensor:
