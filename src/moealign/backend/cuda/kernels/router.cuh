@@ -373,11 +373,11 @@ DEV float weight_of(
     const float highest = selected.first == 1 ? -__int_as_float(0x7f800000) : key_to_float(selected.first);
 #endif
 #if SOFTMAX && BIAS && RENORM
-    const float listed = lane < TOP_K && x == x ? x : -__int_as_float(0x7f800000);
-    const float part = lane < TOP_K ? numerator(x, highest_of_lanes(listed)) : 0.f;
+    const float of_chosen = highest_of_lanes(lane < TOP_K && x == x ? x : -__int_as_float(0x7f800000));
 #else
-    const float part = lane < TOP_K ? numerator(x, highest) : 0.f;
+    const float of_chosen = highest;
 #endif
+    const float part = lane < TOP_K ? numerator(x, of_chosen) : 0.f;
     float total = 1.f;
     if (shares || (SOFTMAX && !RENORM)) {
         float sum = 0.f;
