@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .calls.checks import SCORINGS
 from .errors import InvalidInput, InvalidType
+from .operators import score_of
 
 __all__ = ["sequence_loss", "switch_loss", "update_correction_bias_", "z_loss"]
 
@@ -54,7 +56,7 @@ def sequence_loss(
     Args:
         router_logits: ``[S, L, E]``, floating; computed in float32.
         topk_ids: ``[S, L, k]``, integer.  Ids outside ``[0, E)`` count as no route.
-        scoring: "sigmoid" or "softmax" of the logits.
+        scoring: "sigmoid", "softmax" or "sqrtsoftplus" of the logits.
         valid: ``[S, L]`` bool, False for padding.  A sequence without valid tokens is left out.
 
     Returns:
@@ -68,11 +70,11 @@ def sequence_loss(
     if not isinstance(topk_ids, Tensor) or topk_ids.dim() != 3 or topk_ids.shape[:2] != router_logits.shape[:2]:
         raise InvalidInput(f"topk_ids: expected [{sequences}, {length}, k], got {_shape(topk_ids)}")
     _integer("topk_ids", topk_ids, topk_ids.shape)
-    if scoring not in ("sigmoid", "softmax"):
-        raise InvalidInput(f"scoring: expected sigmoid or softmax, got {scoring!r}")
+    if scoring not in SCORINGS:
+        raise InvalidInput(f"scoring: expected one of {', '.join(SCORINGS)}, got {scoring!r}")
     _mask(valid, router_logits)
     logits = router_logits.to(torch.float32)
-    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    scores = logits.softmax(-1) if scoring == "softmax" else score_of(logits, scoring)
     share = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     ids = topk_ids.to(torch.int64)
     kept = (ids >= 0) & (ids < experts)

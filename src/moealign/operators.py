@@ -364,18 +364,18 @@ def weights_of(
         else:
             weights = torch.softmax(x, 1).gather(1, index)
     else:
-        weights = _score(picked, scoring).masked_fill(~kept, 0)
+        weights = score_of(picked, scoring).masked_fill(~kept, 0)
         if renormalize:
             weights = weights / (weights.sum(1, keepdim=True) + TINY)
     weights = torch.where(kept, weights * scale, 0.0)
     if not mean:
         return weights, torch.zeros(0, dtype=torch.float32, device=x.device)
-    every = torch.softmax(x, 1) if scoring == "softmax" else _score(x, scoring)
+    every = torch.softmax(x, 1) if scoring == "softmax" else score_of(x, scoring)
     shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
     return weights, shares.sum(0) / live.sum().clamp(min=1)
 
 
-def _score(x: Tensor, scoring: str) -> Tensor:
+def score_of(x: Tensor, scoring: str) -> Tensor:
     """The score of each logit by itself: its sigmoid, or the square root of its softplus."""
     if scoring == "sigmoid":
         return torch.sigmoid(x)
@@ -384,7 +384,7 @@ def _score(x: Tensor, scoring: str) -> Tensor:
 
 
 def _slope(x: Tensor, score: Tensor, scoring: str) -> Tensor:
-    """The derivative of :func:`_score`, from its value."""
+    """The derivative of :func:`score_of`, from its value."""
     if scoring == "sigmoid":
         return score * (1 - score)
     return torch.where(score > 0, torch.sigmoid(x) / (2 * torch.where(score > 0, score, 1.0)), 0.0)
@@ -413,7 +413,7 @@ def _route_backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tenso
             share = p.gather(1, index)
             grad = torch.zeros_like(x).scatter(1, index, share * upstream) - p * (upstream * share).sum(1, keepdim=True)
     else:
-        s = _score(picked, ctx.scoring)
+        s = score_of(picked, ctx.scoring)
         of_s = upstream
         if ctx.renormalize:
             total = s.sum(1, keepdim=True) + TINY
@@ -425,7 +425,7 @@ def _route_backward(ctx: Any, of_weights: Tensor, of_ids: Tensor, of_mean: Tenso
             p = torch.softmax(x, 1)
             through = p * (share_of - (share_of * p).sum(1, keepdim=True))
         else:
-            s = _score(x, ctx.scoring)
+            s = score_of(x, ctx.scoring)
             total = s.sum(1, keepdim=True)
             through = _slope(x, s, ctx.scoring) * (share_of - (share_of * s).sum(1, keepdim=True) / total) / total
         grad = grad + torch.where(live, through, 0.0)

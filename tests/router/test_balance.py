@@ -58,14 +58,18 @@ def loop_sequence_loss(logits, ids, scoring, valid):
             probability = 0.0
             for t in tokens:
                 row = logits[sequence, t].double()
-                scores = row.sigmoid() if scoring == "sigmoid" else row.softmax(-1)
+                scores = {
+                    "sigmoid": torch.sigmoid,
+                    "softmax": lambda row: row.softmax(-1),
+                    "sqrtsoftplus": lambda row: row.exp().log1p().sqrt(),
+                }[scoring](row)
                 probability += scores[expert] / scores.sum() / len(tokens)
             loss = loss + frequency * probability
         losses.append(loss)
     return sum(losses) / max(len(losses), 1)
 
 
-@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax", "sqrtsoftplus"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_sequence_loss_is_the_papers(scoring, padded):
     logits = logits_of(4, 9).double().requires_grad_()
@@ -138,7 +142,7 @@ COUNTS = torch.ones(E, dtype=torch.int32)
         (
             lambda: sequence_loss(logits_of(1, 3), COUNTS.view(1, 3, 2), scoring="relu"),
             InvalidInput,
-            "scoring: expected sigmoid or softmax, got 'relu'",
+            "scoring: expected one of softmax, sigmoid, sqrtsoftplus, got 'relu'",
         ),
         (lambda: z_loss(logits_of(3), valid=COUNTS), InvalidType, "valid: expected a bool tensor, got torch.int32"),
         (lambda: z_loss(logits_of(3), valid=COUNTS > 0), InvalidInput, r"valid: expected \[3\], got \[6\]"),

@@ -279,7 +279,7 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
         routing(1024, 32),
         routing(2048, 8, torch.bfloat16),
         routing(896, 16, torch.bfloat16),
-        routing(896, 16, **sigmoid),
+        routing(896, 16, has_bias=True),
         routing(64, 6, has_bias=True),
         routing(768, 12, has_bias=True, renormalize=False, scale=6.0),
         routing(128, 4, torch.bfloat16, has_bias=True, num_groups=8, topk_groups=4),
