@@ -15,6 +15,7 @@ from .errors import BackendUnavailable, InvalidInput, InvalidType, MoealignError
 from .experts.activations import Gate
 from .experts.gemm import grouped_gemm
 from .experts.layer import fused_moe
+from .experts.quantized import QuantizedWeights
 from .layout import BlockLayout, Capacity, capacity, capacity_batched
 from .lora import LoraLayout, align_lora
 from .recorder import capture
@@ -32,6 +33,7 @@ __all__ = [
     "InvalidType",
     "LoraLayout",
     "MoealignError",
+    "QuantizedWeights",
     "RankFailed",
     "TraceError",
     "__version__",

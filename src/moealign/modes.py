@@ -67,7 +67,7 @@ def followed() -> bool:
     return _is_dynamo() or _modes() > 0 or _level() is not None or _is_tracing()
 
 
-def watched(*tensors: Tensor | None) -> bool:
+def watched(*tensors: Any) -> bool:
     """Whether a call must go through an operator: something follows it, or `tensors` are not plain memory."""
     if followed():
         return True
@@ -135,7 +135,7 @@ def wants_gradient(*tensors: Any) -> bool:
 
 
 def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
-    """`tensors` as autocast passes them to a matrix product: in its dtype, except for float64 and non-tensors."""
+    """`tensors` as autocast passes them to a matrix product: in its dtype, except for float64, FP8 and non-tensors."""
     if not isinstance(tensors[0], Tensor):
         return tensors
     kind = tensors[0].device.type
@@ -144,7 +144,7 @@ def in_autocast_dtype(*tensors: Any) -> tuple[Any, ...]:
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
         each.to(dtype)
-        if isinstance(each, Tensor) and each.is_floating_point() and each.dtype is not torch.float64
+        if isinstance(each, Tensor) and each.is_floating_point() and each.dtype.itemsize in (2, 4)
         else each
         for each in tensors
     )
@@ -285,8 +285,9 @@ def batched(library: torch.library.Library, name: str) -> None:
     operator = getattr(torch.ops.moealign, name).default
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        pairs = list(zip(args, in_dims, strict=True))  # of a list of numbers, the second is a list of None
         results = [
-            operator(*(each if dim is None else each.select(dim, i) for each, dim in zip(args, in_dims, strict=True)))
+            operator(*(each if type(dim) is not int else each.select(dim, i) for each, dim in pairs))
             for i in range(info.batch_size)
         ]
         if isinstance(results[0], Tensor):

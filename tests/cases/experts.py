@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moealign import QuantizedWeights
+
 PLAIN = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -69,3 +71,77 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     """``|got - want| / |want|``; NaN is infinitely wrong."""
     error = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
     return error if error == error else float("inf")
+
+
+# ---- quantised weights -------------------------------------------------------------------------------------------
+
+#: (block, activations, whether the static scale is of each expert) of a layer whose gate and up part have `I` columns.
+SCHEMES = [
+    ((128, 128), "group", False),
+    ((128, 128), "row", False),
+    ((128, 128), "static", True),
+    ((1, 0), "row", False),
+    ((1, 0), "group", False),
+    ((0, 0), "static", False),
+    ((0, 0), "row", False),
+    ((20, 0), "static", True),
+]
+
+
+def random_quantized(experts, outputs, depth, scheme=SCHEMES[0], seed=0, scale=1.0) -> QuantizedWeights:
+    """Weights with scales of very different sizes, whose products are near `scale`."""
+    g = torch.Generator().manual_seed(seed)
+    block, activations, of_experts = scheme
+    data = (torch.randn(experts, outputs, depth, generator=g) * 100).clamp(-448, 448).to(torch.float8_e4m3fn)
+    shape = [experts, -(-outputs // (block[0] or outputs)), -(-depth // (block[1] or depth))]
+    scales = (torch.rand(shape, generator=g) + 0.1) * (0.02 * scale * depth**-0.5)
+    static = None
+    if activations == "static":  # so small that some values are cut off
+        static = torch.rand(experts if of_experts else 1, generator=g) * 0.003 + 0.004
+    return QuantizedWeights(data, scales, block, activations, static)
+
+
+def quantized_product(row: Tensor, weights: QuantizedWeights, expert: int) -> Tensor:
+    """``[K]`` to ``[N]``, float64: quantise, multiply, apply the scales."""
+    data, scales, (outputs, inputs), activations, static = weights
+    count, depth = data.shape[1:]
+    columns = torch.arange(depth) // (inputs or depth)
+    of_weights = scales[expert][torch.arange(count) // (outputs or count)][:, columns].double()
+    width = 128 if activations == "group" else depth
+    total = torch.zeros(count, dtype=torch.float64)
+    for start in range(0, depth, width):
+        part = row[start : start + width].float()
+        if static is not None:
+            scale = static[expert if static.numel() > 1 else 0]
+        else:
+            scale = part.abs().max().clamp(min=1e-10) / 448
+        codes = (part / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double()
+        kept = slice(start, start + width)
+        total += (data[expert, :, kept].double() * of_weights[:, kept]) @ codes * scale.double()
+    return total
+
+
+def quantized_loop(x, gate_up, down, weights, ids, *, activation="silu", expert_map=None, valid=None, bias=None):
+    """:func:`expert_loop` with quantised weights: ``[T, H]``, float64.  The activated rows have the dtype of `x`."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    experts, inner = gate_up.data.shape[0], down.data.shape[2]
+    for token in range(x.shape[0] if valid is None else valid):
+        for weight, expert in zip(weights[token].double().unbind(), ids[token].tolist(), strict=True):
+            if expert_map is not None:
+                expert = int(expert_map[expert]) if 0 <= expert < len(expert_map) else -1
+            if not 0 <= expert < experts:
+                continue
+            h = quantized_product(x[token], gate_up, expert)
+            if bias is not None:
+                h = h + bias[0][expert].double()
+            if callable(activation):
+                h = activation(h[None])[0]
+            elif len(h) == 2 * inner:
+                h = PLAIN[activation](h[:inner]) * h[inner:]
+            else:
+                h = PLAIN[activation](h)
+            y = quantized_product(h.to(x.dtype), down, expert)
+            if bias is not None:
+                y = y + bias[1][expert].double()
+            out[token] += weight * y
+    return out

@@ -11,10 +11,20 @@ from ..errors import BackendUnavailable, InvalidInput, InvalidType
 from ..layout import REQUIRED, BlockLayout
 from . import launch
 from .activations import PLAIN, Gate, names
+from .quantized import GROUP, SCHEMES, QuantizedWeights, scales_shape
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES
 
-__all__ = ["PATHS", "check_accumulation", "check_layer", "check_out", "check_product", "check_training", "select_path"]
+__all__ = [
+    "PATHS",
+    "check_accumulation",
+    "check_inference",
+    "check_layer",
+    "check_out",
+    "check_product",
+    "check_training",
+    "select_path",
+]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 PATHS = ("triton", "packed")
@@ -59,15 +69,13 @@ def check_layer(
     block_size: int | None,
 ) -> bool:
     """Refuse what :func:`moealign.fused_moe` does not take; return whether a named activation has a gate."""
-    gate_up, down, gate_up_bias, down_bias, transposed = weights
-    floats = {
-        "hidden_states": hidden_states,
-        "gate_up_proj": gate_up,
-        "down_proj": down,
-        "gate_up_bias": gate_up_bias,
-        "down_bias": down_bias,
-    }
+    gate_up, down, gate_up_bias, down_bias, transposed, quantized = weights
+    floats = {"hidden_states": hidden_states, "gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    if quantized is None:
+        floats |= {"gate_up_proj": gate_up, "down_proj": down}
     _check_floats(floats, hidden_states, same_dtype=True)
+    for name, one in zip(("gate_up_proj", "down_proj"), quantized or (), strict=False):
+        _check_quantized(name, one, hidden_states, transposed)
     _check_floats({"topk_weights": routes.weights}, hidden_states, same_dtype=False)
     _check_ids(routes, gate_up)
     if hidden_states.dim() != 2 or gate_up.dim() != 3 or down.dim() != 3:
@@ -192,7 +200,11 @@ def check_product(product: Product, activation: object) -> tuple[str | None, boo
     a, b, bias, row_weights, top_k, layout = (
         product.a, product.b, product.bias, product.row_weights, product.top_k, product.layout,
     )  # fmt: skip
-    _check_floats({"a": a, "b": b, "bias": bias}, a, same_dtype=True)
+    if product.quantized is None:
+        _check_floats({"a": a, "b": b, "bias": bias}, a, same_dtype=True)
+    else:
+        _check_floats({"a": a, "bias": bias}, a, same_dtype=True)
+        _check_quantized("b", product.quantized, a, product.transposed)
     _check_floats({"row_weights": row_weights}, a, same_dtype=False)
     if not isinstance(layout, BlockLayout):
         raise InvalidType(f"layout: expected a BlockLayout, got {type(layout).__name__}; moealign.align makes one")
@@ -261,11 +273,76 @@ def _check_floats(tensors: dict[str, Tensor | None], rows: Tensor, *, same_dtype
             continue
         check_plain(name, tensor)
         if tensor.dtype not in _FLOATS:
-            raise InvalidType(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}")
+            hint = (
+                "; moealign.QuantizedWeights takes FP8 weights with their scales" if tensor.dtype.itemsize == 1 else ""
+            )
+            raise InvalidType(f"{name}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}{hint}")
         if same_dtype and tensor.dtype is not rows.dtype:
             raise InvalidType(f"{name}: expected {rows.dtype} like the rows, got {tensor.dtype}; convert one of them")
         if tensor.device != rows.device:
             raise InvalidInput(f"{name}: expected a tensor on {rows.device} like the rows, got {tensor.device}")
+
+
+def _check_quantized(name: str, weights: object, rows: Tensor, transposed: bool) -> None:
+    """Refuse quantised weights that no path takes with these rows."""
+    if not isinstance(weights, QuantizedWeights):
+        raise InvalidType(
+            f"{name}: expected QuantizedWeights like the other projection, got {type(weights).__name__}; quantise both "
+            "or none"
+        )
+    if rows.dtype is torch.float64:
+        raise InvalidType(f"{name}: expected rows in bfloat16, float16 or float32 for FP8 weights, got {rows.dtype}")
+    if transposed:
+        raise InvalidInput(f"{name}: expected transposed=False with quantised weights, which are [E, N, K], got True")
+    data, scales, block, activations, static = weights
+    dtypes = {"data": torch.float8_e4m3fn, "scales": torch.float32, "activation_scale": torch.float32}
+    given = {"data": data, "scales": scales} | ({} if static is None else {"activation_scale": static})
+    for field, tensor in given.items():
+        check_plain(f"{name}.{field}", tensor)
+        if tensor.dtype is not dtypes[field]:
+            raise InvalidType(f"{name}.{field}: expected {dtypes[field]}, got {tensor.dtype}")
+        if tensor.device != rows.device:
+            raise InvalidInput(f"{name}.{field}: expected a tensor on {rows.device} like the rows, got {tensor.device}")
+    if data.dim() != 3:
+        raise InvalidInput(f"{name}.data: expected [E, N, K], got {list(data.shape)}")
+    if data.shape[2] > 1 and data.stride(2) != 1:
+        raise InvalidInput(
+            f"{name}.data: expected a stride of 1 along K, got {data.stride(2)}; .contiguous() copies it"
+        )
+    if not isinstance(block, (tuple, list)) or len(block) != 2 or any(type(size) is not int for size in block):
+        raise InvalidType(f"{name}.block: expected two ints, got {block!r}")
+    if block[0] < 0 or block[1] not in (0, GROUP):
+        raise InvalidInput(
+            f"{name}.block: expected outputs of at least 1, or 0 for all, and inputs of {GROUP} or 0, got {block!r}"
+        )
+    if list(scales.shape) != scales_shape(data, block):
+        raise InvalidInput(
+            f"{name}.scales: expected {scales_shape(data, block)} for data of {list(data.shape)} in blocks of "
+            f"{tuple(block)}, got {list(scales.shape)}"
+        )
+    if activations not in SCHEMES:
+        raise InvalidInput(f"{name}.activations: expected one of {', '.join(SCHEMES)}, got {activations!r}")
+    if (static is None) == (activations == "static"):
+        got = "none" if static is None else f"one with activations={activations!r}"
+        raise InvalidInput(f"{name}.activation_scale: expected one with activations='static' and only then, got {got}")
+    if static is not None and static.numel() != 1 and list(static.shape) != [data.shape[0]]:
+        raise InvalidInput(
+            f"{name}.activation_scale: expected one element or [{data.shape[0]}], got {list(static.shape)}"
+        )
+
+
+def check_inference(recompute: object, weight_grads: object, batch_invariant: object, *tensors: object) -> None:
+    """Refuse what needs gradients, which calls with quantised weights do not give."""
+    if not isinstance(batch_invariant, bool):
+        raise InvalidType(f"batch_invariant: expected True or False, got {type(batch_invariant).__name__}")
+    for name, given in (("recompute", recompute is not False), ("weight_grads", weight_grads is not None)):
+        if given:
+            raise InvalidInput(f"{name}: expected none with quantised weights, which give no gradients, got one")
+    if modes.forward_mode() or modes.wants_gradient(*tensors):
+        raise InvalidInput(
+            "expected a call without gradients, as quantised weights give none, got one that needs them; call it under "
+            "torch.no_grad(), or dequantise the weights for training"
+        )
 
 
 def _check_activation(name: object, gated: bool) -> None:

@@ -197,7 +197,7 @@ def gemm_launch(
         out_layout: rows of `out` are in layout order.
         transposed_tma: load transposed weights by TMA too.  The rules for a layer's tiles were measured without.
     """
-    a, b, layout, top_k, weights, bias, activation, gated, transposed = product
+    a, b, layout, top_k, weights, bias, activation, gated, transposed, _ = product
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
     columns = product_columns(b, gated, transposed)
@@ -299,7 +299,7 @@ def layer_launches(
     in_layout = layout is not None
     activated = new(rows, weights.inner())
     out, of_routes = new(tokens, hidden), new(count, hidden)
-    gate_up, down, gate_up_bias, down_bias, transposed = weights
+    gate_up, down, gate_up_bias, down_bias, transposed, _ = weights
     x = row_major(hidden_states)
     first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated(), transposed)
     second = Product(activated, down, layout, 1, routes.weights, down_bias, None, False, transposed)

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from .. import modes
-from . import operators, packed
+from ..errors import InvalidInput
+from . import operators, packed, quantized_operators
 from .activations import Gate, Rows, function_of
-from .checks import check_layer, check_training, select_path
-from .records import ExpertWeights, Routes
+from .checks import check_inference, check_layer, check_training, select_path
+from .quantized import QuantizedWeights, data_of
+from .records import ExpertWeights, Product, Routes
 from .tiles import select_block_size
 
 __all__ = ["fused_moe"]
@@ -28,8 +30,8 @@ __all__ = ["fused_moe"]
 
 def fused_moe(
     hidden_states: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | QuantizedWeights,
+    down_proj: Tensor | QuantizedWeights,
     topk_weights: Tensor,
     topk_ids: Tensor,
     *,
@@ -56,7 +58,7 @@ def fused_moe(
     Args:
         hidden_states: ``[T, H]``; bfloat16, float16, float32 or float64.
         gate_up_proj: ``[E, 2I, H]``, gate rows first, or ``[E, I, H]`` for experts without a gate.
-        down_proj: ``[E, H, I]``.
+        down_proj: ``[E, H, I]``.  Both may be :class:`moealign.QuantizedWeights`: FP8, for inference alone.
         topk_weights: ``[T, k]``, any floating dtype.
         topk_ids: ``[T, k]``, any integer dtype.
         expert_map: ``[global experts]``, the local expert of each global one, or ``-1`` for another rank's; ids are
@@ -87,10 +89,16 @@ def fused_moe(
         BackendUnavailable: `backend` cannot take this call.
     """
     dtypes = (getattr(gate_up_proj, "dtype", None), getattr(down_proj, "dtype", None))
-    tensors = (hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias)
-    x, gate_up_proj, down_proj, *biases = modes.in_autocast_dtype(*tensors)
-    weights = ExpertWeights(gate_up_proj, down_proj, biases[0], biases[1], transposed)
+    both: Any = gate_up_proj, down_proj
+    tensors = (hidden_states, *map(data_of, both), gate_up_bias, down_bias)
+    x, gate_up, down, *biases = modes.in_autocast_dtype(*tensors)
+    weights = ExpertWeights(gate_up, down, biases[0], biases[1], transposed)
     routes = Routes(topk_weights, topk_ids, expert_map, num_valid_tokens)
+    if any(isinstance(each, QuantizedWeights) for each in both):
+        weights = weights._replace(quantized=both)
+        options = (recompute, weight_grads, batch_invariant)
+        result: Tensor = _quantized(x, weights, routes, activation, output_rows, block_size, options, backend)
+        return result.to(hidden_states.dtype) if isinstance(hidden_states, Tensor) else result
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
@@ -106,12 +114,11 @@ def fused_moe(
     torch_only = modes.forward_mode() or (name is None and (gradients or batch_invariant))
     path = select_path(x, backend, torch_only)
     apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
-    result: Tensor
     if name is not None:
-        watched = modes.watched(x, gate_up_proj, down_proj, *biases, *routes) and backend != "packed"
+        watched = modes.watched(x, gate_up, down, *biases, *routes) and backend != "packed"
         if watched or (path == "triton" and gradients):
             options = (name, *biases, transposed, block_size, *training)
-            result = modes.call(torch.ops.moealign.fused_moe, x, gate_up_proj, down_proj, *routes, *options)
+            result = modes.call(torch.ops.moealign.fused_moe, x, gate_up, down, *routes, *options)
         elif path == "triton":
             result = operators.run_layer(x, weights, routes, name, block_size, None, batch_invariant)
         else:
@@ -124,6 +131,39 @@ def fused_moe(
     return result.to(hidden_states.dtype)
 
 
+def _quantized(
+    x: Tensor,
+    weights: ExpertWeights,
+    routes: Routes,
+    activation: Any,
+    output_rows: Rows | None,
+    block_size: int | None,
+    training: tuple[Any, ...],
+    backend: str | None,
+) -> Tensor:
+    """:func:`fused_moe` with quantised weights."""
+    named = isinstance(activation, (str, Gate)) and output_rows is None
+
+    def check() -> bool:
+        gated = check_layer(x, weights, routes, activation, output_rows, block_size)
+        scales = [each for one in weights.quantized or () for each in one]
+        check_inference(*training, x, *weights, routes.weights, *scales)
+        if training[2] and not named:
+            raise InvalidInput("batch_invariant: expected no callable with quantised weights, got one; leave one out")
+        return gated
+
+    gated = modes.checked(check)
+    if isinstance(gated, modes.Refusal):
+        return modes.refuse(gated)[0]
+    select_path(x, backend, False)
+    if named:
+        name = activation.text if isinstance(activation, Gate) else activation
+        return quantized_operators.run_layer(x, weights, routes, name, block_size, training[2], backend)
+    apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
+    result: Tensor = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size, backend)
+    return result
+
+
 def _with_callable(
     hidden_states: Tensor,
     weights: ExpertWeights,
@@ -131,6 +171,7 @@ def _with_callable(
     apply: Rows,
     output_rows: Rows | None,
     block_size: int | None,
+    backend: str | None = None,
 ) -> Tensor:
     """Run callables between and after the kernels, on rows in the order of the routes."""
     if block_size is None and (modes.traced() or torch.compiler.is_exporting()):
@@ -139,16 +180,21 @@ def _with_callable(
         size = block_size or select_block_size(hidden_states, weights, routes.ids.numel())
     layout = routes.layout(size, weights.experts())
     blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
+    first, second = weights.quantized or (None, None)
 
-    def multiply(rows: Tensor, right: Tensor, bias: Tensor | None, top_k: int) -> Tensor:
+    def multiply(rows: Tensor, right: Tensor, quantized: Any, bias: Tensor | None, top_k: int) -> Tensor:
+        if quantized is not None:
+            check_inference(False, None, False, rows)  # a callable may have parameters
+            product = Product(rows, right, layout, top_k, None, bias, None, False, False, quantized)
+            return quantized_operators.run_product(product, backend)
         result: Tensor = torch.ops.moealign.grouped_gemm(
             rows, right, *blocks, top_k, size, None, bias, None, False, weights.transposed
         )
         return result
 
-    rows = multiply(hidden_states, weights.gate_up, weights.gate_up_bias, routes.ids.shape[1])
+    rows = multiply(hidden_states, weights.gate_up, first, weights.gate_up_bias, routes.ids.shape[1])
     rows = packed.apply_callable("activation", apply, rows, weights.inner())
-    rows = multiply(rows, weights.down, weights.down_bias, 1)
+    rows = multiply(rows, weights.down, second, weights.down_bias, 1)
     if output_rows is not None:
         rows = packed.apply_callable("output_rows", output_rows, rows, hidden_states.shape[1])
     positions = layout.positions

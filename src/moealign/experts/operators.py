@@ -19,7 +19,15 @@ from .checks import check_accumulation, select_path
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import BLOCK_SIZES, select_tiles
 
-__all__ = ["fill_product", "is_empty", "product_formula", "run_layer", "run_product"]
+__all__ = [
+    "fill_product",
+    "is_empty",
+    "layer_flops",
+    "product_flops",
+    "product_formula",
+    "run_layer",
+    "run_product",
+]
 
 _library = torch.library.Library("moealign", "FRAGMENT")
 
@@ -105,7 +113,7 @@ def _layer_fake(hidden_states: Tensor, *args: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-def _layer_flops(rows: Any, gate_up: Any, down: Any, topk_weights: Any, *_: Any, **__: Any) -> int:
+def layer_flops(rows: Any, gate_up: Any, down: Any, topk_weights: Any, *_: Any, **__: Any) -> int:
     """Two operations per weight of the expert of each route."""
     return 2 * int(math.prod(topk_weights) * (math.prod(gate_up[1:]) + math.prod(down[1:])))
 
@@ -200,7 +208,7 @@ def _layer_backward_formula(grad: Tensor, before: Tensor | None, *args: Any) -> 
 
 def _layer_backward_flops(grad: Any, before: Any, *args: Any, **options: Any) -> int:
     """Twice the forward's products: one for rows, one for weights."""
-    return 2 * _layer_flops(*args[:4])
+    return 2 * layer_flops(*args[:4])
 
 
 def _takes_layer(*args: Any) -> bool:
@@ -223,8 +231,8 @@ modes.differentiable(
 modes.differentiable(_library, "fused_moe_backward", _layer_backward_formula)
 modes.batched(_library, "fused_moe")
 modes.batched(_library, "fused_moe_backward")
-modes.flops("fused_moe", _layer_flops)
-modes.flops("fused_moe_forward", _layer_flops)
+modes.flops("fused_moe", layer_flops)
+modes.flops("fused_moe_forward", layer_flops)
 modes.flops("fused_moe_backward", _layer_backward_flops)
 
 
@@ -391,7 +399,7 @@ def _product_fake_out(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _product_flops(a: Any, b: Any, ids: Any, experts: Any, total: Any, top_k: int, *_: Any, **__: Any) -> int:
+def product_flops(a: Any, b: Any, ids: Any, experts: Any, total: Any, top_k: int, *_: Any, **__: Any) -> int:
     return 2 * int(a[0] * top_k * math.prod(b[1:]))
 
 
@@ -403,7 +411,7 @@ modes.differentiable(
     _library, "grouped_gemm", _product_for_gradients, _product_save, _product_backward, takes=_is_plain_product
 )
 modes.batched(_library, "grouped_gemm")
-modes.flops("grouped_gemm", _product_flops)
+modes.flops("grouped_gemm", product_flops)
 _library.impl("grouped_gemm_weights", _product_weights, "CompositeExplicitAutograd")
 torch.library.register_fake("moealign::grouped_gemm_weights", _product_weights_fake, lib=_library)
 modes.differentiable(_library, "grouped_gemm_weights", _product_weights_formula)

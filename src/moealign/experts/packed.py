@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import modes
 from ..errors import InvalidInput
 from ..layout import BlockLayout
+from . import quantized
 from .activations import Rows, function_of
 from .checks import check_accumulation
 from .records import ExpertWeights, Product, Routes
@@ -75,25 +76,34 @@ def run_layer(
     ends = ends[:experts]
     tensors = (hidden_states, weights.gate_up, weights.down, routes.weights, weights.gate_up_bias, weights.down_bias)
     present = [each for each in tensors if each is not None]
-    if not zero_dropped_rows and loops_over_experts(order.shape[0], experts, *present):
+    by_expert = weights.quantized is None and not zero_dropped_rows
+    if by_expert and loops_over_experts(order.shape[0], experts, *present):
         rows = run_expert_by_expert(hidden_states, weights, routes, order, ends, apply)
         return _sum(rows.view(*routes.ids.shape, rows.shape[1]), rows.dtype)
     rows = gather_rows(hidden_states, order, positions, top_k)
-    rows = grouped_mm(rows, weights.gate_up, ends, weights.transposed)
+    rows = _multiply(rows, weights, 0, ends)
     if zero_dropped_rows:
         past = (torch.arange(order.shape[0], device=order.device) >= ends[-1]).unsqueeze(1)
         rows = rows.masked_fill(past, 0)
     if weights.gate_up_bias is not None:
         rows = rows + bias_rows(weights.gate_up_bias, ends, rows.shape[0])
     rows = apply_callable("activation", apply, rows, weights.inner())
-    rows = grouped_mm(rows, weights.down, ends, weights.transposed)
+    rows = _multiply(rows.to(hidden_states.dtype), weights, 1, ends)
     if zero_dropped_rows:
         rows = rows.masked_fill(past, 0)
     if weights.down_bias is not None:
         rows = rows + bias_rows(weights.down_bias, ends, rows.shape[0])
     if output_rows is not None:
         rows = apply_callable("output_rows", output_rows, rows, hidden_states.shape[1])
-    return weighted_sum(scatter_rows(rows, order, positions), routes.weights, positions)
+    result = weighted_sum(scatter_rows(rows, order, positions), routes.weights, positions)
+    return result.to(hidden_states.dtype)
+
+
+def _multiply(rows: Tensor, weights: ExpertWeights, which: int, ends: Tensor) -> Tensor:
+    """The first (0) or the second (1) product of a layer, ``[R, N]``; float32 with quantised weights."""
+    if weights.quantized is not None:
+        return quantized.multiply(rows, weights.quantized[which], spans(ends, weights.experts(), rows.shape[0]))
+    return grouped_mm(rows, (weights.gate_up, weights.down)[which], ends, weights.transposed)
 
 
 def run_training(
@@ -188,7 +198,11 @@ def run_product(product: Product) -> Tensor:
     a, b, transposed = product.a, product.b, product.transposed
     assert product.layout is not None
     order, positions, ends = pack_layout(product.layout, a.shape[0] * product.top_k, b.shape[0])
-    rows = grouped_mm(gather_rows(a, order, positions, product.top_k), b, ends, transposed)
+    rows = gather_rows(a, order, positions, product.top_k)
+    if product.quantized is None:
+        rows = grouped_mm(rows, b, ends, transposed)
+    else:
+        rows = quantized.multiply(rows, product.quantized, spans(ends, b.shape[0], rows.shape[0]))
     if product.bias is not None:
         rows = rows + bias_rows(product.bias, ends, order.shape[0])
     if product.activation is not None:
@@ -196,8 +210,8 @@ def run_product(product: Product) -> Tensor:
     rows = scatter_rows(rows, order, positions)
     if product.row_weights is not None:
         factor = product.row_weights.reshape(-1).masked_fill(positions < 0, 0)
-        rows = (rows * factor.unsqueeze(1)).to(a.dtype)
-    return rows
+        rows = rows * factor.unsqueeze(1)
+    return rows.to(a.dtype)
 
 
 def named_routes(layout: BlockLayout, routes: int, experts: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import modes
 from ..alignment import align
 from ..layout import BlockLayout
+from .quantized import QuantizedWeights
 
 __all__ = ["ExpertWeights", "Product", "Routes", "product_columns"]
 
@@ -25,6 +26,7 @@ class ExpertWeights(NamedTuple):
     gate_up_bias: Tensor | None = None  #: [E, 2I] or [E, I]
     down_bias: Tensor | None = None  #: [E, H]
     transposed: bool = False
+    quantized: tuple[QuantizedWeights, QuantizedWeights] | None = None  #: both; the projections are then their data
 
     def experts(self) -> int:
         """E, a number under ``torch.jit.trace`` too."""
@@ -80,6 +82,7 @@ class Product(NamedTuple):
     activation: str | None
     gated: bool
     transposed: bool
+    quantized: QuantizedWeights | None = None  #: b is then its data
 
 
 def product_columns(b: Tensor, gated: bool, transposed: bool) -> int:
