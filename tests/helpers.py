@@ -129,6 +129,8 @@ _NAMES = {
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
@@ -168,12 +170,29 @@ def compile_ahead(function, signature, constants, attributes=None, targets=TARGE
         yield arch, binary
 
 
+def compile_launch(function, one, targets=TARGETS):
+    """Compile a prepared launch, specialised as Triton would: (architecture, binary)."""
+    signature, constants = signature_of(function, one.arguments, one.constants)
+    attributes = {}
+    fixed = {each.name for each in function.params if each.do_not_specialize}
+    anywhere = {each.name for each in function.params if each.do_not_specialize_on_alignment}
+    for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
+        specialised = isinstance(argument, int) and name not in fixed
+        if specialised and argument == 1:
+            signature[name], constants[name] = "constexpr", 1
+        elif name not in anywhere and (isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0)):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    yield from compile_ahead(function, signature, constants, attributes, targets, **options)
+
+
 def patch_interpreter() -> None:
     """Make Triton's interpreter right where it is not, and a third faster.
 
     Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here.  A product is
-    summed in the order of k: how NumPy rounds a row depends on where it stands in the matrix.  At every call of a
-    function by a kernel the interpreter looks for the language's operations, of which there are always the same.
+    summed in the order of k: how NumPy rounds a row depends on where it stands in the matrix.  Products of
+    FP8 multiply bytes, and casts to it do not round to even.  At every call of a function by a kernel the interpreter
+    looks for the language's operations, of which there are always the same.
     """
     import inspect
 
@@ -187,10 +206,16 @@ def patch_interpreter() -> None:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    def values(handle):
+        if handle.dtype.scalar.name != "fp8e4nv":
+            return handle.data
+        return torch.from_numpy(handle.data).view(torch.float8_e4m3fn).float().numpy()
+
     def create_dot(self, a, b, d, *options):
         total = np.zeros_like(d.data)
-        for k in range(a.data.shape[-1]):
-            total += a.data[..., k, None].astype(total.dtype) * b.data[..., k, None, :].astype(total.dtype)
+        left, right = values(a), values(b)
+        for k in range(left.shape[-1]):
+            total += left[..., k, None].astype(total.dtype) * right[..., k, None, :].astype(total.dtype)
         return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
 
     def patch_builtin(owner, builder, scope):
@@ -209,5 +234,14 @@ def patch_interpreter() -> None:
 
     interpreter._get_np_dtype = np_dtype
     interpreter._patch_builtin = patch_builtin
+
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if dst_type.scalar.name != "fp8e4nv" or src.dtype.scalar.name != "fp32":
+            return to_fp(self, src, dst_type, rounding_mode)
+        data = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(data.view(torch.uint8).numpy(), dst_type.scalar)
+
+    to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = create_dot

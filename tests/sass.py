@@ -20,6 +20,20 @@ def disassembler() -> Path | None:
     return found if found.exists() else None
 
 
+def spilled(cubin: bytes) -> int:
+    """Bytes of local memory that a thread uses: registers that did not suffice."""
+    listing = disassembler()
+    assert listing is not None
+    with tempfile.TemporaryDirectory() as folder:
+        code = Path(folder) / "code.cubin"
+        code.write_bytes(cubin)
+        command = [listing.with_name("cuobjdump"), "-res-usage", code]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = [int(size) for size in re.findall(r"\b(?:STACK|LOCAL):(\d+)", usage)]
+    assert found
+    return sum(found)
+
+
 def touched_before_the_wait(cubin: bytes) -> list[str]:
     """Accesses to global memory that stand before the wait, which is there once; local and shared memory are free."""
     with tempfile.TemporaryDirectory() as folder:

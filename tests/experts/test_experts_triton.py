@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, cut, kind_of, releases, signature_of, specialisation
+from helpers import TARGETS, WORKERS, assert_passes, compile_launch, cut, kind_of, releases, specialisation
 from sass import disassembler, touched_before_the_wait
 
 from moealign import Gate
@@ -209,7 +209,7 @@ def test_neither_tokens_nor_alignments_of_their_tensors_compile_anything(shape, 
                 planned, _ = launch.layer_launches(selected, *call, "silu", target)
                 out = torch.empty(tokens * top_k, 2 * inner, dtype=torch.bfloat16)
                 product = Product(x, gate_up, layout, top_k, weights, None, None, False, False)
-                planned.append(launch.product_launch(product, out, target))
+                planned += launch.product_launches(product, out, target)
                 for one in planned:
                     keys.add(specialisation(getattr(kernels, one.kernel), one))
                     which = tuple(each is None for each in one.arguments), one.arguments[-1] == one.arguments[-2]
@@ -231,7 +231,7 @@ def test_the_stride_of_a_single_row_compiles_nothing(target):
         selected = tiles.select_tiles(x, layer, Routes(weights, ids), None, target)
         one_layer, _ = launch.layer_launches(selected, x, layer, Routes(weights, ids), None, "silu", target)
         product = Product(x, layer.gate_up, layout, 1, None, None, None, False, False)
-        launches = (*one_layer, launch.product_launch(product, out, target))
+        launches = (*one_layer, *launch.product_launches(product, out, target))
         keys.add(tuple(specialisation(getattr(kernels, one.kernel), one) for one in launches))
     assert len(keys) == 1
 
@@ -346,7 +346,7 @@ def product_with_blocks(tokens, size, gated):
     a, b, out = new(tokens, hidden), new(count, 2 * inner, hidden), new(tokens * top_k, inner if gated else 2 * inner)
     weights = new(tokens, top_k, dtype=torch.float32)
     name = "silu" if gated else None
-    return launch.product_launch(Product(a, b, layout, top_k, weights, None, name, gated, False), out, H200)
+    return launch.product_launches(Product(a, b, layout, top_k, weights, None, name, gated, False), out, H200)[0]
 
 
 @functools.cache
@@ -362,23 +362,12 @@ def compile_one(number):
     """Compile one configuration for its targets; it waits for the previous kernel before it accesses memory."""
     one = distinct()[number]
     function = kernel_of(one)
-    signature, constants = signature_of(function, one.arguments, one.constants)
-    attributes = {}
-    fixed = {each.name for each in function.params if each.do_not_specialize}
-    anywhere = {each.name for each in function.params if each.do_not_specialize_on_alignment}
-    for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
-        specialised = isinstance(argument, int) and name not in fixed
-        if specialised and argument == 1:
-            signature[name], constants[name] = "constexpr", 1
-        elif name not in anywhere and (isinstance(argument, torch.Tensor) or (specialised and argument % 16 == 0)):
-            attributes[(index,)] = [["tt.divisibility", 16]]
     if one.module == "gradient_kernels" and one.num_stages == 2:
         targets = TARGETS
     else:
         hopper = one.pdl or one.module == "gradient_kernels"
         targets = [each for each in TARGETS if hopper == (each[0] == "cuda" and each[1] >= 90)]
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
-    for arch, binary in compile_ahead(function, signature, constants, attributes, targets, **options):
+    for arch, binary in compile_launch(function, one, targets):
         if arch == 90 and one.constants.get("B_TMA") and (one.constants["BLOCK_M"] >= 64 or one.constants.get("SWAP")):
             assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
         if arch == 90 and one.pdl and disassembler():

@@ -23,6 +23,7 @@ HEAVY_ALLOWED = {
     "backend/triton/route_kernels.py": {"triton"},
     "experts/gradient_kernels.py": {"triton"},
     "experts/kernels.py": {"triton"},
+    "experts/quantized_kernels.py": {"triton"},
     "integrations/vllm_kernels.py": {"triton"},
 }
 

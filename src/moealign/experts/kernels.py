@@ -13,6 +13,20 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .quantized_kernels import (
+    DEEP,
+    GROUP,
+    NATIVE,
+    QUANTIZED,
+    ROW,
+    ROWS_BY,
+    STATIC,
+    factor_of,
+    quantize,
+    scale_of,
+    scaled_dot,
+)  # fmt: skip
+
 __all__ = ["gemm", "product", "sum_rows", "tanh", "tile_of"]
 
 # The activations, as `ACT` of a kernel.
@@ -92,7 +106,7 @@ def product(
     a_stride, b_stride_e, b_stride_n, b_stride_k,
     GATED: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr,
     SWAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, scales=None, SCALING: tl.constexpr = None,
 ):  # fmt: skip
     """Multiply one tile of rows by one expert: the accumulators ``[BLOCK_M, BLOCK_N]`` of the gate and the up part.
 
@@ -103,6 +117,8 @@ def product(
     sizes       N output columns; K; steps of BLOCK_K; outputs: rows of an expert's weights
     strides     in elements, of a's rows and of b's experts, outputs and K
     B_TMA       1: b describes [experts * outputs, K]; 2: [experts * K, outputs], where BLOCK_K divides K
+    SCALING     None or the constants of FP8 weights; scales: those of a and the distance of its rows, those of b and
+                the distances of its experts and outputs
     """
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -122,6 +138,11 @@ def product(
     else:
         safe = tl.where(columns < N, columns, 0).to(tl.int64)  # columns past the end read the first; never stored
         b_at = b + expert * b_stride_e + safe[:, None] * b_stride_n + (depth * b_stride_k)[None, :]
+    if SCALING is not None:
+        if SCALING[ROWS_BY] == STATIC:
+            row_scale = tl.load(scales[0] + expert * scales[1]) + tl.zeros((BLOCK_M,), dtype=tl.float32)
+        elif SCALING[ROWS_BY] == ROW:
+            row_scale = tl.load(scales[0] + a_rows, mask=kept, other=0.0)
     for step in range(steps):
         start = step * BLOCK_K
         if A_TMA:
@@ -138,7 +159,16 @@ def product(
             w = tl.load(b_at)
         else:
             w = tl.load(b_at, mask=depth[None, :] < K - start, other=0.0)
-        if SWAP:
+        if SCALING is not None:
+            if SCALING[ROWS_BY] == GROUP and SCALING[QUANTIZED]:
+                row_scale = tl.load(scales[0] + a_rows * scales[1] + step, mask=kept, other=0.0)
+            elif not SCALING[QUANTIZED]:
+                x = x.to(tl.float32)
+                if SCALING[ROWS_BY] == GROUP:
+                    row_scale = scale_of(tl.max(tl.abs(x), 1))
+                x = quantize(x, row_scale[:, None], SCALING[NATIVE])
+            first = scaled_dot(x, w, first, scales, row_scale, expert, column, columns, N, step, SWAP, SCALING)
+        elif SWAP:
             first = tl.dot(w, x.T, first, input_precision=PRECISION)
         else:
             first = tl.dot(x, w.T, first, input_precision=PRECISION)
@@ -151,7 +181,11 @@ def product(
                 u = tl.load(b_at + tl.cast(N, tl.int64) * b_stride_n)
             else:
                 u = tl.load(b_at + tl.cast(N, tl.int64) * b_stride_n, mask=depth[None, :] < K - start, other=0.0)
-            if SWAP:
+            if SCALING is not None:
+                second = scaled_dot(
+                    x, u, second, scales, row_scale, expert, column + N, columns + N, 2 * N, step, SWAP, SCALING
+                )
+            elif SWAP:
                 second = tl.dot(u, x.T, second, input_precision=PRECISION)
             else:
                 second = tl.dot(x, u.T, second, input_precision=PRECISION)
@@ -159,6 +193,10 @@ def product(
             a_at += BLOCK_K
         if not B_TMA:
             b_at += BLOCK_K * b_stride_k
+    if SCALING is not None and SCALING[ROWS_BY] != GROUP and not SCALING[DEEP]:
+        first *= factor_of(scales, row_scale, expert, column, columns, N, 0, SWAP, SCALING)
+        if GATED:
+            second *= factor_of(scales, row_scale, expert, column + N, columns + N, 2 * N, 0, SWAP, SCALING)
     if SWAP:
         first = first.T
         second = second.T
@@ -169,10 +207,10 @@ def product(
 def _rows(
     a, b, bias, weights, routes, before, out,
     expert, block_start, column, num_routes, N, K, num_local, outputs, top_k,
-    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
     ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Compute and store one tile: the rows of `routes` ``[BLOCK_M]`` and ``BLOCK_N`` columns from `column` on.
 
@@ -201,7 +239,7 @@ def _rows(
         both, _ = product(
             a, b, a_rows, block_start, kept, safe_expert, 2 * column, 2 * N, K, steps, outputs,
             a_stride, b_stride_e, b_stride_n, b_stride_k,
-            False, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, width, BLOCK_K, PRECISION,
+            False, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, width, BLOCK_K, PRECISION, scales, SCALING,
         )  # fmt: skip
         pairs = 2 * column + tl.arange(0, width)
         if bias is not None:
@@ -215,7 +253,7 @@ def _rows(
         x, up = product(
             a, b, a_rows, block_start, kept, safe_expert, column, N, K, steps, outputs,
             a_stride, b_stride_e, b_stride_n, b_stride_k,
-            GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+            GATED, A_TMA, B_TMA, EVEN_K, SWAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, scales, SCALING,
         )  # fmt: skip
         if bias is not None:
             at = bias + safe_expert * bias_stride + columns
@@ -252,10 +290,10 @@ def tile_of(tile, num_rows, num_columns, GROUP: tl.constexpr):
 def _tile(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
-    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
     ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SCALING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Compute tile number `tile` of ``num_m * num_n``.
@@ -274,24 +312,25 @@ def _tile(
             _rows(
                 a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), before, out,
                 expert, start, column, num_routes, N, K, num_local, outputs, top_k,
-                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION,
+                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
+                ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, SCALING,
                 BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             _rows(
                 a_half, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, HALF_ROWS)), before, out,
                 expert, start, column, num_routes, N, K, num_local, outputs, top_k,
-                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION,
+                a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
+                ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, SCALING,
                 HALF_ROWS, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     else:
         _rows(
             a, b, bias, weights, tl.load(sorted_ids + start + tl.arange(0, BLOCK_M)), before, out,
             expert, start, column, num_routes, N, K, num_local, outputs, top_k,
-            a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-            ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
+            ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, SCALING,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -305,9 +344,11 @@ def gemm(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, total, before, out,
     num_routes, num_blocks, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
+    a_scales, b_scales, a_scale_stride, b_scale_stride_e, b_scale_stride_n,
     ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
     NO_LAYOUT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
+    SCALING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """``out[i] = weights[i] * act(b[e] @ a[i // top_k] + bias[e])`` for each route i of expert e.
@@ -324,12 +365,14 @@ def gemm(
     sizes       num_routes; num_blocks: those that the layout's tensors hold; N output columns; K; num_local experts;
                 outputs: rows of an expert's weights, N or with GATED 2 N, the gate's first; top_k
     strides     in elements; K is contiguous in a, N in out
+    FP8         a_scales, b_scales and their strides, of which SCALING tells the meaning; None and 0 without
     options     ACT, GATED, GATE: the epilogue; A_LAYOUT: a is in layout order; EVEN_K: BLOCK_K divides K; PRECISION of
                 float32 products
     tunable     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, HALF_ROWS, PERSISTENT, A_TMA, B_TMA; SWAP: weights are the left
                 operand
     """
     num_n = tl.cdiv(N, BLOCK_N)
+    scales = (a_scales, a_scale_stride, b_scales, b_scale_stride_e, b_scale_stride_n)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -340,8 +383,9 @@ def gemm(
         _rows(
             a, b, bias, weights, routes, before, out,
             expert, 0, tl.program_id(0) % num_n * BLOCK_N, num_routes, N, K, num_local, outputs, top_k,
-            a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-            ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
+            ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, PRECISION, SCALING,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         num_m = tl.minimum(tl.load(total) // BLOCK_M, num_blocks)  # a wrong `total` must not lead past the tensors
@@ -350,8 +394,8 @@ def gemm(
                 _tile(
                     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
-                    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                    ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
+                    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
+                    ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION, SCALING,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
                 )  # fmt: skip
         else:
@@ -360,8 +404,8 @@ def gemm(
                 _tile(
                     a, a_half, b, bias, weights, sorted_ids, expert_ids, before, out,
                     tile, num_m, num_n, num_routes, N, K, num_local, outputs, top_k,
-                    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-                    ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION,
+                    a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride, scales,
+                    ACT, GATED, GATE, A_LAYOUT, OUT_LAYOUT, A_TMA, B_TMA, EVEN_K, SWAP, HALF_ROWS, PRECISION, SCALING,
                     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
                 )  # fmt: skip
 

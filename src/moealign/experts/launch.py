@@ -12,6 +12,8 @@ from torch import Tensor
 from ..backend.triton.launch import interpreted, on_device, unavailable
 from ..layout import BlockLayout, cdiv, power_of_two
 from .activations import NO_CONSTANTS, Gate, parse
+from .quantized import GROUP, SCHEMES
+from .quantized_launch import needs_pass, scaling
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, with_block_size
 
@@ -21,9 +23,10 @@ __all__ = [
     "descriptor",
     "fill_product",
     "gemm_launch",
+    "gemm_launches",
     "layer_launches",
     "precision",
-    "product_launch",
+    "product_launches",
     "refuses",
     "row_major",
     "row_stride",
@@ -185,6 +188,7 @@ def gemm_launch(
     a_layout: bool = False,
     out_layout: bool = False,
     transposed_tma: bool = False,
+    row_scales: Tensor | None = None,
 ) -> GemmLaunch:
     """A launch of the kernel `gemm`.
 
@@ -196,6 +200,7 @@ def gemm_launch(
         a_layout: rows of ``a`` are in layout order.
         out_layout: rows of `out` are in layout order.
         transposed_tma: load transposed weights by TMA too.  The rules for a layer's tiles were measured without.
+        row_scales: of ``a``, if that is quantised.
     """
     a, b, layout, top_k, weights, bias, activation, gated, transposed, _ = product
     experts = b.shape[0]
@@ -211,6 +216,8 @@ def gemm_launch(
     interleaved = gated and options["GATE"][-1]
     if interleaved and not b_tma:  # one accumulator of twice the columns: whole, it would not fit the registers
         tile = tile._replace(n=max(tile.n // 2, 16))
+    width = 2 * tile.n if interleaved else tile.n
+    b, scales, constants = scaling(target, product, width, bool(gated and not interleaved), row_scales)
     a_tma = bool(b_tma and tile.tma > 1 and a_layout and takes_tma(a))
     no_layout = layout is None
     if layout is None:
@@ -233,14 +240,14 @@ def gemm_launch(
             weights_operand(b, tile, b_tma, interleaved),
             bias, None if weights is None else weights.reshape(-1), *rows, before, out,
             routes, max_blocks, columns, depth, experts, outputs, top_k,
-            row_stride(a), *strides, 0 if bias is None else bias.stride(0), row_stride(out),
+            row_stride(a), *strides, 0 if bias is None else bias.stride(0), row_stride(out), *scales,
         ),
         {
             **options, "A_LAYOUT": a_layout, "OUT_LAYOUT": out_layout,
             "A_TMA": a_tma, "B_TMA": b_tma, "EVEN_K": depth % tile.k == 0, "SWAP": bool(tile.swap),
             "HALF_ROWS": half_rows, "NO_LAYOUT": no_layout, "PDL": target.hopper,
             "PRECISION": precision(a),
-            "PERSISTENT": persistent,
+            "PERSISTENT": persistent, "SCALING": constants,
             "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "GROUP_M": tile.group,
         },
         tile.warps,
@@ -249,17 +256,60 @@ def gemm_launch(
     )  # fmt: skip
 
 
-def product_launch(product: Product, out: Tensor, target: Target) -> GemmLaunch:
-    """The launch of :func:`fill_product`."""
+def gemm_launches(
+    target: Target, tile: Tile, product: Product, out: Tensor, routes: int, ids: Tensor | None = None, **options: Any
+) -> list[GemmLaunch]:
+    """The launch of the kernel `gemm`, after one that quantises its rows if that needs a pass."""
+    if not needs_pass(product, tile):
+        return [gemm_launch(target, tile, product, out, routes, ids, **options)]
+    assert product.quantized is not None
+    layout = product.layout if options.get("a_layout") else None
+    first, rows, scales = quantize_launch(target, product.a, product.quantized.activations, layout, routes)
+    product = product._replace(a=rows)
+    return [first, gemm_launch(target, tile, product, out, routes, ids, row_scales=scales, **options)]
+
+
+def quantize_launch(
+    target: Target, rows: Tensor, activations: str, layout: BlockLayout | None, routes: int
+) -> tuple[GemmLaunch, Tensor, Tensor]:
+    """A launch of the kernel `quantize_rows`, and the values and scales that it fills.
+
+    Args:
+        layout: in whose order `rows` are; then rows without one of the `routes` are left out.
+    """
+    count, depth = rows.shape
+    grouped = activations == "group"
+    values = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn if target.fp8 else torch.float16)
+    scales = rows.new_empty(count, cdiv(depth, GROUP) if grouped else 1, dtype=torch.float32)
+    block = max(min(power_of_two(depth), 1024 if grouped else 4096), GROUP)
+    one = GemmLaunch(
+        "quantize_rows",
+        (count, cdiv(depth, block)) if grouped else (count,),
+        (
+            rows, values, scales,
+            *((None, None) if layout is None else (layout.sorted_token_ids, layout.num_tokens_post_padded)),
+            routes, depth, row_stride(rows),
+        ),
+        {"BY": SCHEMES.index(activations), "USE_E4M3": target.fp8, "BLOCK": block, "PDL": target.hopper},
+        4,
+        3,
+        target.hopper,
+        "quantized_kernels",
+    )  # fmt: skip
+    return one, values, scales
+
+
+def product_launches(product: Product, out: Tensor, target: Target) -> list[GemmLaunch]:
+    """The launches of :func:`fill_product`."""
     a, b, layout = product.a, product.b, product.layout
     assert layout is not None
     routes = a.shape[0] * product.top_k
     depth = b.shape[1 if product.transposed else 2]
-    itemsize = a.element_size()
+    itemsize = a.element_size() if product.quantized is None else 1
     tiles = tiles_by_rule(target, routes, 1, b.shape[0], depth, depth, itemsize)
     tiles = with_block_size(tiles, layout.block_size, itemsize)
     tile = tiles.first if product.gated else tiles.second
-    return gemm_launch(target, tile, product._replace(a=row_major(a)), out, routes)
+    return gemm_launches(target, tile, product._replace(a=row_major(a)), out, routes)
 
 
 def row_major(rows: Tensor) -> Tensor:
@@ -268,7 +318,7 @@ def row_major(rows: Tensor) -> Tensor:
 
 def fill_product(product: Product, out: Tensor) -> None:
     """Fill the rows of `out` that the layout names."""
-    run([product_launch(product, out, target_of(product.a.device))], product.a.device)
+    run(product_launches(product, out, target_of(product.a.device)), product.a.device)
 
 
 # ---- a layer ---------------------------------------------------------------------------------------------------------
@@ -299,13 +349,14 @@ def layer_launches(
     in_layout = layout is not None
     activated = new(rows, weights.inner())
     out, of_routes = new(tokens, hidden), new(count, hidden)
-    gate_up, down, gate_up_bias, down_bias, transposed, _ = weights
+    gate_up, down, gate_up_bias, down_bias, transposed, quantized = weights
+    of_first, of_second = quantized or (None, None)
     x = row_major(hidden_states)
-    first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated(), transposed)
-    second = Product(activated, down, layout, 1, routes.weights, down_bias, None, False, transposed)
+    first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated(), transposed, of_first)
+    second = Product(activated, down, layout, 1, routes.weights, down_bias, None, False, transposed, of_second)
     launches = [
-        gemm_launch(target, tiles.first, first, activated, count, ids, before=before, out_layout=in_layout),
-        gemm_launch(target, tiles.second, second, of_routes, count, ids, a_layout=in_layout),
+        *gemm_launches(target, tiles.first, first, activated, count, ids, before=before, out_layout=in_layout),
+        *gemm_launches(target, tiles.second, second, of_routes, count, ids, a_layout=in_layout),
         sum_launch(target, of_routes, top_k, kept, limit, out),
     ]
     return launches, out

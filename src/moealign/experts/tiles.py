@@ -86,6 +86,7 @@ class Target(NamedTuple):
     name: str
     multiprocessors: int
     hopper: bool  # has TMA and programmatic dependent launch
+    fp8: bool = False  # multiplies e4m3
 
     @property
     def slug(self) -> str:
@@ -101,7 +102,8 @@ def target_of(device: torch.device) -> Target:
     # Small Blackwell GPUs have less shared memory.
     enough_memory = getattr(properties, "shared_memory_per_block_optin", 0) >= 227 * 1024
     hopper = torch.version.hip is None and properties.major >= 9 and enough_memory
-    return Target(properties.name, properties.multi_processor_count, hopper)
+    fp8 = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
+    return Target(properties.name, properties.multi_processor_count, hopper, fp8)
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -113,6 +115,8 @@ def tiles_by_rule(
     """Tiles by the rows per expert, measured on an H200 by benchmarks/sweep_experts.py."""
     rows = routes / max(experts, 1)
     no_layout = routes == top_k or (routes <= 2 * top_k and routes * NO_LAYOUT_EXPERTS_PER_ROUTE <= experts)
+    if itemsize == 1:
+        return _fp8_tiles(target.hopper, rows, no_layout)
     if itemsize == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
         m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
         tile = Tile(m, 64, 32 if itemsize == 4 else 64, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
@@ -137,6 +141,20 @@ def tiles_by_rule(
     if rows <= 200:
         return LayerTiles(128, Tile(128, 128, 64, 2, 8, 4, 1, 1), halved)
     return LayerTiles(128, Tile(128, 128, 64, 8, 8, 4, 1, 1), Tile(128, 256, 64, 8, 8, 4, 2, 1))
+
+
+def _fp8_tiles(hopper: bool, rows: float, no_layout: bool) -> LayerTiles:
+    """Tiles of FP8 weights, not measured yet.  Steps are of 128, the inputs that share a scale."""
+    m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
+    block_size = 0 if no_layout else m
+    warps, group = 8 if m == 128 else 4, 8 if rows > 128 else 2
+    if not hopper:  # tiles that fit any shared memory, without TMA
+        tile = Tile(m, 32, 128, group, warps, 2)
+        return LayerTiles(block_size, tile, tile._replace(n=64))
+    swap = int(m < 64)
+    if m < 128:
+        return LayerTiles(block_size, Tile(m, 64, 128, 2, 4, 4, 1, 0, swap), Tile(m, 128, 128, 1, 4, 4, 1, 0, swap))
+    return LayerTiles(128, Tile(128, 64, 128, group, 8, 4, 1), Tile(128, 128, 128, group, 8, 4, 2))
 
 
 def with_block_size(tiles: LayerTiles, size: int, itemsize: int) -> LayerTiles:
@@ -235,9 +253,9 @@ def select_tiles(
     """
     target = target or target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
-    itemsize = hidden_states.element_size()
+    itemsize = hidden_states.element_size() if weights.quantized is None else 1
     sizes = (weights.experts(), weights.hidden(), weights.inner())
-    known = tuned(target)
+    known = tuned(target) if weights.quantized is None else {}
     if batch_invariant:
         tiles = tiles_by_rule(target, PINNED_ROWS * sizes[0], top_k, *sizes, itemsize)
         return tiles if block_size is None else with_block_size(tiles, block_size, itemsize)
@@ -262,4 +280,5 @@ def select_block_size(hidden_states: Tensor, weights: ExpertWeights, routes: int
     """The rule's block size for a layer with a callable between the products."""
     target = target_of(hidden_states.device)
     sizes = (weights.experts(), hidden_states.shape[1], weights.inner())
-    return tiles_by_rule(target, routes, 1, *sizes, hidden_states.element_size()).first.m
+    itemsize = hidden_states.element_size() if weights.quantized is None else 1
+    return tiles_by_rule(target, routes, 1, *sizes, itemsize).first.m

@@ -1,0 +1,149 @@
+# mypy: disable-error-code="no-untyped-def"
+"""What the kernels of the experts do with FP8 weights: quantise rows, and multiply e4m3 values and apply their scales.
+
+`quantize_rows`   a pass over rows; without it, :func:`moealign.experts.kernels.product` quantises what it loads.
+
+Machines without e4m3 (NATIVE is 0) multiply the same values in float16, which holds all of them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["factor_of", "quantize", "quantize_rows", "scaled_dot", "widen"]
+
+# The constants of a product with FP8 weights, as `SCALING` of a kernel.
+NATIVE = tl.constexpr(0)  # the GPU multiplies e4m3; otherwise rows are float16 and weights bytes
+ROWS_BY = tl.constexpr(1)  # what of a row shares a scale: GROUP columns, the row, all rows by a static scale
+QUANTIZED = tl.constexpr(2)  # whether rows are quantised already; otherwise loads are, by groups or a static scale
+COLUMNS_BY = tl.constexpr(3)  # rows of weights that share a scale, 0 for all
+DEEP = tl.constexpr(4)  # whether scales of weights are per GROUP inputs too
+ONE_SCALE = tl.constexpr(5)  # whether the columns of every tile share their scale of weights
+
+GROUP = tl.constexpr(0)
+ROW = tl.constexpr(1)
+STATIC = tl.constexpr(2)
+WIDTH = tl.constexpr(128)  # columns of a group
+MAX = tl.constexpr(448.0)
+MIN_AMAX = tl.constexpr(1e-10)
+
+
+@triton.jit
+def scale_of(largest):
+    """The scale of values whose largest absolute one is `largest`."""
+    return tl.div_rn(tl.maximum(largest, MIN_AMAX), MAX)
+
+
+@triton.jit
+def quantize(x, scale, USE_E4M3: tl.constexpr):
+    """``x / scale`` of float32 blocks that broadcast, as e4m3 or, without that, as float16 of the same values."""
+    x, scale = tl.broadcast(x, scale)
+    x = tl.clamp(tl.div_rn(x, scale), -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    if USE_E4M3:
+        x = x.to(tl.float8e4nv)
+    else:
+        # The last bit of 1.5 * 2^20 times the power of two below x, at least 2^-6, is that of x in e4m3: a sum rounds
+        # there.
+        power = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x3C800000).to(tl.float32, bitcast=True)
+        rounder = power * 1572864.0
+        x = ((x + rounder) - rounder).to(tl.float16)
+    return x
+
+
+@triton.jit
+def widen(x):
+    """Bytes of e4m3 as float16 of the same value; e4m3 itself as it is."""
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.int16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # a 256th of the value, as float16's exponent has a bit more
+        nan = tl.full(x.shape, float("nan"), tl.float16)
+        x = tl.where((bits & 0x7F) == 0x7F, nan, half.to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
+    return x
+
+
+@triton.jit
+def factor_of(scales, row_scale, expert, column, columns, N, step, SWAP: tl.constexpr, SCALING: tl.constexpr):
+    """What to multiply a product of e4m3 values by, ``[BLOCK_M, BLOCK_N]`` or with fewer elements.
+
+    scales      of weights, see `product`; row_scale [BLOCK_M]
+    columns     of the product, from `column` on; those from N on get the factor of another
+    step        which GROUP of inputs
+    """
+    at = scales[2] + expert * scales[3]
+    if SCALING[DEEP]:
+        at += step
+    if SCALING[COLUMNS_BY] == 0:
+        of_columns = tl.load(at)
+        factor = row_scale * of_columns
+        factor = factor[None, :] if SWAP else factor[:, None]
+    elif SCALING[ONE_SCALE]:
+        of_columns = tl.load(at + column // SCALING[COLUMNS_BY] * scales[4])
+        factor = row_scale * of_columns
+        factor = factor[None, :] if SWAP else factor[:, None]
+    else:
+        of_columns = tl.load(at + tl.where(columns < N, columns, 0) // SCALING[COLUMNS_BY] * scales[4])
+        factor = of_columns[:, None] * row_scale[None, :] if SWAP else row_scale[:, None] * of_columns[None, :]
+    return factor
+
+
+@triton.jit
+def scaled_dot(
+    x, w, total, scales, row_scale, expert, column, columns, N, step, SWAP: tl.constexpr, SCALING: tl.constexpr
+):
+    """`total` plus the product of a step: with its scales, unless these are the same for all steps."""
+    w = widen(w)
+    # Hopper sums e4m3 with fewer bits than float32 has, so each step is summed by itself.
+    if SCALING[ROWS_BY] == GROUP or SCALING[DEEP]:
+        part = tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)
+        total += part * factor_of(scales, row_scale, expert, column, columns, N, step, SWAP, SCALING)
+    elif SWAP:
+        total = tl.dot(w, x.T, total, max_num_imprecise_acc=WIDTH)
+    else:
+        total = tl.dot(x, w.T, total, max_num_imprecise_acc=WIDTH)
+    return total
+
+
+# `total` and the ids have one element per call, block or route, as in `gemm`.
+@triton.jit(do_not_specialize=["num_routes"], do_not_specialize_on_alignment=["sorted_ids", "total"])
+def quantize_rows(
+    rows, out, scales, sorted_ids, total, num_routes, K, row_stride,
+    BY: tl.constexpr, USE_E4M3: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Quantise rows: by groups, launched over (rows, blocks of columns), or by rows, launched over rows.
+
+    inputs      rows [rows, K]; sorted_ids, total: of the layout in whose order the rows are, or None.  Rows without a
+                route are not read
+    outputs     out [rows, K], e4m3 or float16; scales [rows, cdiv(K, WIDTH)] or [rows]
+    tunable     BLOCK columns, a multiple of WIDTH
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    row = tl.program_id(0).to(tl.int64)
+    if sorted_ids is not None:
+        route = tl.load(sorted_ids + row, mask=row < tl.load(total), other=-1)
+        end = tl.where((route >= 0) & (route < num_routes), K, 0)
+    else:
+        end = K
+    if BY == GROUP:
+        group = tl.program_id(1) * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
+        columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        x = tl.load(rows + row * row_stride + columns, mask=columns < end, other=0.0).to(tl.float32)
+        scale = scale_of(tl.max(tl.abs(x), 1))
+        tl.store(out + row * K + columns, quantize(x, scale[:, None], USE_E4M3), mask=columns < end)
+        tl.store(scales + row * tl.cdiv(K, WIDTH) + group, scale, mask=group * WIDTH < end)
+    else:
+        columns = tl.arange(0, BLOCK)
+        largest = tl.zeros((BLOCK,), dtype=tl.float32)
+        for start in range(0, end, BLOCK):
+            x = tl.load(rows + row * row_stride + start + columns, mask=start + columns < end, other=0.0)
+            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+        scale = scale_of(tl.max(largest, 0))
+        for start in range(0, end, BLOCK):
+            x = tl.load(rows + row * row_stride + start + columns, mask=start + columns < end, other=0.0)
+            values = quantize(x.to(tl.float32), scale, USE_E4M3)
+            tl.store(out + row * K + start + columns, values, mask=start + columns < end)
+        if end > 0:
+            tl.store(scales + row, scale)
