@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moealign import bench
+from moealign import QuantizedWeights, bench
 from moealign.layout import BlockLayout, capacity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,6 +67,18 @@ def random_weights(
         torch.randn(size, generator=generator, device=device, dtype=dtype) * size[2] ** -0.5
         for size in ((experts, 2 * inner, hidden), (experts, hidden, inner))
     ]
+
+
+def in_blocks(weights: Tensor, size: int = 128) -> QuantizedWeights:
+    """`weights` in FP8, with a scale for each block of `size` x `size`: the largest absolute value is 448."""
+    experts, outputs, inputs = weights.shape
+    data = torch.empty_like(weights, dtype=torch.float8_e4m3fn)
+    scales = weights.new_empty(experts, outputs // size, inputs // size, dtype=torch.float32)
+    for expert in range(experts):  # one at a time, for memory
+        blocks = weights[expert].float().view(outputs // size, size, inputs // size, size)
+        scales[expert] = blocks.abs().amax((1, 3)).clamp(min=1e-10) / 448
+        data[expert] = (blocks / scales[expert][:, None, :, None]).view(outputs, inputs).to(data.dtype)
+    return QuantizedWeights(data, scales, (size, size))
 
 
 def random_inputs(shape: Shape, tokens: int, slots: int) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -11,6 +11,9 @@ large copy, and the operations at the rate of a large matrix product, both measu
 
 Each implementation is compared with float64 on some tokens before it is timed.  Then graphs of calls over several
 inputs are replayed in turns.
+
+Rows `experts-fp8` are the same layers with FP8 weights in blocks of 128 x 128 and FP8 rows: ours, ours in bfloat16, and
+vLLM's kernel with its own quantising of rows.  They are compared with the arithmetic in torch.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from common import (
     finish,
     float64_rows,
     gpu_missing,
+    in_blocks,
     in_processes,
     integers,
     layer_name,
@@ -48,7 +52,7 @@ from common import (
     relative_error,
 )
 
-from moealign import bench, fused_moe
+from moealign import QuantizedWeights, bench, fused_moe
 from moealign.experts import launch
 from moealign.experts.records import ExpertWeights, Routes
 from moealign.experts.tiles import select_tiles, target_of
@@ -56,6 +60,10 @@ from moealign.timing import device_us, graphs_in_turns
 
 OURS, VLLM, TUNED, HF = "moealign", "vllm-0.33.0", "vllm-0.33.0-tuned", "transformers-grouped_mm"
 IMPLS = [OURS, VLLM, TUNED, HF, "floor"]
+BF16 = "moealign-bfloat16"
+FP8_IMPLS = [OURS, BF16, VLLM, TUNED, "floor"]
+#: Relative errors that are accepted.  Of bfloat16 in FP8's rows it is what quantising costs.
+LIMITS = {BF16: 0.1}
 
 
 @dataclass
@@ -65,6 +73,7 @@ class Layer:
     shape: Shape
     tokens: int
     weights: list[torch.Tensor]
+    quantized: list[QuantizedWeights] = field(default_factory=list)
     inputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     def reference(self, max_tokens: int = 6) -> tuple[list[int], torch.Tensor]:
@@ -73,27 +82,34 @@ class Layer:
         x, weights, ids = self.inputs[0]
         return chosen, float64_rows(chosen, x, *self.weights, weights, ids)
 
-    def floor_us(self, bytes_per_us: float, flops_per_us: float) -> float:
+    def quantized_reference(self, max_tokens: int = 6) -> tuple[list[int], torch.Tensor]:
+        """The same with FP8 weights, by the arithmetic in torch."""
+        chosen, _ = self.reference(max_tokens)
+        x, weights, ids = (each[chosen] for each in self.inputs[0])
+        return chosen, fused_moe(x, *self.quantized, weights, ids, backend="packed").double()
+
+    def floor_us(self, bytes_per_us: float, flops_per_us: float, itemsize: int = 2) -> float:
         """For the mean of the inputs: the weights read once, or the operations."""
         _, top_k, hidden, inner = self.shape
         weights = 3 * hidden * inner  # of one expert
         hit = statistics.mean(len(ids.unique()) for _, _, ids in self.inputs)
-        return max(hit * weights * 2 / bytes_per_us, 2 * self.tokens * top_k * weights / flops_per_us)
+        return max(hit * weights * itemsize / bytes_per_us, 2 * self.tokens * top_k * weights / flops_per_us)
 
 
-def layers(shapes: list[Shape], tokens: list[int]) -> Iterator[Layer]:
+def layers(shapes: list[Shape], tokens: list[int], fp8: bool) -> Iterator[Layer]:
     for shape in shapes:
         weights = random_weights(shape)
+        quantized = [in_blocks(each) for each in weights] if fp8 else []
         for count in tokens:
-            yield Layer(shape, count, weights, random_inputs(shape, count, 6 if count <= 256 else 2))
-        del weights
+            yield Layer(shape, count, weights, quantized, random_inputs(shape, count, 6 if count <= 256 else 2))
+        del weights, quantized
         torch.cuda.empty_cache()
 
 
-def moealign_layer(layer: Layer) -> Callable[[int], torch.Tensor]:
+def moealign_layer(layer: Layer, fp8: bool = False) -> Callable[[int], torch.Tensor]:
     def call(slot: int) -> torch.Tensor:
         x, weights, ids = layer.inputs[slot]
-        return fused_moe(x, *layer.weights, weights, ids)
+        return fused_moe(x, *(layer.quantized if fp8 else layer.weights), weights, ids)
 
     return call
 
@@ -119,20 +135,25 @@ def transformers_layer(layer: Layer) -> Callable[[int], torch.Tensor] | None:
     return call
 
 
-def compile_case(job: tuple[str, Shape, int, str, Path]) -> str | None:
+def compile_case(job: tuple[str, Shape, int, str, Path, bool]) -> str | None:
     """In a process of its own: compile the kernels of one case into Triton's cache."""
-    impl, shape, tokens, device, folder = job
+    impl, shape, tokens, device, folder, fp8 = job
     torch.set_num_threads(1)
     experts, top_k, hidden, inner = shape
     try:
         if impl == OURS:
-            x, gate_up, down = (
-                torch.empty(size, dtype=torch.bfloat16)
-                for size in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
+            kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
+            x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+            gate_up, down = (
+                torch.empty(size, dtype=kind) for size in ((experts, 2 * inner, hidden), (experts, hidden, inner))
             )
+            scaled = [
+                QuantizedWeights(each, torch.empty(experts, each.shape[1] // 128, each.shape[2] // 128))
+                for each in (gate_up, down)
+            ]
             weights, ids = (torch.empty(tokens, top_k, dtype=dtype) for dtype in (torch.float32, torch.int32))
             layer, routes, target = (
-                ExpertWeights(gate_up, down),
+                ExpertWeights(gate_up, down, quantized=(scaled[0], scaled[1]) if fp8 else None),
                 Routes(weights, ids),
                 target_of(torch.device("cuda", 0)),
             )
@@ -143,27 +164,34 @@ def compile_case(job: tuple[str, Shape, int, str, Path]) -> str | None:
             return None
         module = vllm_layer.load_kernel(folder)
         assert module is not None
-        config = vllm_layer.config_of(module, shape, tokens, device, impl == TUNED)
+        config = vllm_layer.config_of(module, shape, tokens, device, impl == TUNED, fp8)
         if config is not None:
-            vllm_layer.compile_kernel(module, config, shape, tokens)
+            vllm_layer.compile_kernel(module, config, shape, tokens, fp8)
     except Exception as error:
         return f"{job[:3]}: {bench.first_line(error)}"
     return None
 
 
-def ceilings() -> tuple[float, float]:
-    """Bytes a microsecond of a large copy, read and written; operations a microsecond of a large product."""
+def ceilings() -> tuple[float, float, float]:
+    """Bytes a microsecond of a large copy, read and written; operations a microsecond of a large product, in bfloat16
+    and in FP8 (0 if this GPU has none)."""
     bandwidth = bench.copy_bandwidth(torch.randn(2**28, device="cuda"))
     left, right = (torch.randn(8192, 8192, device="cuda").to(torch.bfloat16) for _ in range(2))
     times = [device_us(lambda: left @ right) for _ in range(12)]
-    return bandwidth, 2 * 8192**3 / statistics.median(times[2:])
+    wide = 2 * 8192**3 / statistics.median(times[2:])
+    if torch.cuda.get_device_capability() < (8, 9):
+        return bandwidth, wide, 0.0
+    one = torch.ones((), device="cuda")
+    a, b = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).T
+    times = [device_us(lambda: torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16)) for _ in range(12)]
+    return bandwidth, wide, 2 * 8192**3 / statistics.median(times[2:])
 
 
 def verified(
-    layer: Layer, calls: dict[str, Callable[[int], Any] | None], failures: list[str]
+    layer: Layer, calls: dict[str, Callable[[int], Any] | None], failures: list[str], fp8: bool = False
 ) -> dict[str, Callable[[int], Any]]:
-    """The calls whose results are close to float64; the others are added to `failures`."""
-    chosen, expected = layer.reference()
+    """The calls whose results are close to the reference; the others are added to `failures`."""
+    chosen, expected = layer.quantized_reference() if fp8 else layer.reference()
     right: dict[str, Callable[[int], Any]] = {}
     for impl, call in calls.items():
         if call is None:
@@ -173,20 +201,34 @@ def verified(
         except Exception as problem:
             failures.append(f"WRONG {layer.shape} {layer.tokens} {impl}: {bench.first_line(problem)}")
             continue
-        if error < 1e-2:
+        if error < LIMITS.get(impl, 1e-2):
             right[impl] = call
         else:
             failures.append(f"WRONG {layer.shape} {layer.tokens} {impl}: relative error {error:.3g}")
     return right
 
 
+def add(session: bench.Session, layer: Layer, times: dict[str, list[float]], fp8: bool) -> None:
+    """Add the rows of one case to the session."""
+    x, weights, ids = layer.inputs[0]
+    records = ExpertWeights(*layer.weights)
+    if fp8:
+        records = records._replace(quantized=(layer.quantized[0], layer.quantized[1]))
+    size = (layer.tokens, layer.shape[1], layer.shape[0], select_tiles(x, records, Routes(weights, ids)).block_size)
+    case = bench.Case("experts-fp8" if fp8 else "experts", layer_name(layer.shape, layer.tokens), size, [ids])
+    for impl in FP8_IMPLS if fp8 else IMPLS:
+        if impl in times:
+            session.add(case, impl, times[impl])
+
+
 def print_table(rows: list[dict[str, Any]]) -> None:
-    bench.log(f"{'case':30} {'ours':>8} {'vllm':>8} {'tuned':>8} {'hf':>8} {'floor':>8}  /vllm /tuned  /hf  of floor")
-    for row, times in bench.cases_of(rows, "experts"):
-        cells = " ".join(f"{times[impl]:8.1f}" if impl in times else f"{'-':>8}" for impl in IMPLS)
-        own = times.get(OURS, float("nan"))
-        ratios = " ".join(f"{times[impl] / own:5.2f}" if impl in times else "    -" for impl in (VLLM, TUNED, HF))
-        bench.log(f"{row['case']:30} {cells}  {ratios}  {times['floor'] / own:.2f}")
+    for name, impls in (("experts", IMPLS), ("experts-fp8", FP8_IMPLS)):
+        bench.log(f"{name:30} {'us: ' + ', '.join(impls)}; of each the time over ours")
+        for row, times in bench.cases_of(rows, name):
+            own = times.get(OURS, float("nan"))
+            cells = " ".join(f"{times[impl]:8.1f}" if impl in times else f"{'-':>8}" for impl in impls)
+            ratios = " ".join(f"{times[impl] / own:5.2f}" if impl in times else "    -" for impl in impls[1:])
+            bench.log(f"{row['case']:30} {cells}  {ratios}")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -196,6 +238,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=PEERS)
     parser.add_argument("--shapes", type=integers, default=[0, 1, 2])
     parser.add_argument("--tokens", type=integers, default=TOKENS)
+    parser.add_argument("--formats", default="bf16,fp8", help="of the weights: bf16, fp8 or both")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(arguments)
 
@@ -212,6 +255,10 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [SHAPES[index] for index in args.shapes]
     gpu = torch.cuda.get_device_name()
     module = vllm_layer.load_kernel(args.peers)
+    formats = [name for name in ("bf16", "fp8") if name in args.formats.split(",")]
+    if "fp8" in formats and torch.cuda.get_device_capability() < (8, 9):
+        bench.log("experts-fp8: left out, this GPU has no FP8 products")
+        formats.remove("fp8")
     impls = [OURS]
     failures: list[str] = []
     with contextlib.ExitStack() as stack:
@@ -221,40 +268,42 @@ def main(arguments: list[str] | None = None) -> int:
             impls += [VLLM, TUNED]
         else:
             bench.log(f"{VLLM}: left out, no {vllm_layer.KERNEL} in {args.peers} (--fetch makes it)")
-        jobs = [(impl, shape, count, gpu, args.peers) for shape in shapes for count in args.tokens for impl in impls]
+        quantising = module is not None and hasattr(module, "_per_token_group_quant_fp8")
+        if module is not None and not quantising:
+            bench.log(f"{VLLM}: left out of experts-fp8, its {vllm_layer.KERNEL} is older (--fetch makes it again)")
+        jobs = [
+            (impl, shape, count, gpu, args.peers, name == "fp8")
+            for name in formats
+            for shape in shapes
+            for count in args.tokens
+            for impl in (impls if name == "bf16" or quantising else [OURS])
+        ]
         failed = in_processes(compile_case, jobs)
         bench.log(f"{len(jobs)} cases compiled, {time.perf_counter() - started:.0f} s; failed: {failed[:3]}")
-        bytes_us, flops_us = ceilings()
-        bench.log(f"copy {bytes_us / 1e6:.2f} TB/s, product {flops_us / 1e6:.0f} TFLOP/s")
+        bytes_us, flops_us, fp8_us = ceilings()
+        bench.log(f"copy {bytes_us / 1e6:.2f} TB/s, product {flops_us / 1e6:.0f} TFLOP/s, FP8 {fp8_us / 1e6:.0f}")
         session = bench.Session(torch.device("cuda", 0), bench.gpu_slug(gpu), [])
         silu_mul = vllm_layer.silu_mul_kernel() if module is not None else None
-        for layer in layers(shapes, args.tokens):
-            experts, top_k, _, _ = layer.shape
-            calls: dict[str, Callable[[int], Any] | None] = {
-                OURS: moealign_layer(layer),
-                HF: transformers_layer(layer),
-            }
-            if module is not None:
-                for impl in (VLLM, TUNED):
-                    config = vllm_layer.config_of(module, layer.shape, layer.tokens, gpu, impl == TUNED)
-                    calls[impl] = vllm_layer.vllm_layer(layer, module, config, silu_mul) if config else None
-            slots = len(layer.inputs)
-            times = graphs_in_turns(
-                verified(layer, calls, failures),
-                slots=slots,
-                calls_per_graph=slots,
-                warm_up=slots,
-                budget_us=60_000,
-                on_failure=bench.log_capture_failure,
-            )
-            times["floor"] = [layer.floor_us(bytes_us, flops_us)]
-            x, weights, ids = layer.inputs[0]
-            block_size = select_tiles(x, ExpertWeights(*layer.weights), Routes(weights, ids)).block_size
-            size = (layer.tokens, top_k, experts, block_size)
-            case = bench.Case("experts", layer_name(layer.shape, layer.tokens), size, [layer.inputs[0][2]])
-            for impl in IMPLS:
-                if impl in times:
-                    session.add(case, impl, times[impl])
+        for layer in layers(shapes, args.tokens, "fp8" in formats):
+            for name in formats:
+                fp8 = name == "fp8"
+                calls: dict[str, Callable[[int], Any] | None] = {OURS: moealign_layer(layer, fp8)}
+                calls |= {BF16: moealign_layer(layer)} if fp8 else {HF: transformers_layer(layer)}
+                if module is not None and (quantising or not fp8):
+                    for impl in (VLLM, TUNED):
+                        config = vllm_layer.config_of(module, layer.shape, layer.tokens, gpu, impl == TUNED, fp8)
+                        calls[impl] = vllm_layer.vllm_layer(layer, module, config, silu_mul, fp8) if config else None
+                slots = len(layer.inputs)
+                times = graphs_in_turns(
+                    verified(layer, calls, failures, fp8),
+                    slots=slots,
+                    calls_per_graph=slots,
+                    warm_up=slots,
+                    budget_us=60_000,
+                    on_failure=bench.log_capture_failure,
+                )
+                times["floor"] = [layer.floor_us(bytes_us, fp8_us if fp8 else flops_us, 1 if fp8 else 2)]
+                add(session, layer, times, fp8)
     print_table(session.rows)
     status = finish(session.rows, failures, args.out or RESULTS / f"experts_{session.gpu}.csv")
     bench.log(f"{time.perf_counter() - started:.0f} s")

@@ -22,6 +22,8 @@ from moealign.layout import cdiv
 
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 28, 31, 34, 35)]
 KERNEL = "vllm_fused_moe.py"
+QUANTISING = "vllm/model_executor/layers/quantization/utils/fp8_utils.py"
+GROUP = 128  # columns of a row, and outputs and inputs of weights, that share a scale
 
 
 def fetch(folder: Path) -> None:
@@ -38,20 +40,26 @@ def fetch(folder: Path) -> None:
 def extract(wheel: Path, folder: Path) -> None:
     base = "vllm/model_executor/layers/fused_moe/"
     with zipfile.ZipFile(wheel) as archive:
-        source = archive.read(base + "fused_moe.py").decode()
+        sources = [archive.read(base + "fused_moe.py").decode(), archive.read(QUANTISING).decode()]
         configs = {}
         for name in archive.namelist():
-            match = re.fullmatch(re.escape(base) + r"configs/E=(\d+),N=(\d+),device_name=([^,]+)\.json", name)
+            match = re.fullmatch(
+                re.escape(base)
+                + r"configs/E=(\d+),N=(\d+),device_name=([^,]+)(,dtype=fp8_w8a8,block_shape=\[128,128\])?\.json",
+                name,
+            )
             if match:
-                configs["/".join(match.groups())] = json.loads(archive.read(name))
-    functions = {"write_zeros_to_output", "fused_moe_kernel", "get_default_config"}
+                *names, fp8 = match.groups()
+                configs["/".join(names) + "/fp8" * bool(fp8)] = json.loads(archive.read(name))
+    functions = {"write_zeros_to_output", "fused_moe_kernel", "get_default_config", "_per_token_group_quant_fp8"}
     parts = ["import types", "import triton", "import triton.language as tl"]
     parts.append("envs = types.SimpleNamespace(VLLM_BATCH_INVARIANT=False)")
     parts.append("current_platform = types.SimpleNamespace(is_rocm=lambda: False)")
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name in functions:
-            first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-            parts.append("\n".join(source.splitlines()[first - 1 : node.end_lineno]))
+    for source in sources:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and node.name in functions:
+                first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
+                parts.append("\n".join(source.splitlines()[first - 1 : node.end_lineno]))
     parts.append(f"CONFIGS = {configs!r}")
     (folder / KERNEL).write_text("\n\n".join(parts) + "\n")
     print(f"{folder / KERNEL}: {len(configs)} tuned configurations")
@@ -69,13 +77,16 @@ def load_kernel(folder: Path) -> types.ModuleType | None:
     return module
 
 
-def config_of(module: types.ModuleType, shape: Shape, tokens: int, device: str, tuned: bool) -> dict[str, int] | None:
+def config_of(
+    module: types.ModuleType, shape: Shape, tokens: int, device: str, tuned: bool, fp8: bool = False
+) -> dict[str, int] | None:
     """The default configuration, or the one that the wheel ships for `device`; None if it ships none."""
     experts, top_k, hidden, inner = shape
     if not tuned:
-        config: dict[str, int] = module.get_default_config(tokens, experts, inner, hidden, top_k, None)
+        scheme = ("fp8_w8a8", [GROUP, GROUP]) if fp8 else (None,)
+        config: dict[str, int] = module.get_default_config(tokens, experts, inner, hidden, top_k, *scheme)
         return config
-    configs = module.CONFIGS.get(f"{experts}/{inner}/{device.replace(' ', '_')}")
+    configs = module.CONFIGS.get(f"{experts}/{inner}/{device.replace(' ', '_')}{'/fp8' * fp8}")
     if configs is None:
         return None
     sizes = {int(key): value for key, value in configs.items() if key.isdigit()}
@@ -93,8 +104,10 @@ def launch_of(
     expert_ids: torch.Tensor,
     total: torch.Tensor,
     top_k: int,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
-    """Grid, arguments and constants of one launch, as invoke_fused_moe_triton_kernel passes them."""
+    """Grid, arguments and constants of one launch, as invoke_fused_moe_triton_kernel passes them; `scales` of FP8 rows
+    and weights."""
     import triton.language as tl
 
     tokens, size = a.shape[0], config["BLOCK_SIZE_M"]
@@ -106,12 +119,17 @@ def launch_of(
         if tokens < size:
             rows = min(rows, routes * size)
     grid = (cdiv(rows, size) * cdiv(b.shape[1], config["BLOCK_SIZE_N"]),)
+    of_rows, of_weights = scales or (None, None)
+    steps: tuple[int, ...] = (0,) * 9
+    if of_rows is not None and of_weights is not None:
+        expert, outputs, inputs = of_weights.stride()
+        steps = (*of_rows.stride(), expert, inputs, outputs, 0, 0, GROUP, GROUP)
     # fmt: off
     arguments = (
-        a, b, c, None, None, None, weights, sorted_ids, expert_ids, total,
+        a, b, c, None, of_rows, of_weights, weights, sorted_ids, expert_ids, total,
         b.shape[1], b.shape[2], rows, routes,
         a.stride(0), a.stride(1), b.stride(0), b.stride(2), b.stride(1), c.stride(-2), c.stride(-1),
-        0, 0, 0, 0, 0, 0, 0, 0, 0,
+        *steps,
     )
     # fmt: on
     constants = {
@@ -119,12 +137,12 @@ def launch_of(
         "MUL_ROUTED_WEIGHT": weights is not None,
         "top_k": top_k,
         "compute_type": tl.bfloat16,
-        "use_fp8_w8a8": False,
+        "use_fp8_w8a8": scales is not None,
         "use_int8_w8a8": False,
         "use_int8_w8a16": False,
         "per_channel_quant": False,
         "HAS_BIAS": False,
-        "SWAP_AB": False,
+        "SWAP_AB": scales is not None and size < 64 and config["BLOCK_SIZE_N"] >= 64,
         "USE_TD": False,
         "SPLIT_K": 1,
         **config,
@@ -132,7 +150,9 @@ def launch_of(
     return grid, arguments, constants
 
 
-def compile_kernel(module: types.ModuleType, config: dict[str, int], shape: Shape, tokens: int) -> None:
+def compile_kernel(
+    module: types.ModuleType, config: dict[str, int], shape: Shape, tokens: int, fp8: bool = False
+) -> None:
     """Compile both products into Triton's cache."""
     experts, top_k, hidden, inner = shape
     routes = tokens * top_k
@@ -142,11 +162,17 @@ def compile_kernel(module: types.ModuleType, config: dict[str, int], shape: Shap
 
     sorted_ids = None if naive(routes, experts) else new(routes * config["BLOCK_SIZE_M"], dtype=torch.int32)
     expert_ids, total = new(routes, dtype=torch.int32), new(1, dtype=torch.int32)
-    first = (new(tokens, hidden), new(experts, 2 * inner, hidden), None, top_k)
-    second = (new(routes, inner), new(experts, hidden, inner), new(tokens, top_k, dtype=torch.float32), 1)
+    kind = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    first = (new(tokens, hidden, dtype=kind), new(experts, 2 * inner, hidden, dtype=kind), None, top_k)
+    factors = new(tokens, top_k, dtype=torch.float32)
+    second = (new(routes, inner, dtype=kind), new(experts, hidden, inner, dtype=kind), factors, 1)
     for a, b, weights, choices in (first, second):
-        c = new(routes, b.shape[1])
-        grid, arguments, constants = launch_of(config, a, b, c, weights, sorted_ids, expert_ids, total, choices)
+        c, scales = new(routes, b.shape[1]), None
+        if fp8:
+            groups = cdiv(a.shape[1], GROUP)
+            of_weights = new(experts, cdiv(b.shape[1], GROUP), groups, dtype=torch.float32)
+            scales = new(a.shape[0], groups, dtype=torch.float32), of_weights
+        grid, arguments, constants = launch_of(config, a, b, c, weights, sorted_ids, expert_ids, total, choices, scales)
         module.fused_moe_kernel.warmup(*arguments, **constants, grid=grid)
 
 
@@ -172,14 +198,26 @@ def silu_mul_kernel() -> Any:
     return silu_mul
 
 
+def quantise(module: types.ModuleType, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """vLLM's per_token_group_quant_fp8: e4m3 values, and a scale for each GROUP of columns."""
+    values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
+    scales = torch.empty(rows.shape[0], rows.shape[1] // GROUP, dtype=torch.float32, device=rows.device)
+    module._per_token_group_quant_fp8[(scales.numel(),)](
+        rows, values, scales, GROUP, rows.shape[1], rows.stride(0), 1e-10,
+        fp8_min=-448.0, fp8_max=448.0, use_ue8m0=False, BLOCK=GROUP, num_warps=1, num_stages=1,
+    )  # fmt: skip
+    return values, scales
+
+
 def vllm_layer(
-    layer: Any, module: types.ModuleType, config: dict[str, int], silu_mul: Any
+    layer: Any, module: types.ModuleType, config: dict[str, int], silu_mul: Any, fp8: bool = False
 ) -> Callable[[int], torch.Tensor]:
     """The call of the layer's slot; `layer` is a Layer of experts.py."""
     experts, top_k, hidden, inner = layer.shape
     tokens, routes = layer.tokens, layer.tokens * top_k
     size = config["BLOCK_SIZE_M"]
-    gate_up, down = layer.weights
+    gate_up, down = [one.data for one in layer.quantized] if fp8 else layer.weights
+    scales_of = {id(one.data): one.scales for one in layer.quantized} if fp8 else {}
 
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="cuda")
@@ -200,7 +238,9 @@ def vllm_layer(
             expert_ids = new(cdiv(length, size), dtype=torch.int32)
             torch.ops._moe_C.moe_align_block_size(ids, experts, size, sorted_ids, expert_ids, total, None, None)
         for a, b, c, w, k in ((x, gate_up, first, None, top_k), (activated, down, second, weights, 1)):
-            grid, arguments, constants = launch_of(config, a, b, c, w, sorted_ids, expert_ids, total, k)
+            rows, scales = quantise(module, a) if fp8 else (a, None)
+            both = None if scales is None else (scales, scales_of[id(b)])
+            grid, arguments, constants = launch_of(config, rows, b, c, w, sorted_ids, expert_ids, total, k, both)
             module.fused_moe_kernel[grid](*arguments, **constants)
             if w is None:
                 silu_mul[(routes, cdiv(inner, 1024))](first, activated, inner, BLOCK=1024)

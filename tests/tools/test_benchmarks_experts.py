@@ -49,17 +49,22 @@ def test_only_the_kernel_and_its_configurations_are_taken_from_the_wheel(tmp_pat
     base = "vllm/model_executor/layers/fused_moe/"
     with zipfile.ZipFile(tmp_path / "vllm.whl", "w") as archive:
         archive.writestr(base + "fused_moe.py", SOURCE)
+        archive.writestr(
+            vllm_layer.QUANTISING, "import vllm\n\n@triton.jit\ndef _per_token_group_quant_fp8(y):\n    return y\n"
+        )
         name = base + "configs/E=8,N=14336,device_name=NVIDIA_H200"
         archive.writestr(name + ".json", json.dumps({"1": {"x": 1}, "64": {"x": 64}, "triton_version": "3"}))
         archive.writestr(name + ",dtype=fp8_w8a8.json", json.dumps({"1": {"x": 2}}))
+        archive.writestr(name + ",dtype=fp8_w8a8,block_shape=[128,128].json", json.dumps({"1": {"x": 3}}))
     vllm_layer.extract(tmp_path / "vllm.whl", tmp_path)
     text = (tmp_path / vllm_layer.KERNEL).read_text()
     assert "not_wanted" not in text
-    assert text.count("@triton.jit") == 2
+    assert text.count("@triton.jit") == 3
     module = vllm_layer.load_kernel(tmp_path)
     shape = (8, 2, 4096, 14336)
     assert vllm_layer.config_of(module, shape, 64, "NVIDIA H200", False) == {"BLOCK_SIZE_M": 128, "rocm": False}
     assert vllm_layer.config_of(module, shape, 40, "NVIDIA H200", True) == {"x": 64}
+    assert vllm_layer.config_of(module, shape, 40, "NVIDIA H200", True, fp8=True) == {"x": 3}
     assert vllm_layer.config_of(module, shape, 40, "NVIDIA H100", True) is None
     assert vllm_layer.load_kernel(tmp_path / "elsewhere") is None
 
@@ -105,9 +110,11 @@ def test_a_training_step_has_three_times_the_operations():
 
 def test_the_floor_is_the_longer_of_bytes_and_operations():
     layer = experts.Layer((4, 2, 8, 16), 3, [])
+    assert layer.quantized == []
     layer.inputs = [(torch.zeros(3, 8), torch.zeros(3, 2), torch.tensor([[0, 1], [0, 1], [1, 2]]))]
     weights = 3 * 8 * 16  # of one expert
     assert layer.floor_us(1.0, 1e9) == 3 * weights * 2
+    assert layer.floor_us(1.0, 1e9, 1) == 3 * weights
     assert layer.floor_us(1e9, 1.0) == 2 * 3 * 2 * weights
 
 
