@@ -355,19 +355,73 @@ def test_experts_with_other_weights_are_refused_with_the_way_out(change, got):
         module(*routes())
 
 
-def test_fp8_experts_of_transformers_are_refused_with_the_way_out():
+def fp8_experts(block, **sizes):
+    """An FP8Experts module, and rows and routes for it."""
     fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS["qwen3-moe"](), experts_implementation="moealign")
-    config = transformers.FineGrainedFP8Config(weight_block_size=(16, 16))
-    model = fp8.replace_with_fp8_linear(model, quantization_config=config)
-    experts = model.model.layers[0].mlp.experts
-    x, ids = torch.empty(3, 32, device="meta"), torch.zeros(3, 2, dtype=torch.long, device="meta")
-    with pytest.raises(moealign.BackendUnavailable, match="in FP8Experts, got quantised ones; set another by"):
-        experts(x, ids, torch.empty(3, 2, device="meta"))
+        config = CONFIGS["qwen3-moe"]()
+        for name, value in sizes.items():
+            setattr(config, name, value)
+        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="moealign")
+    quantization = transformers.FineGrainedFP8Config(weight_block_size=block)
+    model = fp8.replace_with_fp8_linear(model, quantization_config=quantization)
+    experts = model.model.layers[0].mlp.experts.to_empty(device="cpu").requires_grad_(False)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, config.hidden_size, generator=g)
+    ids = torch.randint(0, config.num_experts, (5, 2), generator=g)
+    return experts, x, ids, torch.rand(5, 2, generator=g)
+
+
+def test_fp8_experts_of_transformers_are_computed_in_fp8():
+    from cases.experts import quantized_loop, random_quantized, relative_error
+
+    experts, x, ids, weights = fp8_experts((128, 128), hidden_size=256, moe_intermediate_size=128)
+    both = (
+        random_quantized(len(experts.down_proj), 256, 256),
+        random_quantized(len(experts.down_proj), 256, 128, seed=1),
+    )
+    for name, one in zip(("gate_up_proj", "down_proj"), both, strict=True):
+        getattr(experts, name).data.copy_(one.data)
+        getattr(experts, name + "_scale_inv").data.copy_(one.scales)
+    ids[2, 1] = len(experts.down_proj)  # expert parallelism's mark
+    want = quantized_loop(x, *both, weights, ids)
+    assert relative_error(experts(x, ids, weights), want) < 2e-6
+    assert integration.explain(torch.nn.ModuleList([experts]))["0"].startswith("fused")
+    with pytest.raises(moealign.InvalidInput, match=r"expected a call without gradients.*no_grad"):
+        experts(x.requires_grad_(), ids, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda one: setattr(one, "activation_scheme", "static"), "expected blocks of 128 x 128 .*got .*'static'"),
+        (lambda one: setattr(one, "block_size", None), "expected blocks of 128 x 128 .*got block_size=None"),
+        (
+            lambda one: setattr(one, "gate_up_proj", torch.nn.Parameter(torch.ones(1))),
+            "gate_up_proj .*got torch.float32",
+        ),
+        (lambda one: delattr(one, "down_proj_scale_inv"), "down_proj_scale_inv .*float32 in FP8Experts, got none"),
+        (
+            lambda one: setattr(one, "down_proj_scale_inv", torch.nn.Parameter(torch.ones(4, 1, 1))),
+            r"down_proj_scale_inv \[\d+, 2, 1\] in FP8Experts, got \[4, 1, 1\]",
+        ),
+    ],
+    ids=["static", "per tensor", "float32", "no scales", "scales"],
+)
+def test_other_fp8_experts_are_refused_with_the_way_out(change, got):
+    experts, *call = fp8_experts((128, 128), hidden_size=256, moe_intermediate_size=128)
+    change(experts)
+    with pytest.raises(moealign.BackendUnavailable, match=rf"{got}.*; set another by .*'grouped_mm'.*dequantised"):
+        experts(*call)
+
+
+def test_fp8_experts_in_other_blocks_are_refused_with_the_way_out():
+    experts, x, ids, _ = fp8_experts((16, 16))
+    with pytest.raises(moealign.BackendUnavailable, match=r"in FP8Experts, got block_size=.16, 16.*; set another by"):
+        experts(x, ids, torch.empty(5, 2))
     integration.uninstall()
     with pytest.raises(KeyError, match="not a valid experts implementation"):
-        experts(x, ids, torch.empty(3, 2, device="meta"))
+        experts(x, ids, torch.empty(5, 2))
 
 
 def test_says_what_is_missing(monkeypatch):

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable, how_to_install
 from ..experts.activations import Gate
 from ..experts.layer import fused_moe
+from ..experts.quantized import GROUP, QuantizedWeights, scales_shape
 from .gate_forms import fused_gate
 from .routers import Replaced, is_wrapper, replace_routers, replay, restore_routers
 
@@ -30,6 +31,7 @@ __all__ = [
     "Replaced",
     "experts_forward",
     "explain",
+    "fp8_experts_forward",
     "install",
     "replace_routers",
     "replay",
@@ -65,8 +67,9 @@ def install(*, batch_invariant: bool = False) -> None:
     Select it when loading a model, ``from_pretrained(..., experts_implementation="moealign")``, or later with
     ``model.set_experts_implementation("moealign")``.  Models that share one config object share the selection.
 
-    Quantised experts (FP8, FP4 and the like) need another implementation: their first forward with this one raises
-    BackendUnavailable, which names the implementations to use.
+    ``FP8Experts`` in blocks of 128 x 128, whose rows are quantised dynamically, are computed in FP8, without gradients.
+    Other quantised experts need another implementation: their first forward with this one raises BackendUnavailable,
+    which names the implementations to use.
 
     Args:
         batch_invariant: the bits of a token's output in the experts do not depend on the other tokens of the batch
@@ -79,7 +82,8 @@ def install(*, batch_invariant: bool = False) -> None:
     _batch_invariant = batch_invariant
     _registry().register(NAME, experts_forward)
     for registry in _quantised_registries():
-        registry.register(NAME, _quantised_forward)
+        fp8 = registry.__name__ == "FP8ExpertsInterface"
+        registry.register(NAME, fp8_experts_forward if fp8 else _quantised_forward)
     _plain_gate = getattr(sys.modules["transformers.integrations.moe"], "_default_apply_gate", None)
 
 
@@ -114,6 +118,46 @@ def _quantised_registries() -> list[Any]:
 
 def _quantised_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     raise _refusal(module, "weights in bfloat16, float16, float32 or float64", "quantised ones")
+
+
+def fp8_experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """:func:`experts_forward` for Transformers' ``FP8Experts``, in FP8.
+
+    Raises:
+        BackendUnavailable: the weights are not e4m3 in blocks of 128 x 128 with float32 scales, or rows are not
+            quantised by groups of 128 columns.
+        InvalidInput: gradients are needed.
+    """
+    block, scheme = getattr(module, "block_size", None), getattr(module, "activation_scheme", None)
+    if block is None or tuple(block) != (GROUP, GROUP) or scheme != "dynamic":
+        blocks = f"blocks of {GROUP} x {GROUP} and activation_scheme='dynamic'"
+        raise _refusal(module, blocks, f"block_size={block} and activation_scheme={scheme!r}")
+    if args or kwargs:
+        raise _refusal(module, "hidden states, ids and weights", f"{len(args) + len(kwargs)} arguments more")
+    gated = getattr(module, "has_gate", True)
+    both = []
+    for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
+        data, scales = getattr(module, name, None), getattr(module, f"{name}_scale_inv", None)
+        for what, tensor, dtype in ((name, data, torch.float8_e4m3fn), (f"{name}_scale_inv", scales, torch.float32)):
+            if not isinstance(tensor, Tensor) or is_wrapper(tensor) or tensor.dtype is not dtype:
+                got = getattr(tensor, "dtype", None) or "none"
+                raise _refusal(module, f"{what} to be an ordinary tensor of {dtype}", str(got))
+        assert isinstance(data, Tensor)
+        assert isinstance(scales, Tensor)
+        if list(scales.shape) != scales_shape(data, (GROUP, GROUP)):
+            raise _refusal(module, f"{name}_scale_inv {scales_shape(data, (GROUP, GROUP))}", str(list(scales.shape)))
+        both.append(QuantizedWeights(data, scales))
+    return fused_moe(
+        hidden_states,
+        both[0],
+        both[1],
+        top_k_weights,
+        top_k_index,
+        activation=_activation(module, gated),
+        batch_invariant=_batch_invariant,
+    )
 
 
 def _refusal(module: Any, expected: str, got: str) -> BackendUnavailable:
