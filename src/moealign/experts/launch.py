@@ -281,14 +281,14 @@ def quantize_launch(
     grouped = activations == "group"
     values = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn if target.fp8 else torch.float16)
     scales = rows.new_empty(count, cdiv(depth, GROUP) if grouped else 1, dtype=torch.float32)
-    block = max(min(power_of_two(depth), 1024 if grouped else 4096), GROUP)
+    block = 16 if grouped else max(min(power_of_two(depth), 4096), GROUP)
     one = GemmLaunch(
         "quantize_rows",
-        (count, cdiv(depth, block)) if grouped else (count,),
+        (cdiv(scales.numel(), block) if grouped else count,),
         (
             rows, values, scales,
             *((None, None) if layout is None else (layout.sorted_token_ids, layout.num_tokens_post_padded)),
-            routes, depth, row_stride(rows),
+            count, routes, depth, row_stride(rows),
         ),
         {"BY": SCHEMES.index(activations), "USE_E4M3": target.fp8, "BLOCK": block, "PDL": target.hopper},
         4,

@@ -106,35 +106,36 @@ def scaled_dot(
 
 
 # `total` and the ids have one element per call, block or route, as in `gemm`.
-@triton.jit(do_not_specialize=["num_routes"], do_not_specialize_on_alignment=["sorted_ids", "total"])
+@triton.jit(do_not_specialize=["count", "num_routes"], do_not_specialize_on_alignment=["sorted_ids", "total"])
 def quantize_rows(
-    rows, out, scales, sorted_ids, total, num_routes, K, row_stride,
+    rows, out, scales, sorted_ids, total, count, num_routes, K, row_stride,
     BY: tl.constexpr, USE_E4M3: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Quantise rows: by groups, launched over (rows, blocks of columns), or by rows, launched over rows.
+    """Quantise rows by groups, BLOCK groups of any rows a program, or by rows, a row a program.
 
-    inputs      rows [rows, K]; sorted_ids, total: of the layout in whose order the rows are, or None.  Rows without a
-                route are not read
-    outputs     out [rows, K], e4m3 or float16; scales [rows, cdiv(K, WIDTH)] or [rows]
-    tunable     BLOCK columns, a multiple of WIDTH
+    inputs      rows [count, K]; sorted_ids, total: of the layout in whose order the rows are, or None.  Rows without a
+                route below num_routes are not read
+    outputs     out [count, K], e4m3 or float16; scales [count, cdiv(K, WIDTH)] or [count]
+    tunable     BLOCK groups or, by rows, columns at a time
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    if sorted_ids is not None:
-        route = tl.load(sorted_ids + row, mask=row < tl.load(total), other=-1)
-        end = tl.where((route >= 0) & (route < num_routes), K, 0)
-    else:
-        end = K
     if BY == GROUP:
-        group = tl.program_id(1) * (BLOCK // WIDTH) + tl.arange(0, BLOCK // WIDTH)
-        columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        x = tl.load(rows + row * row_stride + columns, mask=columns < end, other=0.0).to(tl.float32)
+        groups = tl.cdiv(K, WIDTH)
+        group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        row = group // groups
+        kept = _has_route(row, sorted_ids, total, count, num_routes)
+        columns = (group % groups * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+        mask = kept[:, None] & (columns < K)
+        row = row.to(tl.int64)
+        x = tl.load(rows + row[:, None] * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
         scale = scale_of(tl.max(tl.abs(x), 1))
-        tl.store(out + row * K + columns, quantize(x, scale[:, None], USE_E4M3), mask=columns < end)
-        tl.store(scales + row * tl.cdiv(K, WIDTH) + group, scale, mask=group * WIDTH < end)
+        tl.store(out + row[:, None] * K + columns, quantize(x, scale[:, None], USE_E4M3), mask=mask)
+        tl.store(scales + group, scale, mask=kept)
     else:
+        row = tl.program_id(0).to(tl.int64)
+        end = tl.where(_has_route(row, sorted_ids, total, count, num_routes), K, 0)
         columns = tl.arange(0, BLOCK)
         largest = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, end, BLOCK):
@@ -147,3 +148,14 @@ def quantize_rows(
             tl.store(out + row * K + start + columns, values, mask=start + columns < end)
         if end > 0:
             tl.store(scales + row, scale)
+
+
+@triton.jit
+def _has_route(row, sorted_ids, total, count, num_routes):
+    """Whether rows exist and, in a layout's order, belong to a route."""
+    kept = row < count
+    if sorted_ids is not None:
+        kept = kept & (row < tl.load(total))
+        route = tl.load(sorted_ids + row, mask=kept, other=-1)
+        kept = (route >= 0) & (route < num_routes)
+    return kept
