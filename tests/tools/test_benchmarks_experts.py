@@ -156,3 +156,23 @@ def test_runs_from_the_command_line(command, tmp_path):
     else:
         expected = {"faster_transformers": r"the same tokens", "replay_routing": r"with replay +0\.0%"}
         assert re.search(expected[Path(command[0]).stem], done.stdout)
+
+
+def test_layers_in_fp8_are_compared_with_the_arithmetic_in_torch():
+    shape = (3, 2, 256, 128)
+    weights = common.random_weights(shape, "cpu", torch.float32)
+    x, ids = torch.randn(5, 256), torch.randint(0, 3, (5, 2), dtype=torch.int32)
+    layer = experts.Layer(shape, 5, weights, [common.in_blocks(each) for each in weights], [(x, torch.rand(5, 2), ids)])
+    for one, exact in zip(layer.quantized, weights, strict=True):
+        assert one.data.float().abs().amax((1, 2)).eq(448).all()
+        wide = one.data.float() * one.scales.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        assert 1e-3 < relative_error(wide, exact) < 4e-2
+    failures = []
+    calls = {
+        experts.OURS: experts.moealign_layer(layer, True),
+        experts.BF16: experts.moealign_layer(layer),
+        "wrong": lambda slot: 1.02 * experts.moealign_layer(layer, True)(slot),
+        experts.HF: experts.moealign_layer(layer),  # another's limit is too narrow for what quantising costs
+    }
+    assert list(experts.verified(layer, calls, failures, True)) == [experts.OURS, experts.BF16]
+    assert len(failures) == 2
