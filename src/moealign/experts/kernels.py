@@ -194,9 +194,12 @@ def product(
         if not B_TMA:
             b_at += BLOCK_K * b_stride_k
     if SCALING is not None and SCALING[ROWS_BY] != GROUP and not SCALING[DEEP]:
-        first *= factor_of(scales, row_scale, expert, column, columns, N, 0, SWAP, SCALING)
+        # Without a step, for an expert that is not here, the result is zero whatever the scales are.
+        factor = factor_of(scales, row_scale, expert, column, columns, N, 0, SWAP, SCALING)
+        first = tl.where(steps > 0, first * factor, 0.0)
         if GATED:
-            second *= factor_of(scales, row_scale, expert, column + N, columns + N, 2 * N, 0, SWAP, SCALING)
+            factor = factor_of(scales, row_scale, expert, column + N, columns + N, 2 * N, 0, SWAP, SCALING)
+            second = tl.where(steps > 0, second * factor, 0.0)
     if SWAP:
         first = first.T
         second = second.T
