@@ -20,7 +20,7 @@ from torch import Tensor
 from . import modes
 from . import placement as tables
 from .alignment import align
-from .errors import InvalidInput, RankFailed
+from .errors import InvalidInput, InvalidType, RankFailed
 from .experts.layer import fused_moe
 
 __all__ = ["ExpertPlacement", "dispatched_moe", "replicated_moe"]
@@ -309,7 +309,12 @@ def dispatched_moe(
 
 
 def _refuse_tracing(name: str, *tensors: Tensor) -> None:
-    """Refuse tensors without data and tracing: a graph would hold the sizes of the example."""
+    """Refuse what is no tensor, tensors without data, and tracing: a graph would hold the sizes of the example."""
+    for each in tensors:
+        if not isinstance(each, Tensor):
+            raise InvalidType(
+                f"{name}: expected torch.Tensors, got {type(each).__name__}; FP8 weights are for moealign.fused_moe"
+            )
     if modes.traced() or modes.transformed() or any(each.is_meta or modes.has_own_dispatch(each) for each in tensors):
         raise InvalidInput(
             f"{name}: expected an eager call with plain tensors, got one inside a tracer or transform, or with tensors "

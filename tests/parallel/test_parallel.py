@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from helpers import WORKERS, environment
 
-from moealign import InvalidInput
-from moealign.parallel import ExpertPlacement, replicated_moe
+from moealign import InvalidInput, InvalidType, QuantizedWeights
+from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -174,3 +174,14 @@ def test_without_a_group_the_call_says_what_to_do():
             torch.zeros(1, 1, dtype=torch.int64),
             placement,
         )
+
+
+@pytest.mark.parametrize("layer", [replicated_moe, dispatched_moe])
+def test_fp8_weights_are_refused(layer):
+    data, scales = torch.zeros(2, 2, 2).to(torch.float8_e4m3fn), torch.ones(2, 1, 1)
+    weights = QuantizedWeights(data, scales)
+    with pytest.raises(InvalidType, match=r"_moe: expected torch\.Tensors, got QuantizedWeights; FP8 weights are for"):
+        layer(
+            torch.zeros(1, 2), weights, weights, torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64),
+            ExpertPlacement.linear(2, 1),
+        )  # fmt: skip
