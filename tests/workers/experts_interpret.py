@@ -51,6 +51,17 @@ def layers():
     want = expert_loop(x, gate_up, down, weights, ids, bias=biases, transposed=True)
     yield "transposed", relative_error(fused_moe(*layer, ids, **extra, backend="triton"), want)
 
+    for tokens in (2, 40):  # a tile per route, blocks
+        x, gate_up, down, weights, ids, _ = random_layer(tokens, 2, 8, 16, 16)
+        layer = [each.float() for each in (x, gate_up, down)]
+        for what, strided in (("column", (weights[:, :1], ids[:, :1])), ("expanded", (weights[:1], ids[:1]))):
+            views = [each.expand(tokens, -1) for each in (strided[0].float(), strided[1])]
+            got = fused_moe(*layer, *views, backend="triton")
+            want = expert_loop(x, gate_up, down, *(each.contiguous() for each in views))
+            yield f"{tokens} tokens, {what} of weights and ids", relative_error(got, want)
+    x, gate_up, down, weights, ids, biases = random_layer(6, 2, 3, 16, 16, bias=True, transposed=True)
+    layer = [each.float() for each in (x, gate_up, down, weights)]
+
     def odd(rows):
         return torch.tanh(rows[:, ::2]) * rows[:, 1::2]
 

@@ -124,7 +124,7 @@ def layer_gradients(
     if weights.down_bias is not None and (for_down_bias or for_routing):
         to_down_bias = torch.empty_like(weights.down_bias, memory_format=torch.contiguous_format)
         dots = hidden_states.new_zeros(count, cdiv(hidden, _BIAS_COLUMNS), dtype=torch.float32)
-        factors = routes.weights.reshape(-1)
+        factors = launch.flat(routes.weights)
         bias_of = (factors, launch.row_major(weights.down_bias), layout, to_down_bias, dots)
         launch.run([_bias_launch(grad, top_k, count, False, *bias_of)], device)
     if for_routing:
@@ -238,7 +238,7 @@ def _activation_launch(
         "activation_gradient",
         min(tiles, tile.ctas * target.multiprocessors) if tile.ctas else tiles,
         (
-            grad, launch.weights_operand(b, tile, tma), before, routes.weights.reshape(-1), layout.sorted_token_ids,
+            grad, launch.weights_operand(b, tile, tma), before, launch.flat(routes.weights), layout.sorted_token_ids,
             layout.expert_ids, layout.num_tokens_post_padded, activated, out, sums,
             count, min(blocks, layout.sorted_token_ids.numel() // tile.m), inner, hidden, weights.experts(),
             out.shape[1], routes.ids.shape[1], launch.row_stride(grad), *strides,

@@ -22,6 +22,7 @@ __all__ = [
     "activation_constants",
     "descriptor",
     "fill_product",
+    "flat",
     "gemm_launch",
     "gemm_launches",
     "layer_launches",
@@ -238,7 +239,7 @@ def gemm_launch(
             descriptor(a, tile.m, tile.k) if a_tma else a,
             (descriptor(a, half_rows, tile.k) if a_tma else a) if half_rows else None,
             weights_operand(b, tile, b_tma, interleaved),
-            bias, None if weights is None else weights.reshape(-1), *rows, before, out,
+            bias, None if weights is None else flat(weights), *rows, before, out,
             routes, max_blocks, columns, depth, experts, outputs, top_k,
             row_stride(a), *strides, 0 if bias is None else bias.stride(0), row_stride(out), *scales,
         ),
@@ -316,6 +317,11 @@ def row_major(rows: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """`tensor` as kernels index it.  ``reshape`` alone keeps the stride of a column, or of an expanded tensor."""
+    return tensor.reshape(-1).contiguous()
+
+
 def fill_product(product: Product, out: Tensor) -> None:
     """Fill the rows of `out` that the layout names."""
     run(product_launches(product, out, target_of(product.a.device)), product.a.device)
@@ -339,7 +345,7 @@ def layer_launches(
     count, hidden = tokens * top_k, hidden_states.shape[1]
     new = hidden_states.new_empty
     if layout is None:
-        ids: Tensor | None = routes.ids.reshape(-1)
+        ids: Tensor | None = flat(routes.ids)
         assert ids is not None
         kept, limit, rows = ids, weights.experts(), count
     else:
