@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import operator
 
@@ -169,7 +168,10 @@ def config(**facts: object) -> object:
 
 def module(package: str, name: str):
     pytest.importorskip("transformers")
-    return getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
+    found = pytest.importorskip(f"transformers.models.{package}.modeling_{package}", exc_type=ImportError)
+    if not hasattr(found, name):
+        pytest.skip(f"this release of Transformers has no {name}")
+    return getattr(found, name)
 
 
 def filled(router, generator: torch.Generator):
@@ -226,7 +228,10 @@ def test_a_model_s_own_router_agrees(backend, package, name, facts, given):
     router = filled(module(package, name)(config(**facts)), generator)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
     with torch.no_grad():
-        logits, theirs, which = router(hidden)
+        result = router(hidden)
+    if len(result) != 3:
+        pytest.skip("the router of this release of Transformers returns no logits")
+    logits, theirs, which = result
     given = dict(given)
     if "bias" in given:
         given["correction_bias"] = given.pop("bias")(router)

@@ -31,18 +31,18 @@ def layer(tokens, top_k=2, experts=4, hidden=144, inner=20, scheme=SCHEMES[0], g
     return x, gate_up, random_quantized(experts, hidden, inner, scheme, 2, 2.0), weights, ids
 
 
-def schemes():
+def schemes(blocks=(16, 64)):
     """(what, relative error) of every scheme; rows are quantised on the way or, in blocks of 64, by a pass."""
     for scheme in SCHEMES:
         call = layer(5, scheme=scheme)
         want = quantized_loop(*call)
-        for size in (16, 64):
+        for size in blocks:
             got = fused_moe(*call, backend="triton", block_size=size)
             yield f"{scheme}, blocks of {size}", relative_error(got, want)
 
 
 def sizes():
-    for tokens, experts, hidden, inner in ((1, 8, 1, 1), (2, 40, 256, 128), (5, 3, 130, 257), (60, 2, 127, 65)):
+    for tokens, experts, hidden, inner in ((1, 8, 1, 1), (2, 40, 256, 128), (5, 3, 130, 257), (37, 2, 127, 65)):
         call = layer(tokens, 2, experts, hidden, inner)
         yield f"{call[0].shape}", relative_error(fused_moe(*call, backend="triton"), quantized_loop(*call))
     call = layer(6, gated=False)
@@ -61,7 +61,7 @@ def options():
         kept = {"expert_map": expert_map, "activation": gate}
         given = {"num_valid_tokens": torch.tensor([19], dtype=torch.int32), "backend": "triton"}
         want = quantized_loop(x, gate_up, down, weights, ids, **kept, valid=19, bias=biases)
-        for size in (16, 64):
+        for size in (16, 64) if gate == "silu" else (16,):
             got = fused_moe(
                 x, gate_up, down, weights, ids, **kept, **given, block_size=size,
                 gate_up_bias=biases[0], down_bias=biases[1],
@@ -90,7 +90,7 @@ def products():
     x, gate_up, _, weights, ids = layer(11, 3)
     for size in (16, 64):
         layout = moealign.align(ids, block_size=size, num_experts=4)
-        for activation in (None, "silu_mul", "gelu"):
+        for activation in (None, "silu_mul"):
             given = {"row_weights": weights, "bias": torch.randn(4, 40), "activation": activation, "top_k": 3}
             got = grouped_gemm(x, gate_up, layout, **given, backend="triton")
             want = grouped_gemm(x, gate_up, layout, **given, backend="packed")
@@ -120,7 +120,7 @@ def values():
     got = grouped_gemm(one, weights, layout, top_k=1, backend="triton")[0]
     yield "every value of e4m3", float(not torch.equal(got.nan_to_num(1e9), codes.float().nan_to_num(1e9)))
     finite = codes[:127].float()
-    rows = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, torch.rand(300) * 1e-2, torch.randn(455) * 200])
+    rows = torch.cat([finite, (finite[1:] + finite[:-1]) / 2, torch.rand(40) * 1e-2, torch.randn(70) * 200])
     rows = torch.cat([rows, -rows[:15], torch.tensor([1e30, -1e30, float("inf"), float("nan")])])[:, None]
     one_output = data[:, :1].clone()
     one_output[0, 0, 0] = 1.0
@@ -156,8 +156,8 @@ def batches():
 
 def compared():
     """(what, its relative error or None) of every case; NaN is an error too."""
-    everything = (values, schemes, sizes, options, tilings, products, batches)
-    for target, parts in zip(TARGETS, (everything, (values, schemes, tilings)), strict=True):
+    without = (lambda: schemes((16,)), sizes, options, products)
+    for target, parts in zip(TARGETS, (without, (values, schemes, tilings, batches)), strict=True):
         with mock.patch.object(launch, "target_of", lambda device, target=target: target):
             for part in parts:
                 for name, error in part():
