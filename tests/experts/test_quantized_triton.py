@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import multiprocessing
+import types
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -24,6 +26,8 @@ launch = importlib.import_module("moealign.experts.launch")
 HOPPER = tiles.Target("NVIDIA H200", 132, True, True)
 ADA = tiles.Target("NVIDIA L40S", 142, False, True)
 A100 = tiles.Target("NVIDIA A100", 108, False, False)
+B200 = tiles.Target("NVIDIA B200", 148, True, False)  # as a Triton before 3.7 compiles for it
+NEW_TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
 SHAPE = (16, 8, 2048, 768)  # experts, top_k, hidden, inner
 ODD = (7, 3, 100, 77)
 #: In bfloat16 the paths round the activated rows apart, and a rounding that falls on the other side of an e4m3 value's
@@ -126,6 +130,8 @@ def every_configuration():
     for scheme in SCHEMES[1:-1]:
         for tokens in (16, 256):
             yield from ((HOPPER, one) for one in planned(SHAPE, tokens, scheme=scheme)[1][:-1])
+    for tokens in (1, 16, 256):
+        yield from ((B200, one) for one in planned(SHAPE, tokens, B200)[1][:-1])
     gate = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
     for tokens in (16, 256):
         yield HOPPER, planned(SHAPE, tokens, activation=gate.text)[1][-3]
@@ -144,7 +150,8 @@ def compile_one(number):
     target, one = distinct()[number]
     function = getattr(importlib.import_module(f"moealign.experts.{one.module}"), one.kernel)
     targets = {
-        HOPPER: [each for each in TARGETS if each[0] == "cuda" and each[1] >= 90],
+        HOPPER: [each for each in TARGETS if each[1] == 90 or (each[1] == 100 and NEW_TRITON)],
+        B200: [each for each in TARGETS if each[1] == 100],
         ADA: [("cuda", 89, 32, 99 * KIB)],
         A100: [each for each in TARGETS if each[1] in (80, "gfx942")],
     }[target]
@@ -191,6 +198,17 @@ def test_gpu_equals_the_arithmetic_in_torch(size, scheme):
     got, want = fused_moe(*call), fused_moe(*call, backend="packed")
     assert relative_error(got, want) < MAX_ERROR
     assert torch.equal(got, fused_moe(*call)), "the same bits every time"
+
+
+@pytest.mark.parametrize(("capability", "release", "fp8"), [
+    ((8, 0), "3.7.0", False), ((8, 9), "3.6.0", True), ((9, 0), "3.6.0", True), ((10, 0), "3.6.0", False),
+    ((10, 0), "3.7.0", True), ((12, 0), "3.10.1", True),
+])  # fmt: skip
+def test_e4m3_products_are_for_those_that_compile_them(capability, release, fp8, monkeypatch):
+    facts = {"name": "a GPU", "multi_processor_count": 1, "major": capability[0], "minor": capability[1]}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(**facts))
+    monkeypatch.setattr(tiles.importlib.metadata, "version", lambda name: release)
+    assert tiles.target_of.__wrapped__(torch.device("cuda", 0)).fp8 == fp8
 
 
 @gpu

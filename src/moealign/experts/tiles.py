@@ -6,6 +6,7 @@ Tiles follow from shapes, dtype and device.  A tuning file is written by ``moeal
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -103,6 +104,8 @@ def target_of(device: torch.device) -> Target:
     enough_memory = getattr(properties, "shared_memory_per_block_optin", 0) >= 227 * 1024
     hopper = torch.version.hip is None and properties.major >= 9 and enough_memory
     fp8 = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
+    if fp8 and properties.major >= 10:  # Triton before 3.7 stops at some e4m3 products for Blackwell
+        fp8 = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
     return Target(properties.name, properties.multi_processor_count, hopper, fp8)
 
 
