@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .calls.checks import SCORINGS
 from .errors import InvalidInput, InvalidType
 from .operators import score_of
+from .problem import SCORINGS
 
 __all__ = ["sequence_loss", "switch_loss", "update_correction_bias_", "z_loss"]
 

@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["AlignProblem", "RouteProblem"]
+__all__ = ["SCORINGS", "AlignProblem", "RouteProblem"]
+
+#: What a router makes of a logit; kernels know each by its place.
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 class AlignProblem(NamedTuple):
@@ -34,7 +37,7 @@ class RouteProblem(NamedTuple):
     tokens: int
     num_experts: int
     top_k: int
-    scoring: str  # "softmax", "sigmoid" or "sqrtsoftplus"
+    scoring: str  # one of SCORINGS
     renormalize: bool
     scale: float  # of the weights
     num_groups: int  # 1: every expert may be chosen

@@ -56,15 +56,15 @@ def specialisations(major: int) -> list[tuple[str, str, tuple[tuple[str, int], .
 
 def compiled_for(arch: str) -> list[tuple[str, str, tuple[tuple[str, int], ...]]]:
     """Every specialisation is compiled for sm_90 and for one other: where sm_90 does not have it, for that alone."""
-    kernels = specialisations(int(arch[3:-1]))
+    kernels, measured = specialisations(int(arch[3:-1])), specialisations(9)
     if arch == "sm_90":
         return kernels
     others = {other: specialisations(int(other[3:-1])) for other in ARCHITECTURES if other != "sm_90"}
     chance, mine = random.Random(0), []  # not in turn: the options of a kernel come in turn too
-    for kernel in specialisations(9):
+    for kernel in measured:
         if arch == chance.choice([other for other in others if kernel in others[other]]):
             mine.append(kernel)
-    return mine + [kernel for kernel in kernels if kernel not in specialisations(9)]
+    return mine + [kernel for kernel in kernels if kernel not in measured]
 
 
 class Resources(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import multiprocessing
 import types
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +26,7 @@ HOPPER = tiles.Target("NVIDIA H200", 132, True, True)
 ADA = tiles.Target("NVIDIA L40S", 142, False, True)
 A100 = tiles.Target("NVIDIA A100", 108, False, False)
 B200 = tiles.Target("NVIDIA B200", 148, True, False)  # as a Triton before 3.7 compiles for it
-NEW_TRITON = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
+NEW_TRITON = tiles.triton_release() >= (3, 7)
 SHAPE = (16, 8, 2048, 768)  # experts, top_k, hidden, inner
 ODD = (7, 3, 100, 77)
 #: In bfloat16 the paths round the activated rows apart, and a rounding that falls on the other side of an e4m3 value's

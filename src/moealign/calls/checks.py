@@ -20,7 +20,7 @@ from ..layout import (
     capacity,
     capacity_batched,
 )
-from ..problem import AlignProblem, RouteProblem
+from ..problem import SCORINGS, AlignProblem, RouteProblem
 
 __all__ = [
     "check_align",
@@ -194,7 +194,6 @@ def check_align_batched(
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 MAX_TOP_K = 32
 
 

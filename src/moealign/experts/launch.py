@@ -15,7 +15,7 @@ from .activations import NO_CONSTANTS, Gate, parse
 from .quantized import GROUP, SCHEMES
 from .quantized_launch import needs_pass, scaling
 from .records import ExpertWeights, Product, Routes, product_columns
-from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, with_block_size
+from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, triton_release, with_block_size
 
 __all__ = [
     "GemmLaunch",
@@ -123,13 +123,7 @@ def run(launches: list[GemmLaunch], device: torch.device) -> None:
 def _launches_compiled() -> bool:
     """Whether what a launch returns can be launched again with the same arguments and constants.  On AMD GPUs Triton
     also compiles for the sizes of tensors, which a key does not tell."""
-    import triton
-
-    return (
-        torch.version.hip is None
-        and not interpreted()
-        and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
-    )
+    return torch.version.hip is None and not interpreted() and (3, 6) <= triton_release() <= (3, 9)
 
 
 # ---- one product -----------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ __all__ = [
     "select_tiles",
     "target_of",
     "tiles_by_rule",
+    "triton_release",
     "tuned",
     "tuning_key",
     "tuning_path",
@@ -94,6 +95,11 @@ class Target(NamedTuple):
         return self.name.replace(" ", "_").replace("/", "_")
 
 
+def triton_release() -> tuple[int, ...]:
+    """Major and minor version of the installed Triton."""
+    return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
+
+
 @functools.lru_cache(maxsize=16)
 def target_of(device: torch.device) -> Target:
     """The facts of `device`; under Triton's interpreter, those of a small GPU without TMA."""
@@ -105,7 +111,7 @@ def target_of(device: torch.device) -> Target:
     hopper = torch.version.hip is None and properties.major >= 9 and enough_memory
     fp8 = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
     if fp8 and properties.major >= 10:  # Triton before 3.7 stops at some e4m3 products for Blackwell
-        fp8 = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 7)
+        fp8 = triton_release() >= (3, 7)
     return Target(properties.name, properties.multi_processor_count, hopper, fp8)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.checks import SCORINGS
 from ..operators import replay
+from ..problem import SCORINGS
 from .router_tracing import (
     Expression,
     ExpressionRecorder,

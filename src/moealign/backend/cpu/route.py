@@ -12,7 +12,7 @@ import struct
 import torch
 from torch import Tensor
 
-from ...problem import RouteProblem
+from ...problem import SCORINGS, RouteProblem
 from ..reference import route as reference
 from . import compiled
 from .threads import check_num_threads, helpers, num_threads
@@ -41,7 +41,7 @@ def route(
         inputs = (router_logits, correction_bias, num_valid_tokens)
         reference.route(routing, *inputs, weights, ids, mean_probability)
         return
-    first, scorings = compiled.loaded["route_kernels"].ARGUMENTS_AT, compiled.loaded["route_kernels"].SCORINGS
+    first = compiled.loaded["route_kernels"].ARGUMENTS_AT
     tokens, experts = routing.tokens, routing.num_experts
     logits, bias = (
         _contiguous_float32(router_logits),
@@ -56,7 +56,7 @@ def route(
     _ARGUMENTS.pack_into(
         arguments, first,
         chunks, tokens, experts, routing.top_k, valid,
-        scorings[routing.scoring], routing.renormalize, routing.num_groups, routing.topk_groups,
+        SCORINGS.index(routing.scoring), routing.renormalize, routing.num_groups, routing.topk_groups,
         logits.data_ptr(), 0 if bias is None else bias.data_ptr(), weights.data_ptr(), ids.data_ptr(),
         0 if mean_probability is None else mean_probability.data_ptr(), routing.scale,
     )  # fmt: skip

@@ -26,9 +26,7 @@ from ..reference.route import (
 )
 from .intrinsics import atomic_add, f32_ptr, f64_ptr, i32_ptr, i64_ptr, joins, kernel, subroutine, wait_for
 
-__all__ = ["ARGUMENTS", "ARGUMENTS_AT", "SCORINGS", "route"]
-
-SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
+__all__ = ["ARGUMENTS", "ARGUMENTS_AT", "route"]
 
 LANES = 16  # a constant, so that loops over it are vectorised
 ARGUMENTS_AT = 192  # bytes: behind three counters, each in a cache line of its own

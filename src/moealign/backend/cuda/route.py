@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...layout import OUTPUTS, BlockLayout, cdiv
-from ...problem import AlignProblem, RouteProblem
+from ...problem import SCORINGS, AlignProblem, RouteProblem
 from ..reference.route import (
     FAR,
     INVERSE_LN2,
@@ -43,7 +43,6 @@ _MAX_FUSED_TOKENS = 8  #: every CTA chooses for all tokens, a warp each; more to
 _MAX_FUSED_EXPERTS = 1024  #: with more, two launches are as fast
 _MAX_EARLY_TOKENS = 512  #: up to here the next kernel may start with the router, beyond only when its CTAs end
 
-_SCORINGS = {"softmax": 0, "sigmoid": 1, "sqrtsoftplus": 2}
 _LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -81,7 +80,7 @@ def _macros(routing: RouteProblem, vector: bool) -> Defines:
         ("TOP_K", routing.top_k),
         ("LOGITS", _LOGITS[routing.dtype]),
         ("LOGITS_VECTOR", int(vector)),
-        ("SCORING", _SCORINGS[routing.scoring]),
+        ("SCORING", SCORINGS.index(routing.scoring)),
         ("RENORM", int(routing.renormalize)),
         ("BIAS", int(routing.has_bias)),
         ("GROUPS", routing.num_groups),
