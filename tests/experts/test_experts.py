@@ -378,6 +378,29 @@ def test_grouped_gemm_fills_a_buffer():
     assert torch.equal(out, grouped_gemm(x, gate_up, layout, top_k=2))
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": torch.tanh}, {"batch_invariant": True}])
+def test_fused_moe_fills_a_buffer(options):
+    x, gate_up, down, weights, ids, _ = random_layer(6, 2, 3, 8, 5, gated="activation" not in options)
+    want = fused_moe(x, gate_up, down, weights, ids, **options)
+    out = torch.full_like(x, float("nan"))
+    assert fused_moe(x, gate_up, down, weights, ids, out=out, **options) is out
+    assert torch.equal(out, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        single = [each.float() for each in (x, gate_up, down, weights)]
+        assert fused_moe(*single, ids, out=(into := torch.empty(6, 8)), **options) is into
+        assert torch.equal(into, fused_moe(*single, ids, **options))
+    assert fused_moe(x, gate_up, down, weights, ids, out=x, **options) is x
+    assert torch.equal(x, want)
+
+
+def test_a_compiled_fused_moe_fills_a_buffer():
+    x, gate_up, down, weights, ids, _ = random_layer(6, 2, 3, 8, 5)
+    compiled = torch.compile(fused_moe, fullgraph=True, backend="aot_eager")
+    out = torch.full_like(x, float("nan"))
+    assert compiled(x, gate_up, down, weights, ids, out=out) is out
+    assert torch.equal(out, fused_moe(x, gate_up, down, weights, ids))
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +437,13 @@ def layer_call(**changed):
         ({"block_size": 48}, InvalidInput, "block_size: expected one of 16, 32, 64, 128, got 48"),
         ({"backend": "cuda"}, BackendUnavailable, "backend: expected one of triton, packed, got 'cuda'"),
         ({"topk_ids": torch.zeros(4, 2)}, InvalidType, "topk_ids: expected an integer dtype"),
+        ({"out": torch.zeros(4, 7)}, InvalidInput, r"out: expected a contiguous \[4, 8\] of torch.float32"),
+        ({"out": [1]}, InvalidType, "out: expected a torch.Tensor, got list"),
+        (
+            {"out": torch.zeros(4, 8), "hidden_states": torch.zeros(4, 8, requires_grad=True)},
+            InvalidInput,
+            "out: expected no buffer where gradients are wanted",
+        ),
     ],
 )
 def test_fused_moe_refuses(changed, error, message):

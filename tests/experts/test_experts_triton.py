@@ -590,6 +590,21 @@ def test_gpu_a_training_step_in_a_graph(size):
 
 
 @gpu
+@pytest.mark.parametrize("tokens", [1, 2, 64, 4096])
+def test_gpu_a_buffer_and_the_rows_in_place_get_the_same_bits(tokens):
+    from moealign import fused_moe
+
+    (x, *rest), ids, _ = layer_of(tokens, 4, 16, 256, 128)
+    want = fused_moe(x, *rest, ids)
+    for _ in range(20):
+        out, rows = torch.full_like(x, float("nan")), x.clone()
+        assert fused_moe(x, *rest, ids, out=out) is out
+        assert fused_moe(rows, *rest, ids, out=rows) is rows
+        assert torch.equal(out, want)
+        assert torch.equal(rows, want)
+
+
+@gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_gpu_a_token_does_not_depend_on_its_batch(dtype):
     from moealign import fused_moe

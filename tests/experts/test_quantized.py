@@ -280,6 +280,22 @@ def test_autocast_leaves_the_weights_alone():
     assert torch.equal(got, fused_moe(x.bfloat16(), gate_up, down, weights, ids).float())
 
 
+@pytest.mark.parametrize("options", [{}, {"activation": torch.tanh}, {"batch_invariant": True}])
+def test_a_buffer_or_the_rows_in_place_get_the_result(options):
+    x, gate_up, down, weights, ids = layer(gated="activation" not in options)
+    want = fused_moe(x, gate_up, down, weights, ids, **options)
+    out = torch.full_like(x, float("nan"))
+    assert fused_moe(x, gate_up, down, weights, ids, out=out, **options) is out
+    assert torch.equal(out, want)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused_moe(x, gate_up, down, weights, ids, out=out, **options) is out
+        assert torch.equal(out, fused_moe(x, gate_up, down, weights, ids, **options))
+    with pytest.raises(InvalidInput, match=r"out: expected a contiguous \[9, 144\] of torch.float32, got \[9, 7\]"):
+        fused_moe(x, gate_up, down, weights, ids, out=torch.zeros(9, 7), **options)
+    assert fused_moe(x, gate_up, down, weights, ids, out=x, **options) is x
+    assert torch.equal(x, want)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -271,6 +271,9 @@ def test_gpu_graphs_torch_compile_batches_and_one_product():
     graph.replay()
     assert torch.equal(out, want)
     assert torch.equal(torch.compile(fused_moe, fullgraph=True)(x, gate_up, down, weights, ids), want)
+    rows = x.clone()
+    assert fused_moe(rows, gate_up, down, weights, ids, out=rows) is rows
+    assert torch.equal(rows, want)
     whole = fused_moe(x, gate_up, down, weights, ids, batch_invariant=True)
     for part in (slice(0, 1), slice(3, 12), slice(40, 99)):
         some = fused_moe(x[part], gate_up, down, weights[part], ids[part], batch_invariant=True)

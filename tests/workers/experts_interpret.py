@@ -38,6 +38,11 @@ def layers():
         extra = {"gate_up_bias": biases[0].float(), "down_bias": biases[1].float()}
         got = fused_moe(*layer, ids, **extra, backend="triton")
         yield f"{tokens} tokens", relative_error(got, expert_loop(x, gate_up, down, weights, ids, bias=biases))
+        out = torch.full_like(layer[0], float("nan"))
+        filled = fused_moe(*layer, ids, **extra, backend="triton", out=out)
+        yield f"{tokens} tokens into a buffer", float(filled is not out or not torch.equal(out, got))
+        filled = fused_moe(*layer, ids, **extra, backend="triton", out=layer[0])
+        yield f"{tokens} tokens in place", float(filled is not layer[0] or not torch.equal(filled, got))
     for activation in ("gelu", "gelu_tanh", "relu", "relu2"):
         for gated in (True, False):
             x, gate_up, down, weights, ids, _ = random_layer(6, 2, 3, 16, 16, gated=gated)

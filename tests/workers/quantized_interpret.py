@@ -39,6 +39,9 @@ def schemes(blocks=(16, 64)):
         for size in blocks:
             got = fused_moe(*call, backend="triton", block_size=size)
             yield f"{scheme}, blocks of {size}", relative_error(got, want)
+        rows = call[0].clone()
+        filled = fused_moe(rows, *call[1:], backend="triton", block_size=size, out=rows)
+        yield f"{scheme} in place", float(filled is not rows or not torch.equal(rows, got))
 
 
 def sizes():

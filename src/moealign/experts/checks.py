@@ -250,7 +250,7 @@ def check_product(product: Product, activation: object) -> tuple[str | None, boo
 
 
 def check_out(out: object, a: Tensor, routes: int, columns: int, gradients: bool) -> None:
-    """Refuse a buffer that cannot hold the result of :func:`moealign.grouped_gemm`."""
+    """Refuse a buffer that cannot hold the result ``[routes, columns]`` of a product or of a layer."""
     if not isinstance(out, Tensor):
         raise InvalidType(f"out: expected a torch.Tensor, got {type(out).__name__}")
     if list(out.shape) != [routes, columns] or out.dtype is not a.dtype or not out.is_contiguous():

@@ -333,8 +333,9 @@ def layer_launches(
     activation: str,
     target: Target,
     before: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[list[GemmLaunch], Tensor]:
-    """The launches of :func:`run_layer`, and the tensor ``[T, H]`` that they fill."""
+    """The launches of :func:`run_layer`, and the tensor ``[T, H]`` that they fill: `out`, or a new one."""
     tokens, top_k = routes.ids.shape
     count, hidden = tokens * top_k, hidden_states.shape[1]
     new = hidden_states.new_empty
@@ -348,7 +349,7 @@ def layer_launches(
         kept, limit, rows = layout.positions, 2**31 - 1, layout.expert_ids.numel() * tiles.first.m
     in_layout = layout is not None
     activated = new(rows, weights.inner())
-    out, of_routes = new(tokens, hidden), new(count, hidden)
+    out, of_routes = new(tokens, hidden) if out is None else out, new(count, hidden)
     gate_up, down, gate_up_bias, down_bias, transposed, quantized = weights
     of_first, of_second = quantized or (None, None)
     x = row_major(hidden_states)
@@ -385,6 +386,7 @@ def run_layer(
     layout: BlockLayout | None,
     activation: str,
     before: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """A layer of experts, ``[T, H]``.
 
@@ -392,8 +394,10 @@ def run_layer(
         layout: with blocks of ``tiles.block_size``, or None if that is 0.
         before: ``[T * k, 2I]`` or ``[T * k, I]`` for the first product's rows before the activation, in the order of
             the routes; those of dropped routes are not written.
+        out: a buffer for the result.  It may be `hidden_states`: only the last launch writes it, and only the first
+            reads them.
     """
     target = target_of(hidden_states.device)
-    launches, out = layer_launches(tiles, hidden_states, weights, routes, layout, activation, target, before)
+    launches, out = layer_launches(tiles, hidden_states, weights, routes, layout, activation, target, before, out)
     run(launches, hidden_states.device)
     return out

@@ -20,7 +20,7 @@ from .. import modes
 from ..errors import InvalidInput
 from . import operators, packed, quantized_operators
 from .activations import Gate, Rows, function_of
-from .checks import check_inference, check_layer, check_training, select_path
+from .checks import check_inference, check_layer, check_out, check_training, select_path
 from .quantized import QuantizedWeights, data_of
 from .records import ExpertWeights, Product, Routes
 from .tiles import select_block_size
@@ -46,6 +46,7 @@ def fused_moe(
     recompute: bool = False,
     weight_grads: tuple[Tensor, Tensor] | None = None,
     batch_invariant: bool = False,
+    out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``out[t] = sum_j topk_weights[t, j] * expert(topk_ids[t, j], hidden_states[t])``, summed in the order of ``j``.
@@ -78,11 +79,14 @@ def fused_moe(
             (``.grad`` stays as it is): gradient accumulation without a second pass.  Eager calls only.
         batch_invariant: the bits of a token's output, and of its gradients, do not depend on the other tokens of the
             batch.  Kernels then take the same tiles for every batch; ``packed`` computes one token after the other.
+        out: contiguous ``[T, H]`` buffer in the dtype of `hidden_states` for the result, or `hidden_states` itself; it
+            overlaps no other argument.  Not if gradients are needed.
         backend: ``triton`` or ``packed``; by default chosen by the device, the dtype and the derivatives needed.
 
     Returns:
-        ``[T, H]`` in the dtype of `hidden_states`, also under autocast, which computes the products in its own dtype.
-        Differentiable in every floating tensor.  ``triton`` is safe in CUDA graphs; torch.compile gives one graph.
+        ``[T, H]``, `out` if given, in the dtype of `hidden_states`, also under autocast, which computes the products in
+        its own dtype.  Differentiable in every floating tensor.  ``triton`` is safe in CUDA graphs; torch.compile gives
+        one graph.
 
     Raises:
         InvalidInput, InvalidType: shapes, dtypes or devices do not match.
@@ -97,8 +101,7 @@ def fused_moe(
     if any(isinstance(each, QuantizedWeights) for each in both):
         weights = weights._replace(quantized=both)
         options = (recompute, weight_grads, batch_invariant)
-        result: Tensor = _quantized(x, weights, routes, activation, output_rows, block_size, options, backend)
-        return result.to(hidden_states.dtype) if isinstance(hidden_states, Tensor) else result
+        return _quantized(hidden_states, x, weights, routes, activation, output_rows, block_size, options, out, backend)
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
@@ -109,6 +112,11 @@ def fused_moe(
             return modes.refuse(refusal)[0]
         training = (recompute, *(weight_grads or (None, None)), batch_invariant)
     gradients = modes.wants_gradient(x, *weights, topk_weights)
+    if out is not None:
+        shape, derivatives = hidden_states.shape, gradients or modes.forward_mode()
+        refusal = modes.checked(check_out, out, hidden_states, shape[0], shape[1], derivatives)
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
     known = activation.text if isinstance(activation, Gate) else activation
     name = known if isinstance(known, str) and output_rows is None else None
     torch_only = modes.forward_mode() or (name is None and (gradients or batch_invariant))
@@ -118,9 +126,10 @@ def fused_moe(
         watched = modes.watched(x, gate_up, down, *biases, *routes) and backend != "packed"
         if watched or (path == "triton" and gradients):
             options = (name, *biases, transposed, block_size, *training)
-            result = modes.call(torch.ops.moealign.fused_moe, x, gate_up, down, *routes, *options)
+            result: Tensor = modes.call(torch.ops.moealign.fused_moe, x, gate_up, down, *routes, *options)
         elif path == "triton":
-            result = operators.run_layer(x, weights, routes, name, block_size, None, batch_invariant)
+            buffer = out if x is hidden_states else None  # else the result is of autocast's dtype
+            result = operators.run_layer(x, weights, routes, name, block_size, None, batch_invariant, buffer)
         else:
             result = modes.call(packed.run_training, x, weights, routes, apply, *training)
     elif path == "triton" and not operators.is_empty(x, weights, routes):
@@ -128,10 +137,18 @@ def fused_moe(
     else:
         options = (*(training or (False, None, None, False)), output_rows, True)
         result = modes.call(packed.run_training, x, weights, routes, apply, *options)
-    return result.to(hidden_states.dtype)
+    return _returned(result, hidden_states, out)
+
+
+def _returned(result: Tensor, hidden_states: Tensor, out: Tensor | None) -> Tensor:
+    """`result` in the dtype of `hidden_states`, or in `out`, which may hold it already."""
+    if out is None:
+        return result.to(hidden_states.dtype)
+    return out if result is out else out.copy_(result)
 
 
 def _quantized(
+    hidden_states: Tensor,
     x: Tensor,
     weights: ExpertWeights,
     routes: Routes,
@@ -139,9 +156,10 @@ def _quantized(
     output_rows: Rows | None,
     block_size: int | None,
     training: tuple[Any, ...],
+    out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """:func:`fused_moe` with quantised weights."""
+    """:func:`fused_moe` with quantised weights; `x` is `hidden_states` in the dtype that autocast asks for."""
     named = isinstance(activation, (str, Gate)) and output_rows is None
 
     def check() -> bool:
@@ -150,6 +168,8 @@ def _quantized(
         check_inference(*training, x, *weights, routes.weights, *scales)
         if training[2] and not named:
             raise InvalidInput("batch_invariant: expected no callable with quantised weights, got one; leave one out")
+        if out is not None:
+            check_out(out, hidden_states, x.shape[0], x.shape[1], modes.forward_mode())
         return gated
 
     gated = modes.checked(check)
@@ -158,10 +178,12 @@ def _quantized(
     select_path(x, backend, False)
     if named:
         name = activation.text if isinstance(activation, Gate) else activation
-        return quantized_operators.run_layer(x, weights, routes, name, block_size, training[2], backend)
-    apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
-    result: Tensor = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size, backend)
-    return result
+        buffer = out if x is hidden_states else None  # else the result is of autocast's dtype
+        result = quantized_operators.run_layer(x, weights, routes, name, block_size, training[2], buffer, backend)
+    else:
+        apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
+        result = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size, backend)
+    return _returned(result, hidden_states, out)
 
 
 def _with_callable(

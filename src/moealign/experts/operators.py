@@ -63,14 +63,18 @@ def run_layer(
     block_size: int | None,
     before: Tensor | None = None,
     batch_invariant: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """A layer of experts on plain tensors, ``[T, H]``; `before` receives the first product's rows."""
+    """A layer of experts on plain tensors, ``[T, H]``; `before` receives the first product's rows.
+
+    The result is `out` where kernels fill it.
+    """
     if launch.refuses(hidden_states) is not None or is_empty(hidden_states, weights, routes):
         run = packed.run_tokens if batch_invariant else packed.run_layer
         return run(hidden_states, weights, routes, function_of(activation, weights.gated()))
     tiles = select_tiles(hidden_states, weights, routes, block_size, batch_invariant=batch_invariant)
     layout = routes.layout(tiles.block_size, weights.experts()) if tiles.block_size else None
-    return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation, before)
+    return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation, before, out)
 
 
 def _records(

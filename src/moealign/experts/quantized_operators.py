@@ -46,9 +46,10 @@ def run_layer(
     activation: str,
     block_size: int | None,
     batch_invariant: bool,
+    out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """A layer with quantised weights whose arguments are checked, ``[T, H]``."""
+    """A layer with quantised weights whose arguments are checked, ``[T, H]``: `out` where kernels fill it."""
     assert weights.quantized is not None
     first, second = weights.quantized
     biases = weights.gate_up_bias, weights.down_bias
@@ -60,7 +61,7 @@ def run_layer(
         call = torch.ops.moealign.fused_moe_quantized
         result: Tensor = modes.call(call, hidden_states, *first, *second, *routes, *options)
         return result
-    return operators.run_layer(hidden_states, weights, routes, activation, block_size, None, batch_invariant)
+    return operators.run_layer(hidden_states, weights, routes, activation, block_size, None, batch_invariant, out)
 
 
 def _layer(hidden_states: Tensor, *args: Any) -> Tensor:
