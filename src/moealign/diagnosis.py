@@ -19,7 +19,7 @@ from .backend.cache import cache_folder
 from .calls.dispatch import backends
 from .errors import InvalidInput, MoealignError
 from .experts.tiles import parse_tuning
-from .integrations.engines import ENGINES, status
+from .integrations.engines import ENGINES, MODES, status
 from .integrations.recording import LIMITS, limit_of
 from .terminal import escape, paragraph
 
@@ -97,7 +97,7 @@ def tuning_problem(value: str) -> str | None:
 
 
 def _switch(value: str) -> str | None:
-    return None if value in ("0", "1") else f"expected 1 or 0, got {value!r}"
+    return None if value in ("0", *MODES) else f"expected 1, layer or 0, got {value!r}"
 
 
 #: Every variable that the package reads, and what is wrong with a value of it, None if nothing.

@@ -385,8 +385,8 @@ VALUES = [
     ("MOEALIGN_TRACE", "/no/such/t.safetensors", "expected a path in a folder that exists, got"),
     ("MOEALIGN_TRACE", os.path.dirname(__file__), "expected a file to write, got the folder"),
     ("MOEALIGN_TRACE_MB", "0", "expected a number of MiB above 0, got '0'"),
-    ("MOEALIGN_VLLM", "yes", "expected 1 or 0, got 'yes'"),
-    ("MOEALIGN_SGLANG", "on", "expected 1 or 0, got 'on'"),
+    ("MOEALIGN_VLLM", "yes", "expected 1, layer or 0, got 'yes'"),
+    ("MOEALIGN_SGLANG", "on", "expected 1, layer or 0, got 'on'"),
 ]
 RUNNABLE = {"demo": (), "inspect": (), "report": (), "bench": (), "check": (), "tune": SIZED[1:]}
 
@@ -436,7 +436,7 @@ def test_every_variable_that_the_package_reads_is_checked():
 def test_valid_values_are_no_problems(tmp_path, monkeypatch):
     for name, value in {
         "MOEALIGN_BACKEND": "reference", "MOEALIGN_NUM_THREADS": "2", "MOEALIGN_CACHE_DIR": str(tmp_path / "new"),
-        "MOEALIGN_TUNING": str(tmp_path / "new.json"), "MOEALIGN_VLLM": "0", "MOEALIGN_SGLANG": "",
+        "MOEALIGN_TUNING": str(tmp_path / "new.json"), "MOEALIGN_VLLM": "layer", "MOEALIGN_SGLANG": "",
         "MOEALIGN_TRACE": str(tmp_path / "t.safetensors"), "MOEALIGN_TRACE_MB": "0.5", "MOEALIGN_TRACE_LAYERS": "48",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)

@@ -1,31 +1,34 @@
-"""The drop-in for SGLang, whose hook registry wraps its ``moe_align_block_size`` in our function.
+"""The drop-in for SGLang, whose hook registry wraps its functions in ours.
 
 SGLang's convention: a route to expert ``e`` goes to bin ``e + 1`` of ``E + 1``, an id of -1 to bin 0, which comes
 first and whose blocks are marked -1; ``sorted_token_ids`` has a multiple of four elements.  Calls that moealign refuses
-go to SGLang's own function and are counted.
+go to SGLang's own function and are counted.  :mod:`~moealign.integrations.sglang_layer` runs whole layers.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import logging
+import pkgutil
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..alignment import align
-from ..errors import InvalidInput, MoealignError
+from ..errors import InvalidInput, InvalidType, MoealignError
 from ..layout import capacity
-from . import engines
-from .engines import call_counts, enabled, rebind
-from .vllm_ops import require_kernels, separate_outputs
+from . import engines, sglang_layer
+from .engines import call_counts, rebind
+from .vllm_ops import require_kernels, separate_outputs, uses_triton
 
-__all__ = ["calls", "install", "installed", "plugin", "uninstall"]
+__all__ = ["calls", "install", "installed", "layers", "metrics", "plugin", "uninstall"]
 
 #: Modules that define the function, newest release first.
 _HOMES = (
@@ -33,9 +36,12 @@ _HOMES = (
     "sglang.srt.layers.moe.fused_moe_triton.moe_align_block_size",
 )
 _NAME = "moe_align_block_size"
+#: The function for one token, which the Marlin layer calls past the first from 0.5.23 on.
+_SINGLE_HOME = "sglang.kernels.ops.moe.moe_align_single_token"
+_SINGLE = "moe_align_single_token"
 
 logger = logging.getLogger(__name__)
-_installed: list[str] = []  # the target, if any
+_installed: dict[str, Callable[..., Any]] = {}  # our hook by target
 _expert_maps: dict[tuple[int, torch.device, bool], Tensor] = {}
 
 
@@ -64,9 +70,10 @@ def _align(
     """SGLang 0.5.23's function, argument for argument; `ignore_invalid_expert` drops ids of -1."""
     if engines.recorder is not None and not torch.compiler.is_compiling():
         engines.recorder.add(topk_ids, num_experts, False)
-    if return_inactive_prefix_count or pad_expert_ids:
-        option = "return_inactive_prefix_count" if return_inactive_prefix_count else "pad_expert_ids"
-        raise InvalidInput(f"{option}: expected False, got True; SGLang's own kernel does that")
+    if pad_expert_ids:
+        raise InvalidInput("pad_expert_ids: expected False, got True; SGLang's own kernel does that")
+    if return_inactive_prefix_count and ignore_invalid_expert:
+        raise InvalidInput("ignore_invalid_expert: expected False with return_inactive_prefix_count, got True")
     if type(block_size) is not int or block_size < 1 or block_size % 4:
         raise InvalidInput(f"block_size: expected a multiple of 4, got {block_size}")
     if type(num_experts) is not int or num_experts < 1:
@@ -74,39 +81,84 @@ def _align(
     require_kernels(topk_ids)
     bins = num_experts + 1
     rows = capacity(topk_ids.numel(), block_size=block_size, num_experts=bins).sorted_token_ids
-    sorted_ids, expert_ids, total = align(
+    out: Any = separate_outputs(topk_ids, block_size, bins, True, False)
+    totals = None
+    if return_inactive_prefix_count and out is not None:
+        totals, offsets = out.expert_ids.new_empty(2), out.expert_ids.new_empty(bins + 1)
+        names = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded", "expert_offsets")
+        out = dict(zip(names, (out.sorted_token_ids, out.expert_ids, totals[:1], offsets), strict=True))
+    layout = align(
         topk_ids if ignore_invalid_expert else topk_ids + 1,
         block_size=block_size,
         num_experts=bins,
         expert_map=_expert_map(num_experts, topk_ids.device, bool(ignore_invalid_expert)),
         pad_sorted_ids=True,  # a multiple of the block size is at least SGLang's length
         ignore_invalid_experts=bool(ignore_invalid_expert),
-        out=separate_outputs(topk_ids, block_size, bins, True, False),
+        expert_offsets=return_inactive_prefix_count,
+        out=out,
     )
+    sorted_ids, expert_ids, total = layout
+    if return_inactive_prefix_count:  # how many blocks of bin 0 come first
+        assert layout.expert_offsets is not None
+        ends = layout.expert_offsets[1:2]
+        if totals is None:
+            total = torch.cat((total, ends // block_size))
+        else:
+            torch.floor_divide(ends, block_size, out=totals[1:])
+            total = totals
     return sorted_ids[: -(-rows // 4) * 4], expert_ids, total
 
 
-def _binds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _align_single(
+    topk_ids: Tensor, block_size: int, *, return_inactive_prefix_count: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """SGLang 0.5.23's function for one token, argument for argument: a block for each route, by ascending id.
+
+    An id of -1 has a block like any other, the first ones; ids are not compared with a number of experts.
+    """
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != 1 or not topk_ids.is_contiguous():
+        raise InvalidInput(f"topk_ids: expected one contiguous row, got {list(topk_ids.shape)}")
+    if topk_ids.dtype is not torch.int32:
+        raise InvalidType(f"topk_ids: expected int32, got {topk_ids.dtype}")
+    if type(block_size) is not int or block_size < 1:
+        raise InvalidInput(f"block_size: expected an int of at least 1, got {block_size}")
+    require_kernels(topk_ids)
+    top_k = topk_ids.shape[1]
+    rows, experts = topk_ids.new_empty(top_k * block_size), topk_ids.new_empty(top_k)
+    totals = topk_ids.new_empty(2 if return_inactive_prefix_count else 1)
+    if uses_triton(topk_ids):
+        importlib.import_module(f"{__package__}.sglang_kernels").single_token(
+            topk_ids, rows, experts, totals, block_size
+        )
+    else:
+        ordered, choices = topk_ids.flatten().sort(stable=True)
+        experts.copy_(ordered)
+        rows.fill_(top_k)[::block_size] = choices.int()
+        totals[0] = top_k * block_size
+        if return_inactive_prefix_count:
+            totals[1] = (topk_ids < 0).sum()
+    return rows, experts, totals
+
+
+def _binds(ours: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the call fits our parameters; another release may have more."""
     try:
-        inspect.signature(_align).bind(*args, **kwargs)
+        inspect.signature(ours).bind(*args, **kwargs)
     except TypeError:
         return False
     return True
 
 
-def _around(theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The hook: our function, falling back to `theirs` for calls that ours refuses; counts both."""
+def _around(name: str, ours: Callable[..., Any], theirs: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The hook: `ours`, falling back to `theirs` for calls that ours refuses; counts both."""
     try:
-        result = _align(*args, **kwargs)
+        result = ours(*args, **kwargs)
     except (MoealignError, TypeError) as refusal:
-        if not isinstance(refusal, MoealignError) and _binds(args, kwargs):
+        if not isinstance(refusal, MoealignError) and _binds(ours, args, kwargs):
             raise
-        if not call_counts["sglang", _NAME, "sglang"]:
-            logger.warning("moealign leaves a call of %s to SGLang (logged once): %s", _NAME, refusal)
-        call_counts["sglang", _NAME, "sglang"] += 1
+        engines.leave("sglang", name, str(refusal))
         return theirs(*args, **kwargs)
-    call_counts["sglang", _NAME, "moealign"] += 1
+    call_counts["sglang", name, "moealign"] += 1
     return result
 
 
@@ -114,21 +166,41 @@ def _registry() -> Any:
     return importlib.import_module("sglang.srt.plugins.hook_registry")
 
 
-def _home() -> str:
-    for home in _HOMES:
-        try:
-            if home in sys.modules or importlib.util.find_spec(home) is not None:
-                return home
-        except ModuleNotFoundError:
-            continue
-    raise ImportError(f"moealign: this SGLang has none of {', '.join(_HOMES)}")
+def _exists(module: str) -> bool:
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
-def install(*, apply: bool = True) -> list[str]:
-    """Register our function with SGLang's hook registry and, by default, apply the hooks; returns the target.
+def _hooks(layers: bool) -> dict[str, Callable[..., Any]]:
+    """Our hook for each function of this SGLang that we replace.
+
+    Raises:
+        ImportError: this SGLang defines its function elsewhere.
+    """
+    home = next((home for home in _HOMES if _exists(home)), None)
+    if home is None:
+        raise ImportError(f"moealign: this SGLang has none of {', '.join(_HOMES)}")
+    hooks = {f"{home}.{_NAME}": functools.partial(_around, _NAME, _align)}
+    if _exists(_SINGLE_HOME):
+        hooks[f"{_SINGLE_HOME}.{_SINGLE}"] = functools.partial(_around, _SINGLE, _align_single)
+    reason = engines.whole_layers("sglang") if layers else None
+    if reason is not None:
+        logger.warning("moealign leaves whole layers to SGLang: %s", reason)
+    elif layers:
+        hooks[sglang_layer.TARGET] = functools.partial(_around, sglang_layer.FUNCTION, sglang_layer.run)
+    return hooks
+
+
+def install(*, apply: bool = True, layers: bool = False) -> list[str]:
+    """Register our functions with SGLang's hook registry and, by default, apply the hooks; returns the targets.
 
     SGLang itself applies hooks after it has called its plug-ins, and rebinds every name that was imported before.
     Starts the recording of a trace if ``MOEALIGN_TRACE`` is set.  Returns ``[]`` if moealign is already installed.
+
+    Args:
+        layers: run whole layers too.  A release of SGLang whose layers are not known keeps them, with a warning.
 
     Raises:
         ImportError: SGLang is not installed, or defines its function elsewhere.
@@ -138,48 +210,73 @@ def install(*, apply: bool = True) -> list[str]:
         return []
     engines.start_trace("sglang")
     registry = _registry()
-    target = f"{_home()}.{_NAME}"
-    registry.HookRegistry.register(target, _around, registry.HookType.AROUND)
-    _installed.append(target)
+    for target, hook in _hooks(layers).items():
+        registry.HookRegistry.register(target, hook, registry.HookType.AROUND)
+        _installed[target] = hook
     if apply:
         registry.HookRegistry.apply_hooks()
-    logger.info("moealign replaces %s", target)
-    return [target]
+    logger.info("moealign replaces %s", ", ".join(_installed))
+    return list(_installed)
 
 
 def uninstall() -> list[str]:
-    """Remove our hook, but no others, and restore SGLang's function wherever it was bound; returns the target."""
-    if not _installed:
+    """Remove our hooks, but no others, and restore SGLang's functions wherever they were bound; returns the targets."""
+    targets = list(_installed)
+    if not targets:
         return []
     registry = _registry().HookRegistry
-    target = _installed.pop()
-    registry._hooks[target] = [entry for entry in registry._hooks[target] if entry[1] is not _around]
-    if target in registry._patched:
-        registry._patched.discard(target)
-        hooked = getattr(sys.modules[target.rpartition(".")[0]], _NAME)
-        theirs = hooked
-        while hasattr(theirs, "__wrapped__"):
-            theirs = theirs.__wrapped__
+    for target in targets:
+        hook = _installed.pop(target)
+        registry._hooks[target] = [entry for entry in registry._hooks[target] if entry[1] is not hook]
+        if target in registry._patched:
+            registry._patched.discard(target)
+            _unwrap(target)
+        if not registry._hooks[target]:
+            del registry._hooks[target]
+    if any(target in registry._hooks for target in targets):
+        registry.apply_hooks()  # those of others
+    sglang_layer.forget()
+    logger.info("moealign restored %s", ", ".join(targets))
+    return targets
+
+
+def _unwrap(target: str) -> None:
+    """Bind SGLang's own function or method again."""
+    path, _, name = target.rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    hooked = theirs = vars(owner)[name]
+    while hasattr(theirs, "__wrapped__"):
+        theirs = theirs.__wrapped__
+    if isinstance(owner, ModuleType):
         rebind(hooked, theirs)
-    if registry._hooks[target]:
-        registry.apply_hooks()
     else:
-        del registry._hooks[target]
-    logger.info("moealign restored %s", target)
-    return [target]
+        setattr(owner, name, theirs)
 
 
 def installed() -> bool:
-    """Whether our hook is registered in this process."""
+    """Whether our hooks are registered in this process."""
     return bool(_installed)
 
 
 def calls() -> dict[str, dict[str, int]]:
-    """Calls in this process: how many moealign computed, and how many it left to SGLang."""
-    return {_NAME: {who: call_counts["sglang", _NAME, who] for who in ("moealign", "sglang")}}
+    """Calls in this process by function: how many moealign computed, and how many it left to SGLang."""
+    counted = {_NAME} | {name for engine, name, _ in call_counts if engine == "sglang"}
+    return {name: {who: call_counts["sglang", name, who] for who in ("moealign", "sglang")} for name in sorted(counted)}
+
+
+def layers() -> dict[str, Any]:
+    """Layers that have been called in this process: how many moealign runs, and how many SGLang, by reason."""
+    return engines.layers("sglang")
+
+
+def metrics() -> str:
+    """The counts of :func:`calls` and :func:`layers` in Prometheus's text format."""
+    return engines.metrics("sglang")
 
 
 def plugin() -> None:
-    """The entry point, which SGLang calls in every process.  Does nothing unless MOEALIGN_SGLANG is 1."""
-    if enabled("sglang"):
-        install(apply=False)
+    """The entry point, which SGLang calls in every process.  Does nothing unless MOEALIGN_SGLANG is 1 or layer."""
+    mode = engines.mode("sglang")
+    if mode is not None:
+        engines.follow_log("sglang")
+        install(apply=False, layers=mode == "layer")

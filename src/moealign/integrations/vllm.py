@@ -2,6 +2,7 @@
 
 It replaces the two functions of ``vllm.model_executor.layers.fused_moe.moe_align_block_size`` and the in-place forms in
 ``vllm._custom_ops`` wherever they are bound.  Calls that moealign refuses go to vLLM's own functions and are counted.
+:mod:`~moealign.integrations.vllm_layer` runs whole layers.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from ..alignment import align, batched_moe_align_block_size
 from ..errors import MoealignError
-from . import engines, vllm_ops
-from .engines import call_counts, enabled, rebind
+from . import engines, vllm_layer, vllm_ops
+from .engines import call_counts, rebind
 from .vllm_ops import require_kernels
 
-__all__ = ["calls", "install", "installed", "plugin", "uninstall"]
+__all__ = ["calls", "install", "installed", "layers", "metrics", "plugin", "uninstall"]
 
 _LAYERS = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
 _OPS = "vllm._custom_ops"
@@ -94,30 +95,31 @@ def _signature_change(theirs: Callable[..., Any], ours: Callable[..., Any]) -> s
 
 def _with_fallback(name: str, theirs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """`ours`, falling back to `theirs` for calls that ours refuses; counts both."""
-    by_us, by_vllm = ("vllm", name, "moealign"), ("vllm", name, "vllm")
 
     @functools.wraps(theirs)
     def replacement(*args: Any, **kwargs: Any) -> Any:
         try:
             result = ours(*args, **kwargs)
         except MoealignError as refusal:
-            if not call_counts[by_vllm]:
-                logger.warning("moealign leaves a call of %s to vLLM (logged once): %s", name, refusal)
-            call_counts[by_vllm] += 1
+            engines.leave("vllm", name, str(refusal))
             return theirs(*args, **kwargs)
         if not torch.compiler.is_compiling():
-            call_counts[by_us] += 1
+            call_counts["vllm", name, "moealign"] += 1
         return result
 
     return replacement
 
 
-def install() -> list[str]:
+def install(*, layers: bool = False) -> list[str]:
     """Replace vLLM's functions by moealign's, wherever they are bound now or will be imported later.
 
     Starts the recording of a trace if ``MOEALIGN_TRACE`` is set.
 
-    Returns ``module.name`` of every binding that was replaced, ``[]`` if moealign is already installed.
+    Args:
+        layers: run whole layers too, those that are built from now on (:func:`moealign.integrations.vllm.layers`
+            counts them).  A release of vLLM whose layers are not known keeps them, with a warning.
+
+    Returns ``module.name`` of everything that was replaced, ``[]`` if moealign is already installed.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -139,14 +141,20 @@ def install() -> list[str]:
             replacement = _with_fallback(label, theirs, ours)
             _installed[module_name, name] = theirs, replacement
             names += rebind(theirs, replacement)
+    if layers:
+        names += vllm_layer.install()
     if names:
         logger.info("moealign replaces %s", ", ".join(names))
     return names
 
 
 def uninstall() -> list[str]:
-    """Restore vLLM's functions wherever ours are bound; returns ``module.name`` of every binding."""
-    names: list[str] = []
+    """Restore vLLM's functions wherever ours are bound; returns ``module.name`` of everything restored.
+
+    Layers that were built since :func:`install` compute with vLLM's kernels again.  A CUDA graph that was captured
+    before keeps what it captured.
+    """
+    names = vllm_layer.uninstall()
     for theirs, replacement in _installed.values():
         names += rebind(replacement, theirs)
     _installed.clear()
@@ -169,7 +177,19 @@ def calls() -> dict[str, dict[str, int]]:
     return by_function
 
 
+def layers() -> dict[str, Any]:
+    """Layers built in this process: how many moealign runs, and how many vLLM, by reason."""
+    return engines.layers("vllm")
+
+
+def metrics() -> str:
+    """The counts of :func:`calls` and :func:`layers` in Prometheus's text format."""
+    return engines.metrics("vllm")
+
+
 def plugin() -> None:
-    """The entry point, which vLLM calls in every process.  Does nothing unless MOEALIGN_VLLM is 1."""
-    if enabled("vllm"):
-        install()
+    """The entry point, which vLLM calls in every process.  Does nothing unless MOEALIGN_VLLM is 1 or layer."""
+    mode = engines.mode("vllm")
+    if mode is not None:
+        engines.follow_log("vllm")
+        install(layers=mode == "layer")

@@ -19,7 +19,15 @@ from ..errors import BackendUnavailable, InvalidInput, InvalidType
 from ..layout import INT32_MAX, BlockLayout, capacity, cdiv
 from . import vllm_reference
 
-__all__ = ["align", "align_batched", "align_lora", "globalize_align", "require_kernels", "separate_outputs"]
+__all__ = [
+    "align",
+    "align_batched",
+    "align_lora",
+    "globalize_align",
+    "require_kernels",
+    "separate_outputs",
+    "uses_triton",
+]
 
 
 @functools.cache
@@ -167,7 +175,7 @@ def globalize_align(
             "scatter_idx": kept,
         },
     )
-    if _triton(topk_idx):
+    if uses_triton(topk_idx):
         _kernels().globalize(topk_idx, kept, rank_expert_offset)
     else:
         topk_idx.add_(rank_expert_offset).masked_fill_(kept.view_as(topk_idx) < 0, -1)
@@ -221,7 +229,7 @@ def align_lora(
         _check_buffer(name, tensor, size)
 
     lora_ids = lora_ids[: max_loras + 1]
-    steps: Any = _kernels() if _triton(topk_ids) else vllm_reference
+    steps: Any = _kernels() if uses_triton(topk_ids) else vllm_reference
     ids = steps.virtual_ids(topk_ids, token_lora_mapping, adapter_enabled, lora_ids, expert_map, num_experts, max_loras)
     packed = _fill(ids, block_size=block_size, num_experts=bins, expert_offsets=True)
     steps.segments(
@@ -235,7 +243,8 @@ def align_lora(
     )
 
 
-def _triton(tensor: Tensor) -> bool:
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether steps around the alignment of `tensor` are Triton launches, not torch's operations."""
     return tensor.device.type != "cpu" and importlib.util.find_spec("triton") is not None
 
 
