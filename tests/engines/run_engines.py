@@ -3,6 +3,7 @@
 
     python tests/engines/run_engines.py   # fetch what is missing, then test, on this machine
     ... --calls 0.31.0 0.32.0             # only compare these releases' calls with the ones we replace
+    ... --release 0.31.0                  # only the tests of whole layers, in another release of vLLM
     ... --pack                            # make .real/pack.tar.xz for a machine without a network (Python 3.12)
     ... --unpacked DIR                    # there: test what was unpacked into DIR, on its GPU
     ... --own FILE...                     # run these tests of vLLM's own with our functions in place, instead
@@ -10,7 +11,7 @@
 On a GPU, MOEALIGN_VLLM_LIBRARY names vLLM's compiled _moe_C library, as benchmarks/align.py unpacks it.  vLLM's own
 tests come with its source distribution, not with its wheels; --pack takes those in .real/vllm_tests along.
 
-Needs pip and the package index, about 110 MB of downloads and no GPU.  Of the engines' wheels only the Python files
+Needs pip and the package index, about 150 MB of downloads and no GPU.  Of the engines' wheels only the Python files
 are downloaded (13 of vLLM's 321 MB), by range requests; nothing is compiled and no second torch is installed: the
 environment in .real/venv sees the packages of the Python that runs this.
 """
@@ -42,12 +43,14 @@ NEEDS = [
     "psutil", "pyzmq", "cbor2", "aiohttp", "openai", "openai-harmony", "sniffio", "pillow", "pybase64", "cachetools",
     "msgspec", "cloudpickle", "uvloop", "py-cpuinfo", "prometheus-client", "xgrammar", "apache-tvm-ffi", "fastapi",
     "starlette", "opentelemetry-api", "opentelemetry-sdk", "partial-json-parser", "llguidance", "einops", "regex",
-    "pydantic", "transformers", "orjson", "ipython", "hypothesis", "pytest",
+    "pydantic", "transformers", "orjson", "ipython", "hypothesis", "pytest", "dill", "sentencepiece", "gguf", "scipy",
+    "compressed-tensors",
 ]  # fmt: skip
 #: What only SGLang's modules bring, and what the base environment has that a machine for --pack may not.
 ONLY_SGLANG = {
     "asttokens", "executing", "ipython", "ipython_pygments_lexers", "jedi", "matplotlib-inline", "orjson", "parso",
-    "pexpect", "prompt_toolkit", "ptyprocess", "pure_eval", "stack-data", "traitlets", "wcwidth",
+    "pexpect", "prompt_toolkit", "ptyprocess", "pure_eval", "stack-data", "traitlets", "wcwidth", "compressed-tensors",
+    "dill", "gguf", "scipy", "sentencepiece",
 }  # fmt: skip
 OF_BASE = (
     "annotated-doc", "annotated-types", "anyio", "attrs", "h11", "idna", "pydantic", "pydantic-core", "sniffio",
@@ -154,6 +157,8 @@ def fetched(name: str, version: str) -> Path:
         (target / ".complete").touch()
     for stand_in, text in STAND_INS.items() if name == "vllm" else ():
         (target / "vllm" / stand_in).write_text(text)
+    for folder in ("csrc", "include") if name == "sglang" else ():  # of its kernels' sources, which it looks for
+        (target / "sglang/kernels/jit" / folder).mkdir(exist_ok=True)
     return target
 
 
@@ -221,7 +226,7 @@ def pack() -> None:
     print(f".real/pack.tar.xz: {(REAL / 'pack.tar.xz').stat().st_size / 2**20:.1f} MiB")
 
 
-def check(python: str, paths: list[Path], own: list[str], arguments: list[str]) -> int:
+def check(python: str, paths: list[Path], own: list[str], arguments: list[str], release: str = VLLM) -> int:
     here = Path(__file__).resolve().parent
     known = {
         **os.environ,
@@ -230,7 +235,10 @@ def check(python: str, paths: list[Path], own: list[str], arguments: list[str]) 
     }
     if sys.version_info < (3, 12):  # the standard library's; setuptools' refuses where that is imported already
         known["SETUPTOOLS_USE_DISTUTILS"] = "stdlib"
-    tests = ["-p", "vllm_own_tests", *own] if own else [str(here / "engine_checks.py")]
+    checks = [str(here / name) for name in ("engine_checks.py", "layer_checks.py", "sglang_layer_checks.py")]
+    if release != VLLM:
+        checks = checks[1:2]  # the others are of VLLM and SGLANG
+    tests = ["-p", "vllm_own_tests", *own] if own else checks
     return subprocess.run([python, "-m", "pytest", "-q", *tests, *arguments], env=known, cwd=ROOT).returncode
 
 
@@ -239,6 +247,7 @@ def main() -> int:
     parser.add_argument("--calls", nargs="+", metavar="VERSION")
     parser.add_argument("--pack", action="store_true")
     parser.add_argument("--unpacked", type=Path, metavar="DIR")
+    parser.add_argument("--release", default=VLLM)
     parser.add_argument("--own", nargs="+", metavar="FILE", default=[])
     options, rest = parser.parse_known_args()
     REAL.mkdir(exist_ok=True)
@@ -252,8 +261,8 @@ def main() -> int:
     if options.pack:
         pack()
         return 0
-    engines = [fetched("vllm", VLLM), fetched("sglang", SGLANG)]
-    return check(str(environment()), engines, options.own, rest)
+    engines = [fetched("vllm", options.release), fetched("sglang", SGLANG)]
+    return check(str(environment()), engines, options.own, rest, options.release)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ import torch
 from cases.engines import LORA, assert_lora, lora_case, rows_of, sglang_oracle
 from helpers import ROOT, TARGETS, WORKERS, assert_passes, compile_ahead, cut, specialisation
 
-from moealign.errors import BackendUnavailable, InvalidInput
+from moealign.errors import BackendUnavailable, InvalidInput, InvalidType
 from moealign.integrations import engines, sglang, vllm, vllm_ops
+from moealign.layout import BlockLayout, capacity
 
 LAYERS, OPS = vllm._LAYERS, vllm._OPS
 
@@ -26,7 +27,8 @@ LAYERS, OPS = vllm._LAYERS, vllm._OPS
 @pytest.fixture
 def engine(monkeypatch):
     """A vLLM of six functions that only say they were called, and a module that imported two of them by name."""
-    engines.call_counts.clear()
+    for counts in (engines.call_counts, engines.left_counts, engines.layer_counts):
+        counts.clear()
     said: list[str] = []
 
     def own(name, parameters):
@@ -114,6 +116,11 @@ def test_calls_go_to_us_and_refusals_to_the_engine(engine, caplog):
         "moe_align_block_size": {"moealign": 1, "vllm": 2},
         "batched_moe_align_block_size": {"moealign": 1, "vllm": 0},
     }
+    text = vllm.metrics()
+    assert 'moealign_calls_total{engine="vllm",function="moe_align_block_size",by="vllm"} 2\n' in text
+    left = 'moealign_left_total{engine="vllm",function="moe_align_block_size",reason="topk_ids: expected an integer dtype'
+    assert left in text
+    assert "# TYPE moealign_calls_total counter\n" in text
     assert sum("leaves a call of moe_align_block_size to vLLM" in record.message for record in caplog.records) == 1
 
 
@@ -173,6 +180,14 @@ def point(name):
         ),
         ("0.33.0", ["moealign"], {"MOEALIGN_VLLM": "1", "VLLM_PLUGINS": "a, moealign"}, "on: vllm 0.33.0"),
         ("0.33.0", ["moealign"], {"MOEALIGN_VLLM": "1"}, "on: vllm 0.33.0, MOEALIGN_VLLM=1"),
+        ("0.33.0", ["moealign"], {"MOEALIGN_VLLM": "layer"}, "on: vllm 0.33.0, MOEALIGN_VLLM=layer, whole layers"),
+        (
+            "0.340.1",
+            ["moealign"],
+            {"MOEALIGN_VLLM": "layer"},
+            "on: vllm 0.340.1, MOEALIGN_VLLM=layer, the alignment alone: expected vllm 0.31, 0.32, 0.33 for whole",
+        ),
+        ("0.33.0", ["moealign"], {"MOEALIGN_VLLM": "layers"}, "off: vllm 0.33.0; MOEALIGN_VLLM=1 switches it on"),
     ],
 )
 def test_status(monkeypatch, version, points, environment, said):
@@ -298,6 +313,7 @@ def test_the_triton_steps_interpreted():
 @pytest.mark.parametrize("mapped", [False, True])
 def test_the_triton_steps_compile_ahead(target, ids, mapped):
     pytest.importorskip("triton")
+    from moealign.integrations import sglang_kernels
     from moealign.integrations import vllm_kernels as kernels
 
     word = "*i32"
@@ -314,6 +330,7 @@ def test_the_triton_steps_compile_ahead(target, ids, mapped):
         ),
         (kernels._segments, [word] * 8 + ["i32"] * 6, {"ROWS": kernels._ROWS, "SLOTS": kernels._SLOTS}),
         (kernels._globalize, ["*i64", word, "i32", "i32"], {"ROWS": kernels._ROWS}),
+        (sglang_kernels._single_token, [word] * 4 + ["i32"] * 2, {"PREFIX": mapped, "ROUTES": 8, "ROWS": 256}),
     ]
     for function, kinds, constants in steps:
         signature = dict(zip(function.arg_names, kinds, strict=False)) | dict.fromkeys(
@@ -394,7 +411,8 @@ class HookRegistry:
 
 @pytest.fixture(params=[0, 1], ids=["new home", "old home"])
 def sgl(request, monkeypatch):
-    engines.call_counts.clear()
+    for counts in (engines.call_counts, engines.left_counts, engines.layer_counts):
+        counts.clear()
     home = types.ModuleType(sglang._HOMES[request.param])
     home.moe_align_block_size = lambda topk_ids, block_size, num_experts, **named: "own"
     importer, hooks = types.ModuleType("sglang.importer"), types.ModuleType("sglang.srt.plugins.hook_registry")
@@ -427,6 +445,7 @@ def test_sglang_is_hooked_and_restored_and_others_hooks_stay(sgl):
     assert sgl.importer.align(ids, 4, 2) == "own"
     assert sgl.importer.align.__wrapped__ is own
     assert sglang.calls()["moe_align_block_size"]["moealign"] == 1
+    assert 'moealign_left_total{engine="sglang",function="moe_align_block_size",reason="pad_expert_ids' in sglang.metrics()
     assert seen, "the hook of another plug-in still runs"
 
 
@@ -472,12 +491,62 @@ def test_sglang_s_conventions(tokens, top_k, experts, block_size, ignore):
     assert (rows.tolist(), of.tolist(), total.item()) == sglang_oracle(ids, block_size, experts, ignore)
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("inactive", [0, 1, 4, 9])
+def test_sglang_s_count_of_inactive_blocks(inactive, buffers, monkeypatch):
+    if buffers:  # as on a GPU
+
+        def made(ids, block_size, experts, pad, scatter):
+            sizes = capacity(ids.numel(), block_size=block_size, num_experts=experts, pad_sorted_ids=pad)
+            new = functools.partial(torch.full, fill_value=-7, dtype=torch.int32)
+            return BlockLayout(new((sizes.sorted_token_ids,)), new((sizes.expert_ids,)), new((1,)))
+
+        monkeypatch.setattr(sglang, "separate_outputs", made)
+    ids = torch.arange(24, dtype=torch.int32).reshape(8, 3) % 5
+    ids.view(-1)[:inactive] = -1
+    rows, of, totals = sglang._align(ids, 4, 5, return_inactive_prefix_count=True)
+    wanted = sglang_oracle(ids, 4, 5, False)
+    assert (rows.tolist(), of.tolist()) == wanted[:2]
+    assert (totals.dtype, totals.tolist()) == (torch.int32, [wanted[2], -(-inactive // 4)])
+    assert of[: -(-inactive // 4)].tolist() == [-1] * -(-inactive // 4)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("ids", [[5], [3, 0, 9, 1], [-1, 7, -1, 2], [4, 4, 1], list(range(32, 0, -1))])
+def test_sglang_s_function_for_one_token(ids, prefix):
+    """A block for each route, by ascending id and then by choice, as SGLang's kernel documents it."""
+    given = torch.tensor([ids], dtype=torch.int32)
+    rows, of, totals = sglang._align_single(given, 8, return_inactive_prefix_count=prefix)
+    order = sorted(range(len(ids)), key=lambda choice: (ids[choice], choice))
+    assert of.tolist() == [ids[choice] for choice in order]
+    assert rows.view(-1, 8).tolist() == [[choice] + [len(ids)] * 7 for choice in order]
+    assert totals.tolist() == [8 * len(ids), *[sum(each < 0 for each in ids)] * prefix]
+
+
+@pytest.mark.parametrize(
+    ("ids", "block_size", "message"),
+    [
+        (torch.zeros(2, 2, dtype=torch.int32), 8, "topk_ids: expected one contiguous row"),
+        (torch.zeros(1, 2), 8, "topk_ids: expected int32, got torch.float32"),
+        (torch.zeros(1, 2, dtype=torch.int32), 0, "block_size: expected an int of at least 1, got 0"),
+    ],
+)
+def test_what_sglang_s_function_for_one_token_must_do(ids, block_size, message):
+    with pytest.raises((InvalidInput, InvalidType), match=message):
+        sglang._align_single(ids, block_size)
+
+
 @pytest.mark.parametrize(
     ("arguments", "named", "message"),
     [
         ((6, 4), {}, "block_size: expected a multiple of 4, got 6"),
         ((4, 0), {}, "num_experts: expected an int of at least 1, got 0"),
-        ((4, 4), {"return_inactive_prefix_count": True}, "return_inactive_prefix_count: expected False"),
+        ((4, 4), {"pad_expert_ids": True}, "pad_expert_ids: expected False"),
+        (
+            (4, 4, True),
+            {"return_inactive_prefix_count": True},
+            "ignore_invalid_expert: expected False with return_inactive_prefix_count",
+        ),
     ],
 )
 def test_what_sglang_s_own_function_must_do(arguments, named, message):
