@@ -234,7 +234,7 @@ def test_why_a_runner_core_is_not_the_way_in():
     made = []
     module.register_moe_runner_core("triton", lambda config: made.append(config))
     try:
-        runner, w13, w2 = build()
+        runner = build()[0]
         assert len(made) == 1
         assert runner.fused_func is of("moe_runner.triton", "fused_experts_none_to_triton")
     finally:

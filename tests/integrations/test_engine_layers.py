@@ -100,9 +100,7 @@ def engine(monkeypatch):
 
     at = vllm_layer._LAYERS
     module(monkeypatch, f"{at}.experts.triton_moe", TritonExperts=TritonExperts)
-    module(
-        monkeypatch, f"{at}.unquantized_fused_moe_method", UnquantizedFusedMoEMethod=UnquantizedFusedMoEMethod
-    )
+    module(monkeypatch, f"{at}.unquantized_fused_moe_method", UnquantizedFusedMoEMethod=UnquantizedFusedMoEMethod)
     module(monkeypatch, f"{at}.routed_experts", RoutedExperts=RoutedExperts)
     module(monkeypatch, "vllm.model_executor.custom_op", op_registry_oot=registry, PluggableLayer=PluggableLayer)
     envs = module(monkeypatch, "vllm.envs", VLLM_BATCH_INVARIANT=False)
@@ -244,7 +242,9 @@ def test_what_another_plug_in_registered_stays(engine, caplog):
     assert engine.registry == {"RoutedExperts": other}
 
 
-@pytest.mark.parametrize(("release", "known"), [("0.31.0", True), ("0.32.2rc1", True), ("0.30.9", False), ("0.330.0", False)])
+@pytest.mark.parametrize(
+    ("release", "known"), [("0.31.0", True), ("0.32.2rc1", True), ("0.30.9", False), ("0.330.0", False)]
+)
 def test_releases_whose_layers_are_known(engine, monkeypatch, caplog, release, known):
     monkeypatch.setattr(engines.importlib.metadata, "version", lambda package: release)
     assert bool(vllm.install(layers=True)) is known

@@ -118,7 +118,9 @@ def test_calls_go_to_us_and_refusals_to_the_engine(engine, caplog):
     }
     text = vllm.metrics()
     assert 'moealign_calls_total{engine="vllm",function="moe_align_block_size",by="vllm"} 2\n' in text
-    left = 'moealign_left_total{engine="vllm",function="moe_align_block_size",reason="topk_ids: expected an integer dtype'
+    left = (
+        'moealign_left_total{engine="vllm",function="moe_align_block_size",reason="topk_ids: expected an integer dtype'
+    )
     assert left in text
     assert "# TYPE moealign_calls_total counter\n" in text
     assert sum("leaves a call of moe_align_block_size to vLLM" in record.message for record in caplog.records) == 1
@@ -445,7 +447,9 @@ def test_sglang_is_hooked_and_restored_and_others_hooks_stay(sgl):
     assert sgl.importer.align(ids, 4, 2) == "own"
     assert sgl.importer.align.__wrapped__ is own
     assert sglang.calls()["moe_align_block_size"]["moealign"] == 1
-    assert 'moealign_left_total{engine="sglang",function="moe_align_block_size",reason="pad_expert_ids' in sglang.metrics()
+    assert (
+        'moealign_left_total{engine="sglang",function="moe_align_block_size",reason="pad_expert_ids' in sglang.metrics()
+    )
     assert seen, "the hook of another plug-in still runs"
 
 

@@ -54,9 +54,7 @@ class Engine(NamedTuple):
 
 
 ENGINES = {
-    "vllm": Engine(
-        "vllm", "vllm.general_plugins", "MOEALIGN_VLLM", "VLLM_PLUGINS", "vLLM", ("0.31", "0.32", "0.33")
-    ),
+    "vllm": Engine("vllm", "vllm.general_plugins", "MOEALIGN_VLLM", "VLLM_PLUGINS", "vLLM", ("0.31", "0.32", "0.33")),
     "sglang": Engine("sglang", "sglang.srt.plugins", "MOEALIGN_SGLANG", "SGLANG_PLUGINS", "SGLang", ("0.5.23",)),
 }
 ENTRY_POINT = "moealign"  #: our name in both groups
@@ -210,7 +208,12 @@ def metrics(name: str) -> str:
     text = ""
     for metric, kind, meaning, lines in (
         ("moealign_layers", "gauge", "MoE layers built, by who runs them", layer_lines),
-        ("moealign_calls_total", "counter", "Calls in Python, by who computed them; replays of CUDA graphs are none", call_lines),
+        (
+            "moealign_calls_total",
+            "counter",
+            "Calls in Python, by who computed them; replays of CUDA graphs are none",
+            call_lines,
+        ),
         ("moealign_left_total", "counter", "Calls left to the engine, by reason", left_lines),
     ):
         text += "".join(f"{line}\n" for line in (f"# HELP {metric} {meaning}.", f"# TYPE {metric} {kind}", *lines))

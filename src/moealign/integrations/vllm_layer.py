@@ -3,7 +3,8 @@
 The seam is vLLM's for plug-ins: a class given to ``PluggableLayer.register_oot`` is built wherever vLLM builds a layer
 of that name.  Ours, for ``RoutedExperts``, builds vLLM's and then names our experts in the layer's method, which makes
 its kernel of them.  They take the place of ``TritonExperts`` alone, whose weights are the checkpoint's, ``[E, 2I, H]``
-and ``[E, H, I]``, and are read where they lie.  Loading, routers, all-to-all, shared experts and reductions stay vLLM's.
+and ``[E, H, I]``, and are read where they lie.  Loading, routers, all-to-all, shared experts and reductions stay
+vLLM's.
 ``UnquantizedFusedMoEMethod`` can be replaced in the same way, but quantised layers never reach it, and it does not know
 its layer, so that neither could be named.
 """
@@ -150,7 +151,7 @@ def _classes() -> tuple[Any, type]:
         It reserves no workspace: ours comes from torch's allocator, and a call that is left to vLLM brings its own.
         """
 
-        def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:  # noqa: N803
+        def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:
             return (0,), (0,), (M, K)
 
         def apply(
