@@ -230,7 +230,7 @@ def check(python: str, paths: list[Path], own: list[str], arguments: list[str], 
     here = Path(__file__).resolve().parent
     known = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (*paths, here, here.parent))),
+        "PYTHONPATH": os.pathsep.join(map(str, (*paths, here, here.parent, here.parent / "docs"))),
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     if sys.version_info < (3, 12):  # the standard library's; setuptools' refuses where that is imported already

@@ -527,6 +527,24 @@ def test_sglang_s_function_for_one_token(ids, prefix):
     assert totals.tolist() == [8 * len(ids), *[sum(each < 0 for each in ids)] * prefix]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("prefix", [False, True])
+def test_gpu_sglang_s_functions_give_what_they_give_on_a_cpu(prefix):
+    torch.manual_seed(0)
+    for top_k in (1, 6, 8, 32):
+        for block_size in (8, 48, 64):
+            single = torch.randint(-1, 200, (1, top_k), dtype=torch.int32)
+            several = torch.randint(-1, 200, (9, top_k), dtype=torch.int32)
+            for function, ids, sizes in (
+                (sglang._align_single, single, (block_size,)),
+                (sglang._align, several, (block_size, 200)),
+            ):
+                wanted = function(ids, *sizes, return_inactive_prefix_count=prefix)
+                found = function(ids.cuda(), *sizes, return_inactive_prefix_count=prefix)
+                assert [each.tolist() for each in found] == [each.tolist() for each in wanted]
+                assert found[2].data_ptr() % 8 == 0
+
+
 @pytest.mark.parametrize(
     ("ids", "block_size", "message"),
     [

@@ -182,7 +182,7 @@ def _hooks(layers: bool) -> dict[str, Callable[..., Any]]:
     home = next((home for home in _HOMES if _exists(home)), None)
     if home is None:
         raise ImportError(f"moealign: this SGLang has none of {', '.join(_HOMES)}")
-    hooks = {f"{home}.{_NAME}": functools.partial(_around, _NAME, _align)}
+    hooks: dict[str, Callable[..., Any]] = {f"{home}.{_NAME}": functools.partial(_around, _NAME, _align)}
     if _exists(_SINGLE_HOME):
         hooks[f"{_SINGLE_HOME}.{_SINGLE}"] = functools.partial(_around, _SINGLE, _align_single)
     reason = engines.whole_layers("sglang") if layers else None
