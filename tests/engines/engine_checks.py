@@ -451,6 +451,8 @@ def test_sglang_s_own_call(sglang, ignore):
         sglang.module.sgl_moe_align_block_size = lambda *given, seen=seen: seen.update(rows=given[3], of=given[4])
         theirs(ids, block_size, experts, ignore)
         assert (seen["rows"].shape, seen["of"].shape) == (rows.shape, of.shape)
-    with pytest.raises(ValueError, match="Inactive-prefix counts require CUDA"):  # SGLang's words, not ours
-        sglang.importer.align(ids, block_size, experts, return_inactive_prefix_count=True)
-    assert sglang.hooks.calls() == {"moe_align_block_size": {"moealign": 3, "sglang": 1}}
+    totals = sglang.importer.align(ids, block_size, experts, return_inactive_prefix_count=True)[2]
+    assert totals.tolist() == [sglang_oracle(ids, block_size, experts, False)[2], -(-(ids < 0).sum().item() // 4)]
+    with pytest.raises(ValueError, match="Padding expert IDs requires CUDA"):  # SGLang's words, not ours
+        sglang.importer.align(ids, block_size, experts, ignore, pad_expert_ids=True)
+    assert sglang.hooks.calls() == {"moe_align_block_size": {"moealign": 4, "sglang": 1}}

@@ -12,7 +12,6 @@ import importlib
 import importlib.util
 import inspect
 import logging
-import pkgutil
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -243,7 +242,10 @@ def uninstall() -> list[str]:
 def _unwrap(target: str) -> None:
     """Bind SGLang's own function or method again."""
     path, _, name = target.rpartition(".")
-    owner = pkgutil.resolve_name(path)
+    owner: Any = sys.modules.get(path)
+    if owner is None:  # a class of a module
+        module, _, of = path.rpartition(".")
+        owner = getattr(sys.modules[module], of)
     hooked = theirs = vars(owner)[name]
     while hasattr(theirs, "__wrapped__"):
         theirs = theirs.__wrapped__

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 _installed: list[type] = []  # our layer, if it is registered
 
 
-def refuses_layer(layer: Any, method: type, experts: type) -> str | None:
+def refuses_layer(layer: Any, method: Any, experts: type) -> str | None:
     """Why vLLM keeps `layer`, a ``RoutedExperts``; None if we run it.
 
     Args:
