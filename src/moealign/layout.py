@@ -30,13 +30,14 @@ __all__ = [
 INT32_MAX = 2**31 - 1
 
 
-#: Bits that backends set in an error word, and what each says.
-BAD_ID, BAD_MAP, BAD_NUM_VALID, BAD_COUNT = 1, 2, 4, 8
+#: Bits that backends, and an exchange between ranks, set in an error word, and what each says.
+BAD_ID, BAD_MAP, BAD_NUM_VALID, BAD_COUNT, PAST_CAPACITY = 1, 2, 4, 8, 16
 ERROR_BITS = {
     BAD_ID: "topk_ids held an id outside {-1} | [0, num_experts); its route was dropped",
     BAD_MAP: "expert_map held a value outside {-1} | [0, num_experts); it counted as -1",
     BAD_NUM_VALID: "num_valid_tokens was outside [0, number of tokens]; it was clamped",
     BAD_COUNT: "expert_num_tokens held a count outside [0, max_tokens_per_batch]; it was clamped",
+    PAST_CAPACITY: "more routes went to a rank than the exchange has capacity for; the routes past it were dropped",
 }
 
 

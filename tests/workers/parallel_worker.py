@@ -17,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moealign import InvalidInput, InvalidType, RankFailed, fused_moe
-from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
+from moealign import InvalidInput, InvalidType, RankFailed, fused_moe, new_error_word, raise_for_errors
+from moealign.parallel import ExpertExchange, ExpertPlacement, dispatched_moe, replicated_moe
 
 EXPERTS, HIDDEN, INNER, TOP_K = 10, 6, 5, 3
 DEVICE = torch.device("cpu")  # with NCCL this rank's GPU
@@ -118,6 +118,58 @@ def check_dispatched(rank: int, ranks: int) -> None:
                 with torch.no_grad():  # the parts overlap
                     again = dispatched_moe(mine[0], *given, chunks=chunks)
                 assert torch.equal(again, out), (name, kind, chunks)
+
+
+def whole_numbers(seed: int, counts: list[int], kind: str) -> tuple[list[tuple[torch.Tensor, ...]], list[torch.Tensor]]:
+    """Tokens of each rank, and a layer: of whole numbers, so that every order of a sum gives the same bits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randint(-3, 4, size, generator=generator).double().to(DEVICE)
+
+    parts = []
+    for count in counts:
+        ids = torch.rand(count, EXPERTS, generator=generator).topk(TOP_K).indices  # a token's ids differ
+        if kind == "one rank":
+            ids %= -(-EXPERTS // len(counts))
+        elif kind == "dropped":
+            ids = torch.where(torch.rand(ids.shape, generator=generator) < 0.4, -1, ids)
+        elif kind == "nothing":
+            ids.fill_(-1)
+        parts.append((draw(count, HIDDEN), draw(count, TOP_K), ids.to(DEVICE)))
+    return parts, [draw(EXPERTS, 2 * INNER, HIDDEN), draw(EXPERTS, HIDDEN, INNER)]
+
+
+def check_exchange(rank: int, ranks: int) -> None:
+    """Bit for bit the single layer, with its gradients, whatever is sent where."""
+    counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]  # uneven, and the last rank has none
+    for name, placement in placements(ranks).items():
+        capacity = ExpertExchange.max_capacity(placement, max(counts), TOP_K)
+        exchange = ExpertExchange(placement, capacity=capacity)
+        for kind in ("uniform", "one rank", "dropped", "nothing"):
+            if kind == "one rank" and name != "linear":  # with ids twice in a token, more than a capacity's worth
+                capacity = max(counts) * TOP_K
+            parts, experts = whole_numbers(3, counts, kind)
+            every = [torch.cat(each) for each in zip(*parts, strict=True)]
+            whole = [each.clone().requires_grad_() for each in (every[0], *experts, every[1])]
+            expected = fused_moe(*whole, every[2], activation="relu")
+            cotangent = torch.arange(expected.numel(), device=DEVICE).view_as(expected).remainder(5).double() - 2
+            expected.backward(cotangent)
+            span = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+            own = [placement.shard(each, rank) for each in experts]
+            mine = [each.clone().requires_grad_() for each in (parts[rank][0], *own, parts[rank][1])]
+            word = new_error_word(DEVICE)
+            room = exchange if kind != "one rank" else ExpertExchange(placement, capacity=max(counts) * TOP_K)
+            out = room(*mine, parts[rank][2], activation="relu", error_word=word)
+            out.backward(cotangent[span])
+            raise_for_errors(word)
+            assert torch.equal(out, expected[span]), (name, kind)
+            assert torch.equal(mine[0].grad, whole[0].grad[span]), (name, kind)
+            assert torch.equal(mine[3].grad, whole[3].grad[span]), (name, kind)
+            for local, full in zip(mine[1:3], whole[1:3], strict=True):
+                assert torch.equal(gathered(placement, local.grad), full.grad), (name, kind)
+            with torch.no_grad():
+                assert torch.equal(room(*mine, parts[rank][2], activation="relu"), out), (name, kind)
 
 
 def check_mesh(rank: int, ranks: int) -> None:

@@ -384,7 +384,9 @@ def gather_rows(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -
 
 
 def gather(source: Tensor, routes: Tensor, positions: Tensor, top_k: int) -> Tensor:
-    """:func:`gather_rows` in torch's operations."""
+    """:func:`gather_rows` in torch's operations; without tokens, zeros."""
+    if not source.shape[0]:
+        return source.new_zeros(routes.shape[0], source.shape[1])
     return source.index_select(0, routes.clamp(max=positions.shape[0] - 1) // top_k)
 
 

@@ -13,7 +13,18 @@ from .. import modes
 from ..errors import InvalidInput, InvalidType, RankFailed
 from .experts import ExpertPlacement
 
-__all__ = ["AllToAll", "Copy", "Exchange", "Group", "Reduce", "collective", "member", "refuse_tracing"]
+__all__ = [
+    "AllToAll",
+    "Copy",
+    "Exchange",
+    "Group",
+    "Reduce",
+    "collective",
+    "group_of",
+    "member",
+    "refuse_tracing",
+    "swap",
+]
 
 Group = Any  # a ProcessGroup, or a DeviceMesh of one dimension
 
@@ -32,7 +43,8 @@ def refuse_tracing(name: str, *tensors: Tensor) -> None:
         )
 
 
-def member(placement: ExpertPlacement, group: Group, weights: Tensor) -> tuple[Group, int]:
+def group_of(placement: ExpertPlacement, group: Group) -> tuple[Group, int]:
+    """The process group that `group` means, of as many ranks as `placement`, and this process's rank in it."""
     if not dist.is_initialized():
         raise InvalidInput("group: expected torch.distributed to be initialized: dist.init_process_group(...) first")
     if group is not None and hasattr(group, "get_group"):  # a DeviceMesh
@@ -40,12 +52,18 @@ def member(placement: ExpertPlacement, group: Group, weights: Tensor) -> tuple[G
     ranks = dist.get_world_size(group)
     if placement.ranks != ranks:
         raise InvalidInput(f"placement: expected one of {ranks} ranks like the group, got {placement.ranks}")
+    return group, dist.get_rank(group)
+
+
+def member(placement: ExpertPlacement, group: Group, weights: Tensor) -> tuple[Group, int]:
+    """:func:`group_of` for a rank that holds `weights`."""
+    group, rank = group_of(placement, group)
     if weights.shape[0] != placement.slots:
         raise InvalidInput(
             f"gate_up_proj: expected this rank's {placement.slots} experts, got {weights.shape[0]}; "
             "placement.shard(weights, rank) cuts them"
         )
-    return group, dist.get_rank(group)
+    return group, rank
 
 
 def collective(group: Group, call: Callable[[], Any]) -> Any:
@@ -127,3 +145,47 @@ class Exchange:
             collective(self.group, self.work.wait)
             self.work = None
         return self.rows
+
+
+# ---- equal parts -----------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define("swap_rows(Tensor rows, str group) -> Tensor")
+
+
+def swap(rows: Tensor, group: str) -> Tensor:
+    """Part ``p`` of `rows` for rank ``p``; the result holds in part ``p`` what rank ``p`` had for this one.
+
+    All parts have the same size, so the host waits for nothing.  It is its own inverse, and its own gradient.
+    """
+    if modes.watched(rows) or modes.wants_gradient(rows):
+        result: Tensor = modes.call(torch.ops.moealign.swap_rows, rows, group)
+        return result
+    return _swap(rows, group)
+
+
+def _swap(rows: Tensor, group: str) -> Tensor:
+    rows = rows.contiguous()
+    came = torch.empty_like(rows)
+    members = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
+    # As bytes: rows may be of a dtype that a transport does not know, and hold bits that are no number.
+    parts = came.view(torch.uint8), rows.view(torch.uint8)
+    collective(members, lambda: dist.all_to_all_single(*parts, group=members))
+    return came
+
+
+def _swap_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.group = inputs[1]
+
+
+def _swap_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return swap(grad, ctx.group), None
+
+
+def _swap_fake(rows: Tensor, group: str) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+_library.impl("swap_rows", _swap, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::swap_rows", _swap_fake, lib=_library)
+modes.differentiable(_library, "swap_rows", _swap, _swap_save, _swap_backward)

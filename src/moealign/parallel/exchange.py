@@ -1,0 +1,288 @@
+"""The dispatched mode of a fixed size: :class:`ExpertExchange`.
+
+The host waits for nothing and knows every size ahead, so a call can be captured in a CUDA graph and compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import modes
+from ..alignment import align
+from ..errors import InvalidInput, InvalidType
+from ..experts.layer import fused_moe
+from ..layout import INT32_MAX, PAST_CAPACITY
+from . import wire
+from .collectives import Group, group_of, refuse_tracing, swap
+from .experts import ExpertPlacement
+
+__all__ = ["Arrived", "ExpertExchange", "Way"]
+
+
+class Arrived(NamedTuple):
+    """The rows that came to a rank: arguments of :func:`fused_moe`."""
+
+    hidden_states: Tensor  #: ``[rows, H]``; undefined where the id is -1
+    topk_weights: Tensor  #: float32 ``[rows, 1]``, ones: the router's weights are applied at home
+    topk_ids: Tensor  #: int16 ``[rows, 1]``, the slot of each row; -1 where no route came
+
+
+class Way(NamedTuple):
+    """The way back of a rank's routes."""
+
+    routes: Tensor  #: int32 ``[rows]``, the route in each row of the buffer, ``T * k`` where there is none
+    places: Tensor  #: int32 ``[T * k]``, the row of each route in the buffer, -1 for a dropped one
+    wanted: Tensor  #: int32 ``[ranks]``, routes to each rank, more than its capacity if some were dropped
+
+
+class ExpertExchange:
+    """A prepared exchange of routes between ranks, with `capacity` rows for each pair of ranks.
+
+    ``exchange(...)`` is :func:`dispatched_moe` without its wait: one collective takes rows and slots there, one brings
+    results back, and both always have the same size.  Up to `capacity` routes of a rank go to each rank; further ones
+    are dropped, in the order of the routes, and reported in an `error_word`.  :meth:`max_capacity` never drops any.
+
+    Args:
+        placement: for as many ranks as `group` has.
+        capacity: rows from one rank to another; the same on every rank.
+        group: a process group or a one-dimensional DeviceMesh; by default all ranks.
+        device: of the tensors; by default the current GPU under NCCL, else the CPU.
+
+    Raises:
+        InvalidInput: no process group, a placement of another number of ranks, a capacity below 1, more rows than int32
+            numbers, or more than 32,767 experts a rank.
+    """
+
+    def __init__(
+        self,
+        placement: ExpertPlacement,
+        *,
+        capacity: int,
+        group: Group = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        group, self.rank = group_of(placement, group)
+        if type(capacity) is not int or capacity < 1:
+            raise InvalidInput(
+                f"capacity: expected an int of at least 1, got {capacity!r}; ExpertExchange.max_capacity(placement, "
+                "max_tokens, top_k) is never exceeded"
+            )
+        if placement.slots > 2**15 - 1:
+            raise InvalidInput(f"placement: expected at most 32767 experts a rank, got {placement.slots}")
+        if 2 * placement.ranks * capacity > INT32_MAX:
+            raise InvalidInput(
+                f"capacity: expected at most {INT32_MAX // (2 * placement.ranks)} rows for each of {placement.ranks} "
+                f"ranks, got {capacity}"
+            )
+        if device is None:
+            nccl = "nccl" in dist.get_backend(group)
+            device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
+        self.placement, self.capacity, self.ranks = placement, capacity, placement.ranks
+        self.group = (group or dist.distributed_c10d._get_default_group()).group_name
+        self.device = torch.device(device)
+        # Of each id, its rank and its slot there; ids are experts or, with copies, the bins of placement.bins.
+        bins = torch.arange(placement.ranks * placement.slots)
+        if not placement.replicated:
+            ids = torch.arange(placement.num_experts).unsqueeze(1)
+            bins = torch.full_like(bins, -1)
+            bins[: placement.num_experts] = placement.bins(ids).flatten()
+        self._rank_of = (bins // placement.slots).to(torch.int32).to(self.device)
+        self._slot_of = torch.where(bins < 0, -1, bins % placement.slots).to(torch.int16).to(self.device)
+        # One for each row: a header has at most `capacity` rows.
+        self._ones = torch.ones(2 * self.ranks * capacity, 1, device=self.device)
+        self.device = self._ones.device  # with its index
+
+    @staticmethod
+    def max_capacity(placement: ExpertPlacement, max_tokens: int, top_k: int) -> int:
+        """Rows that `max_tokens` tokens of a rank can send to another: ``max_tokens * min(top_k, slots)``.
+
+        It is never exceeded as long as the ids of a token differ, as those of a router do.
+        """
+        return max(max_tokens * min(top_k, placement.slots), 1)
+
+    def wire_bytes(self, hidden: int, dtype: torch.dtype) -> int:
+        """Bytes that a rank passes to each of the two collectives of a call: all its rows and the slots' rows."""
+        return self.ranks * (self.capacity + self._header(hidden, dtype)) * hidden * dtype.itemsize
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        *,
+        num_valid_tokens: Tensor | None = None,
+        error_word: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """:func:`fused_moe` if every rank has its own tokens.
+
+        Args:
+            hidden_states, topk_weights, topk_ids: this rank's tokens, ``[T, H]``, ``[T, k]``, ``[T, k]`` with global
+                ids; ``T`` may differ from rank to rank, and be 0.
+            gate_up_proj, down_proj: this rank's experts, ``[slots, ...]``.
+            num_valid_tokens: int32, one element, on the device; later tokens send nothing and give zeros.
+            error_word: as of :func:`align`; a bit says that routes were dropped for want of capacity.
+            options: further arguments of :func:`fused_moe`, except those about ids.
+
+        Returns:
+            ``[T, H]``.  Differentiable; the same tensors must require gradients on every rank.
+
+        Raises:
+            InvalidInput, InvalidType: sizes, dtypes or devices that do not match.
+            RankFailed: a collective failed or timed out, where the host sees it; see docs/parallel.md.
+        """
+        sizes = (hidden_states, topk_ids, gate_up_proj, topk_weights)
+        refusal = modes.checked(self._check, *sizes)
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
+        arrived, way = self._dispatch(hidden_states, topk_ids, num_valid_tokens, error_word)
+        rows, ones, slots = arrived
+        result = fused_moe(rows, gate_up_proj, down_proj, ones, slots, **options)
+        return self._combine(result, topk_weights, way)
+
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        *,
+        num_valid_tokens: Tensor | None = None,
+        error_word: Tensor | None = None,
+    ) -> tuple[Arrived, Way]:
+        """Send the rows of all routes to the ranks of their experts: the first half of a call, with its arguments.
+
+        Returns:
+            What came to this rank, and the way back for :meth:`combine`.  ``align(arrived.topk_ids, ...)`` or
+            :func:`fused_moe` takes what came.
+
+        Raises:
+            InvalidInput, InvalidType, RankFailed: as the whole call.
+        """
+        refusal = modes.checked(self._check, hidden_states, topk_ids)
+        if isinstance(refusal, modes.Refusal):
+            results = modes.refuse(refusal, 6)
+            return Arrived(*results[:3]), Way(*results[3:])
+        return self._dispatch(hidden_states, topk_ids, num_valid_tokens, error_word)
+
+    def combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
+        """Bring results back and sum them: the second half of a call.
+
+        Args:
+            rows: ``[rows, H]``, the result of each row that came.
+            topk_weights: ``[T, k]`` of this rank's tokens.
+            way: of :meth:`dispatch`.
+
+        Returns:
+            ``[T, H]``, ``sum_j topk_weights[t, j] * result(t, j)`` over ``j`` in order; a dropped route adds zero.
+
+        Raises:
+            InvalidInput, InvalidType, RankFailed: as the whole call.
+        """
+        refusal = modes.checked(self._check_back, rows, topk_weights, way)
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
+        return self._combine(rows, topk_weights, way)
+
+    def overflow(self, way: Way) -> Tensor:
+        """int32 ``[ranks]``: the routes to each rank that were dropped because its capacity was full."""
+        return (way.wanted - self.capacity).clamp(min=0)
+
+    # ---- after the checks --------------------------------------------------------------------------------------------
+
+    def _dispatch(
+        self, hidden_states: Tensor, topk_ids: Tensor, num_valid_tokens: Tensor | None, error_word: Tensor | None
+    ) -> tuple[Arrived, Way]:
+        ids = self.placement.bins(topk_ids) if self.placement.replicated else topk_ids
+        layout = align(
+            ids,
+            block_size=1,
+            num_experts=self._rank_of.shape[0],
+            expert_map=self._rank_of,
+            ignore_invalid_experts=True,
+            num_valid_tokens=num_valid_tokens,
+            expert_counts=True,
+            expert_offsets=True,
+            positions=True,
+            error_word=error_word,
+        )
+        order, positions, offsets = layout.sorted_token_ids, layout.positions, layout.expert_offsets
+        assert positions is not None
+        assert offsets is not None
+        assert layout.expert_counts is not None
+        wanted = layout.expert_counts[: self.ranks]
+        if error_word is not None:
+            error_word.bitwise_or_((wanted > self.capacity).any().to(torch.int32) * PAST_CAPACITY)
+        header = self._header(hidden_states.shape[1], hidden_states.dtype)
+        sent, routes, places = wire.pack(
+            hidden_states, ids, self._slot_of, order, positions, offsets[: self.ranks + 1],
+            ids.shape[1], self.capacity, header,
+        )  # fmt: skip
+        came = swap(sent, self.group)
+        slots = wire.slots_of(came, self.ranks, self.capacity)
+        return Arrived(came, self._ones[: came.shape[0]], slots), Way(routes, places, wanted)
+
+    def _combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
+        return wire.combine(swap(rows, self.group), topk_weights, way.routes, way.places)
+
+    # ---- checks ------------------------------------------------------------------------------------------------------
+
+    def _header(self, hidden: int, dtype: torch.dtype) -> int:
+        return wire.header_rows(self.capacity, wire.words_of(hidden, dtype.itemsize))
+
+    def _check(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        gate_up_proj: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+    ) -> None:
+        refuse_tracing("ExpertExchange", hidden_states, topk_ids)
+        if not hidden_states.is_floating_point() or hidden_states.dtype.itemsize < 2:
+            raise InvalidType(
+                f"hidden_states: expected a floating dtype of two bytes or more, got {hidden_states.dtype}"
+            )
+        if hidden_states.dim() != 2 or wire.words_of(hidden_states.shape[1], hidden_states.dtype.itemsize) < 2:
+            raise InvalidInput(
+                f"hidden_states: expected [T, H] with rows of at least 4 bytes, got {list(hidden_states.shape)} of "
+                f"{hidden_states.dtype}"
+            )
+        if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden_states.shape[0] or not topk_ids.shape[1]:
+            raise InvalidInput(
+                f"topk_ids: expected [{hidden_states.shape[0]}, k] with at least one choice a token, got "
+                f"{list(topk_ids.shape)}"
+            )
+        for name, tensor in (("hidden_states", hidden_states), ("topk_ids", topk_ids)):
+            if tensor.device != self.device:
+                raise InvalidInput(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
+        if gate_up_proj is not None and gate_up_proj.shape[0] != self.placement.slots:
+            raise InvalidInput(
+                f"gate_up_proj: expected this rank's {self.placement.slots} experts, got {gate_up_proj.shape[0]}; "
+                "placement.shard(weights, rank) cuts them"
+            )
+        if topk_weights is not None and (topk_weights.shape != topk_ids.shape or not topk_weights.is_floating_point()):
+            raise InvalidInput(
+                f"topk_weights: expected a floating {list(topk_ids.shape)} like topk_ids, got {topk_weights.dtype} "
+                f"{list(topk_weights.shape)}"
+            )
+
+    def _check_back(self, rows: Tensor, topk_weights: Tensor, way: Way) -> None:
+        refuse_tracing("ExpertExchange", rows, topk_weights)
+        count = way.routes.shape[0]
+        if rows.dim() != 2 or rows.shape[0] != count or not rows.is_floating_point():
+            raise InvalidInput(
+                f"rows: expected a floating [{count}, H], the results of what came, got {rows.dtype} {list(rows.shape)}"
+            )
+        if (
+            topk_weights.dim() != 2
+            or topk_weights.numel() != way.places.shape[0]
+            or not topk_weights.is_floating_point()
+        ):
+            raise InvalidInput(
+                f"topk_weights: expected a floating [T, k] of {way.places.shape[0]} routes, got {topk_weights.dtype} "
+                f"{list(topk_weights.shape)}"
+            )

@@ -1,0 +1,208 @@
+"""Rows between tokens and the fixed-size buffer of an exchange: one kernel each way on GPUs, torch elsewhere.
+
+A *wire* is ``[ranks * span, H]`` with ``span = capacity + header``: `capacity` rows for each rank, then `header` rows
+whose memory holds the slot of every row of that rank as int16, -1 where there is no route.  Rows and slots thus travel
+in one collective of a size that no value decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import modes
+from ..experts import launch, packed
+from ..layout import cdiv, power_of_two
+
+__all__ = ["combine", "combine_launch", "header_rows", "pack", "pack_launch", "slots_of"]
+
+
+def words_of(hidden: int, itemsize: int) -> int:
+    """int16 words of a row."""
+    return hidden * itemsize // 2
+
+
+def header_rows(capacity: int, words: int) -> int:
+    """The fewest rows of `words` words that hold a slot for each of `capacity` rows and for themselves."""
+    return cdiv(capacity, words - 1)
+
+
+def slots_of(wire: Tensor, ranks: int, capacity: int) -> Tensor:
+    """The slot of each row of a wire that has arrived, int16 ``[rows, 1]``; -1 where there is no route."""
+    words = wire.detach().view(torch.int16)
+    span = wire.shape[0] // ranks
+    headers = words.view(ranks, span * words.shape[1])[:, capacity * words.shape[1] :]
+    return headers[:, :span].reshape(-1, 1)
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define(
+    "pack_wire(Tensor rows, Tensor ids, Tensor slots, Tensor order, Tensor positions, Tensor offsets, SymInt top_k, "
+    "SymInt capacity, SymInt header) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def pack(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows ``[T, H]`` of each route in a wire; differentiable in `rows`.
+
+    Args:
+        rows: ``[T, H]``, of a dtype of two bytes or more.
+        args: ids ``[T, k]``, integer; slots int16 ``[E]``, that of each id; order ``[n]``, positions ``[n]`` and
+            offsets ``[ranks + 1]`` of the routes by rank, a layout with blocks of one row; top_k, capacity and header.
+
+    Returns:
+        The wire; int32 ``[ranks * span]``, the route of each of its rows or ``n``; int32 ``[n]``, the row of each
+        route, or -1.
+    """
+    if modes.watched(rows, *args[:5]) or modes.wants_gradient(rows):
+        result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire, rows, *args)
+        return result
+    return _pack(rows, *args)
+
+
+def _new_wire(rows: Tensor, positions: Tensor, offsets: Tensor, span: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = (offsets.shape[0] - 1) * span
+    return (
+        rows.new_empty(count, rows.shape[1]),
+        positions.new_empty(count, dtype=torch.int32),
+        positions.new_empty(positions.shape[0], dtype=torch.int32),
+    )
+
+
+def _pack(
+    rows: Tensor, ids: Tensor, slots: Tensor, order: Tensor, positions: Tensor, offsets: Tensor, *sizes: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    if launch.refuses(rows) is None:
+        out = _new_wire(rows, positions, offsets, sizes[1] + sizes[2])
+        launch.run([pack_launch(rows, ids, slots, order, positions, offsets, sizes, out)], rows.device)
+        return out
+    return pack_in_torch(rows, ids, slots, order, positions, offsets, *sizes)
+
+
+def pack_launch(
+    rows: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    sizes: tuple[int, ...],
+    out: tuple[Tensor, ...],
+) -> launch.GemmLaunch:
+    """The launch that fills `out`, the three results of :func:`pack`; `sizes` are top_k, capacity and header."""
+    top_k, capacity, header = sizes
+    words = launch.row_major(rows).view(torch.int16)
+    routes, ranks, width = positions.shape[0], offsets.shape[0] - 1, words.shape[1]
+    block, places = min(2048, power_of_two(width)), 256
+    return launch.GemmLaunch(
+        "pack_wire",
+        (ranks * (capacity + header) + cdiv(routes, places), cdiv(width, block)),
+        (
+            words, ids.reshape(-1).contiguous(), slots, order, positions, offsets, out[0].view(torch.int16), *out[1:],
+            routes, top_k, width, launch.row_stride(words), slots.shape[0], capacity, capacity + header, ranks,
+        ),
+        {"BLOCK": block, "RANKS": power_of_two(ranks), "PLACES": places},
+        4,
+        1,
+        False,
+        "row_kernels",
+    )  # fmt: skip
+
+
+def pack_in_torch(
+    rows: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    capacity: int,
+    header: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`pack` in torch's operations."""
+    count, ranks, span = positions.shape[0], offsets.shape[0] - 1, capacity + header
+    wire = rows.new_zeros(ranks, span, rows.shape[1])
+    routes = torch.full((ranks, span), count, dtype=torch.int32, device=rows.device)
+    words = wire.view(torch.int16)[:, capacity:].view(ranks, -1)
+    words.fill_(-1)
+    starts, ends = offsets[:-1].unsqueeze(1), offsets[1:].unsqueeze(1)
+    if count:
+        at = starts + torch.arange(capacity, device=rows.device, dtype=torch.int32)
+        listed = order.index_select(0, at.clamp(max=count - 1).reshape(-1).long()).view(at.shape)
+        filled = (at < ends) & (listed >= 0) & (listed < count)
+        listed = torch.where(filled, listed, 0).long()
+        picked = rows.index_select(0, (listed // top_k).reshape(-1)).view(ranks, capacity, -1)
+        wire[:, :capacity] = picked.masked_fill_(~filled.unsqueeze(2), 0)
+        routes[:, :capacity] = torch.where(filled, listed, count)
+        expert = ids.reshape(-1)[listed].long()
+        known = filled & (expert >= 0) & (expert < slots.shape[0])
+        words[:, :capacity] = torch.where(known, slots[torch.where(known, expert, 0)], -1)
+    rank = torch.searchsorted(offsets[1:].contiguous(), positions, right=True).clamp(max=ranks - 1)
+    within = positions - offsets[rank]
+    kept = (positions >= 0) & (positions < offsets[-1]) & (within < capacity)
+    places = torch.where(kept, rank * span + within, -1).to(torch.int32)
+    return wire.view(-1, rows.shape[1]), routes.view(-1), places
+
+
+def _pack_fake(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_wire(rows, args[3], args[4], args[6] + args[7])
+
+
+def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.top_k = inputs[6]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _pack_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    routes, places = ctx.saved_tensors
+    rows = packed.scatter_rows(grad, routes, places)
+    return rows.view(-1, ctx.top_k, grad.shape[1]).sum(1), *(None,) * 8
+
+
+_library.impl("pack_wire", _pack, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::pack_wire", _pack_fake, lib=_library)
+modes.differentiable(_library, "pack_wire", pack_in_torch, _pack_save, _pack_backward)
+
+
+# ---- combining -------------------------------------------------------------------------------------------------------
+
+
+def combine(wire: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Tensor:
+    """``out[t] = sum_j weights[t, j] * wire[places[t * k + j]]``, over j in order; a place of -1 adds zero.
+
+    Args:
+        wire: ``[ranks * span, H]``.
+        weights: ``[T, k]``, floating.
+        routes, places: of :func:`pack`.
+
+    Returns:
+        ``[T, H]`` in the dtype of `wire`, summed in float32 at least.  Differentiable in `wire` and `weights`.
+    """
+    followed = modes.watched(wire, weights, routes, places) or modes.wants_gradient(wire, weights)
+    if followed or launch.refuses(wire) is not None or weights.dtype is torch.float64 or not weights.numel():
+        return packed.weighted_sum(packed.scatter_rows(wire, routes, places), weights, places)
+    out = wire.new_empty(weights.shape[0], wire.shape[1])
+    launch.run([combine_launch(wire, weights, places, out)], wire.device)
+    return out
+
+
+def combine_launch(wire: Tensor, weights: Tensor, places: Tensor, out: Tensor) -> launch.GemmLaunch:
+    """The launch of :func:`combine` that fills `out`."""
+    width = wire.shape[1]
+    block = min(1024, power_of_two(width))
+    return launch.GemmLaunch(
+        "combine_wire",
+        (out.shape[0], cdiv(width, block)),
+        (wire, places, weights, out, width, wire.shape[0], *weights.stride()),
+        {"TOP_K": weights.shape[1], "BLOCK": block},
+        4,
+        1,
+        False,
+        "row_kernels",
+    )
