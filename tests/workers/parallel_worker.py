@@ -127,6 +127,7 @@ def whole_numbers(seed: int, counts: list[int], kind: str) -> tuple[list[tuple[t
     def draw(*size: int) -> torch.Tensor:
         return torch.randint(-3, 4, size, generator=generator).double().to(DEVICE)
 
+    experts = [draw(EXPERTS, 2 * INNER, HIDDEN), draw(EXPERTS, HIDDEN, INNER)]
     parts = []
     for count in counts:
         ids = torch.rand(count, EXPERTS, generator=generator).topk(TOP_K).indices  # a token's ids differ
@@ -137,18 +138,17 @@ def whole_numbers(seed: int, counts: list[int], kind: str) -> tuple[list[tuple[t
         elif kind == "nothing":
             ids.fill_(-1)
         parts.append((draw(count, HIDDEN), draw(count, TOP_K), ids.to(DEVICE)))
-    return parts, [draw(EXPERTS, 2 * INNER, HIDDEN), draw(EXPERTS, HIDDEN, INNER)]
+    return parts, experts
 
 
 def check_exchange(rank: int, ranks: int) -> None:
     """Bit for bit the single layer, with its gradients, whatever is sent where."""
     counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]  # uneven, and the last rank has none
     for name, placement in placements(ranks).items():
-        capacity = ExpertExchange.max_capacity(placement, max(counts), TOP_K)
-        exchange = ExpertExchange(placement, capacity=capacity)
+        exchange = ExpertExchange(
+            placement, capacity=ExpertExchange.max_capacity(placement, max(counts), TOP_K), device=DEVICE
+        )
         for kind in ("uniform", "one rank", "dropped", "nothing"):
-            if kind == "one rank" and name != "linear":  # with ids twice in a token, more than a capacity's worth
-                capacity = max(counts) * TOP_K
             parts, experts = whole_numbers(3, counts, kind)
             every = [torch.cat(each) for each in zip(*parts, strict=True)]
             whole = [each.clone().requires_grad_() for each in (every[0], *experts, every[1])]
@@ -159,8 +159,7 @@ def check_exchange(rank: int, ranks: int) -> None:
             own = [placement.shard(each, rank) for each in experts]
             mine = [each.clone().requires_grad_() for each in (parts[rank][0], *own, parts[rank][1])]
             word = new_error_word(DEVICE)
-            room = exchange if kind != "one rank" else ExpertExchange(placement, capacity=max(counts) * TOP_K)
-            out = room(*mine, parts[rank][2], activation="relu", error_word=word)
+            out = exchange(*mine, parts[rank][2], activation="relu", error_word=word)
             out.backward(cotangent[span])
             raise_for_errors(word)
             assert torch.equal(out, expected[span]), (name, kind)
@@ -169,7 +168,120 @@ def check_exchange(rank: int, ranks: int) -> None:
             for local, full in zip(mine[1:3], whole[1:3], strict=True):
                 assert torch.equal(gathered(placement, local.grad), full.grad), (name, kind)
             with torch.no_grad():
-                assert torch.equal(room(*mine, parts[rank][2], activation="relu"), out), (name, kind)
+                again = exchange(*mine, parts[rank][2], activation="relu")
+                kept = (*mine, parts[rank][2], placement)
+                assert torch.equal(again, out), (name, kind)
+                assert torch.equal(dispatched_moe(*kept, capacity=exchange.capacity, activation="relu"), out)
+
+
+def check_capacity(rank: int, ranks: int) -> None:
+    """Each rank keeps the first routes to each rank; the others add nothing, and the error word says so."""
+    counts = [9 - 2 * r for r in range(ranks)]
+    for name, placement in placements(ranks).items():
+        parts, experts = whole_numbers(5, counts, "uniform")
+        own = [placement.shard(each, rank) for each in experts]
+        hidden, weights, ids = parts[rank]
+        goes_to = placement.bins(ids).flatten() // placement.slots
+        for capacity in (1, 4, max(counts) * TOP_K):
+            fits = torch.zeros_like(goes_to, dtype=torch.bool)
+            for other in range(ranks):
+                fits[(goes_to == other).nonzero()[:capacity, 0]] = True
+            lost = torch.stack([((goes_to == other) & ~fits).sum() for other in range(ranks)])
+            expected = fused_moe(hidden, *experts, weights, ids.where(fits.view_as(ids), -1), activation="relu")
+            exchange = ExpertExchange(placement, capacity=capacity, device=DEVICE)
+            word = new_error_word(DEVICE)
+            assert torch.equal(exchange(hidden, *own, weights, ids, activation="relu", error_word=word), expected)
+            if lost.sum():
+                with pytest.raises(InvalidInput, match="more routes went to a rank than the exchange has capacity for"):
+                    raise_for_errors(word)
+            raise_for_errors(word)  # it was zeroed, or nothing was lost
+            # By hand, with a weight that must not count, and with tokens that are only there on the host.
+            arrived, way = exchange.dispatch(hidden, ids)
+            assert torch.equal(exchange.overflow(way), lost.int()), (name, capacity)
+            rows = fused_moe(arrived.hidden_states, *own, *arrived[1:], activation="relu")
+            lame = weights.masked_fill(~fits.view_as(ids), float("nan"))
+            assert torch.equal(exchange.combine(rows, lame, way), expected)
+        few = torch.tensor([2], dtype=torch.int32, device=DEVICE)
+        out = exchange(hidden, *own, weights, ids, activation="relu", num_valid_tokens=few)
+        assert torch.equal(out[:2], expected[:2])
+        assert not out[2:].any()
+
+
+def check_exchange_in_every_mode(rank: int, ranks: int) -> None:
+    """One graph of torch.compile, with its gradients; lower precision; the bits of the single layer in any dtype."""
+    for placement, count in ((placements(ranks)["linear"], 7 - rank), (placements(ranks)["replicated"], 5 + rank)):
+        exchange = ExpertExchange(placement, capacity=7 * TOP_K, device=DEVICE)
+        wanted, ids, biases = given_to(rank, placement, count)
+        inputs = [*wanted, *biases.values()]
+        word = new_error_word(DEVICE)
+
+        def layer(x, up, down, weights, up_bias, down_bias):
+            options = {"gate_up_bias": up_bias, "down_bias": down_bias}
+            return exchange(x, up, down, weights, ids, error_word=word, **options)  # noqa: B023
+
+        out = layer(*inputs)
+        close(out, dispatched_moe(*wanted, ids, placement, **biases))
+        grads = torch.autograd.grad(out.square().sum(), inputs)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        close(compiled(*inputs), out)
+        for got, want in zip(torch.autograd.grad(compiled(*inputs).square().sum(), inputs), grads, strict=True):
+            close(got, want)
+        with torch.inference_mode():
+            close(layer(*inputs), out)
+            close(compiled(*inputs), out)
+        raise_for_errors(word)
+        with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+            low = layer(*(each.float() for each in inputs))
+            assert low.dtype is torch.float32
+            assert float((low - out).norm()) <= 0.03 * float(out.norm())
+        plain = [each.detach() for each in inputs]
+        for tracer in (
+            lambda: layer(*(each.to("meta") for each in plain)),  # noqa: B023
+            lambda: torch.func.grad(lambda x: layer(x, *plain[1:]).sum())(plain[0]),  # noqa: B023
+            lambda: torch.fx.experimental.proxy_tensor.make_fx(layer)(*plain),  # noqa: B023
+        ):
+            with pytest.raises(InvalidInput, match="expected an eager call with plain tensors"):
+                tracer()
+        for dtype in (torch.float32, torch.bfloat16):
+            parts, whole = whole_numbers(9, [count], "uniform")
+            x, weights, *whole = (each.to(dtype) for each in (*parts[0][:2], *whole))
+            mine = [placement.shard(each, rank) for each in whole]
+            alone = fused_moe(x, *whole, weights, parts[0][2], activation="relu")
+            got = exchange(x, *mine, weights, parts[0][2], activation="relu")
+            assert got.dtype is dtype
+            if dtype is torch.float32:
+                assert torch.equal(got, alone)
+            else:
+                assert float((got - alone).double().norm()) < 1e-2 * float(alone.double().norm())
+
+
+def check_exchange_refusals(rank: int, ranks: int) -> None:
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    hidden, weights, ids = tokens_of(0, 4, "uniform")
+    own = shards(placement, rank, False)
+    exchange = ExpertExchange(placement, capacity=5, device=DEVICE)
+    arrived, way = exchange.dispatch(hidden, ids)
+    for call, message in (
+        (lambda: ExpertExchange(placement, capacity=0), "capacity: expected an int of at least 1, got 0; .*max_capac"),
+        (lambda: ExpertExchange(placement, capacity=2**30), f"capacity: expected at most .* for each of {ranks} ranks"),
+        (lambda: ExpertExchange(ExpertPlacement.linear(EXPERTS, ranks + 1), capacity=1), "placement: expected one of"),
+        (lambda: ExpertExchange(ExpertPlacement.linear(2**16 * ranks, ranks), capacity=1), "at most 32767 experts"),
+        (lambda: exchange(hidden, *layer(), weights, ids), "gate_up_proj: expected this rank's"),
+        (lambda: exchange(hidden, *own, weights[:2], ids), r"topk_weights: expected a floating \[4, 3\] like"),
+        (lambda: exchange(hidden, *own, weights.long(), ids), r"topk_weights: .* got torch.int64"),
+        (lambda: exchange(hidden, *own, weights, ids[:3]), r"topk_ids: expected \[4, k\]"),
+        (lambda: exchange(hidden.bfloat16()[:, :1], *own, weights, ids), "hidden_states: expected .* at least 4 bytes"),
+        (lambda: exchange.dispatch(hidden.to(torch.float8_e4m3fn), ids), "hidden_states: expected a floating dtype"),
+        (lambda: exchange.dispatch(hidden.to("meta"), ids), "expected an eager call with plain tensors"),
+        (lambda: exchange.combine(arrived.hidden_states[1:], weights, way), "rows: expected a floating"),
+        (lambda: exchange.combine(arrived.hidden_states, weights[1:], way), "topk_weights: expected a floating"),
+        (lambda: dispatched_moe(hidden, *own, weights, ids, placement, chunks=2, capacity=3), "chunks: expected 1"),
+        (lambda: dispatched_moe(hidden, *own, weights, ids, placement, error_word=new_error_word("cpu")),
+         "error_word: expected one only with a capacity"),
+    ):  # fmt: skip
+        with pytest.raises((InvalidInput, InvalidType), match=message):
+            call()
 
 
 def check_mesh(rank: int, ranks: int) -> None:
@@ -207,9 +319,10 @@ def check_refusals(rank: int, ranks: int) -> None:
             call()
 
 
-def given_to(rank: int, ranks: int, count: int) -> tuple[list[torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
+def given_to(
+    rank: int, placement: ExpertPlacement, count: int
+) -> tuple[list[torch.Tensor], torch.Tensor, dict[str, torch.Tensor]]:
     """A rank's rows, shards and weights, its ids, and biases of its experts; all but the ids want gradients."""
-    placement = ExpertPlacement.linear(EXPERTS, ranks)
     hidden, weights, ids = tokens_of(rank, count, "uniform")
     wanted = [hidden.requires_grad_(), *shards(placement, dist.get_rank(), True), weights.requires_grad_()]
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -225,7 +338,8 @@ def check_modes(rank: int, ranks: int) -> None:
     for function, own in ((replicated_moe, 0), (dispatched_moe, rank)):
         few = 0 if function is dispatched_moe and rank == ranks - 1 else 7
         for count in (few, 0):
-            check_modes_of(function, ExpertPlacement.linear(EXPERTS, ranks), *given_to(own, ranks, count))
+            placement = ExpertPlacement.linear(EXPERTS, ranks)
+            check_modes_of(function, placement, *given_to(own, placement, count))
 
 
 def check_modes_of(function, placement, wanted, ids, biases) -> None:

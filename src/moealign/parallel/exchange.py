@@ -18,7 +18,7 @@ from ..experts.layer import fused_moe
 from ..layout import INT32_MAX, PAST_CAPACITY
 from . import wire
 from .collectives import Group, group_of, refuse_tracing, swap
-from .experts import ExpertPlacement
+from .experts import ExpertPlacement, bins_of
 
 __all__ = ["Arrived", "ExpertExchange", "Way"]
 
@@ -81,7 +81,7 @@ class ExpertExchange:
         if device is None:
             nccl = "nccl" in dist.get_backend(group)
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
-        self.placement, self.capacity, self.ranks = placement, capacity, placement.ranks
+        self.placement, self.capacity, self.ranks, self.slots = placement, capacity, placement.ranks, placement.slots
         self.group = (group or dist.distributed_c10d._get_default_group()).group_name
         self.device = torch.device(device)
         # Of each id, its rank and its slot there; ids are experts or, with copies, the bins of placement.bins.
@@ -90,11 +90,24 @@ class ExpertExchange:
             ids = torch.arange(placement.num_experts).unsqueeze(1)
             bins = torch.full_like(bins, -1)
             bins[: placement.num_experts] = placement.bins(ids).flatten()
+        self._copies = placement.copies(device) if placement.replicated else None
         self._rank_of = (bins // placement.slots).to(torch.int32).to(self.device)
         self._slot_of = torch.where(bins < 0, -1, bins % placement.slots).to(torch.int16).to(self.device)
         # One for each row: a header has at most `capacity` rows.
         self._ones = torch.ones(2 * self.ranks * capacity, 1, device=self.device)
         self.device = self._ones.device  # with its index
+
+    @classmethod
+    def of(
+        cls, placement: ExpertPlacement, capacity: int, group: Group = None, device: torch.device | None = None
+    ) -> ExpertExchange:
+        """The exchange of these arguments, which `placement` keeps for the next call."""
+        members, _ = group_of(placement, group)
+        name = None if members is None else members.group_name
+        return placement.kept(
+            ("exchange", capacity, name, str(device)),
+            lambda: cls(placement, capacity=capacity, group=members, device=device),
+        )
 
     @staticmethod
     def max_capacity(placement: ExpertPlacement, max_tokens: int, top_k: int) -> int:
@@ -197,7 +210,7 @@ class ExpertExchange:
     def _dispatch(
         self, hidden_states: Tensor, topk_ids: Tensor, num_valid_tokens: Tensor | None, error_word: Tensor | None
     ) -> tuple[Arrived, Way]:
-        ids = self.placement.bins(topk_ids) if self.placement.replicated else topk_ids
+        ids = topk_ids if self._copies is None else bins_of(topk_ids, self._copies)
         layout = align(
             ids,
             block_size=1,
@@ -259,9 +272,9 @@ class ExpertExchange:
         for name, tensor in (("hidden_states", hidden_states), ("topk_ids", topk_ids)):
             if tensor.device != self.device:
                 raise InvalidInput(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
-        if gate_up_proj is not None and gate_up_proj.shape[0] != self.placement.slots:
+        if gate_up_proj is not None and gate_up_proj.shape[0] != self.slots:
             raise InvalidInput(
-                f"gate_up_proj: expected this rank's {self.placement.slots} experts, got {gate_up_proj.shape[0]}; "
+                f"gate_up_proj: expected this rank's {self.slots} experts, got {gate_up_proj.shape[0]}; "
                 "placement.shard(weights, rank) cuts them"
             )
         if topk_weights is not None and (topk_weights.shape != topk_ids.shape or not topk_weights.is_floating_point()):

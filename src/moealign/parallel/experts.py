@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,9 @@ from torch import Tensor
 from .. import placement as tables
 from ..errors import InvalidInput
 
-__all__ = ["ExpertPlacement"]
+__all__ = ["ExpertPlacement", "bins_of"]
+
+Kept = TypeVar("Kept")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class ExpertPlacement:
             if len(np.unique(own)) != len(own):
                 raise InvalidInput(f"table: expected each expert once a rank, rank {rank} holds {list(row)}")
         object.__setattr__(self, "table", table)
-        object.__setattr__(self, "_tensors", {})
+        object.__setattr__(self, "_kept", {})
 
     @classmethod
     def linear(cls, num_experts: int, ranks: int) -> ExpertPlacement:
@@ -110,7 +112,7 @@ class ExpertPlacement:
             slots[row[row >= 0]] = np.flatnonzero(row >= 0)
             return torch.from_numpy(slots).to(device)
 
-        return self._cached(("map", rank, str(device)), make)
+        return self.kept(("map", rank, str(device)), make)
 
     def shard(self, weights: Tensor, rank: int) -> Tensor:
         """The weights of `rank`, ``[slots, ...]``, from all ``[num_experts, ...]``; zeros in empty slots."""
@@ -125,19 +127,13 @@ class ExpertPlacement:
 
     def bins(self, topk_ids: Tensor) -> Tensor:
         """int32 ``[T, k]`` from global ids ``[T, k]``: ``rank * slots + slot``; ``-1`` for an invalid id."""
-        device = str(topk_ids.device)
-        table = self._cached(("copies", device), lambda: torch.from_numpy(self._copies()).to(topk_ids.device))
-        ids = topk_ids.to(torch.int64)
-        inside = (ids >= 0) & (ids < self.num_experts)
-        ids = torch.where(inside, ids, 0)
-        which = torch.zeros_like(ids)
-        if self.replicated:
-            turns = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
-            which = turns % table[:, -1][ids]
-        return torch.where(inside, table[ids, which], -1).to(torch.int32)
+        return bins_of(topk_ids, self.copies(topk_ids.device))
+
+    def copies(self, device: torch.device | str) -> Tensor:
+        """int64 ``[num_experts, max copies + 1]``: the bins of each expert's copies, then their number."""
+        return self.kept(("copies", str(device)), lambda: torch.from_numpy(self._copies()).to(device))
 
     def _copies(self) -> npt.NDArray[np.int64]:
-        """``[num_experts, max copies + 1]``: the bins of each expert's copies; the last column is their number."""
         owners_of = [self.owners(expert) for expert in range(self.num_experts)]
         copies = np.zeros((self.num_experts, max(map(len, owners_of)) + 1), dtype=np.int64)
         for expert, owners in enumerate(owners_of):
@@ -145,8 +141,22 @@ class ExpertPlacement:
             copies[expert, -1] = len(owners)
         return copies
 
-    def _cached(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        cache: dict[tuple[Any, ...], Tensor] = self._tensors  # type: ignore[attr-defined]
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Kept]) -> Kept:
+        """What `make` gave for `key` the first time."""
+        cache: dict[tuple[Any, ...], Kept] = self._kept  # type: ignore[attr-defined]
         if key not in cache:
             cache[key] = make()
         return cache[key]
+
+
+def bins_of(topk_ids: Tensor, copies: Tensor) -> Tensor:
+    """:meth:`ExpertPlacement.bins` by its :meth:`ExpertPlacement.copies`."""
+    ids = topk_ids.to(torch.int64)
+    inside = (ids >= 0) & (ids < copies.shape[0])
+    ids = torch.where(inside, ids, 0)
+    if copies.shape[1] == 2:
+        found = copies[:, 0][ids]
+    else:
+        turns = torch.arange(ids.shape[0], device=ids.device).unsqueeze(1)
+        found = copies[ids, turns % copies[:, -1][ids]]
+    return torch.where(inside, found, -1).to(torch.int32)

@@ -13,6 +13,7 @@ from ..alignment import align
 from ..errors import InvalidInput
 from ..experts.layer import fused_moe
 from .collectives import Copy, Exchange, Group, Reduce, collective, member, refuse_tracing
+from .exchange import ExpertExchange
 from .experts import ExpertPlacement
 
 __all__ = ["dispatched_moe", "replicated_moe"]
@@ -76,13 +77,16 @@ def dispatched_moe(
     *,
     group: Group = None,
     chunks: int = 1,
+    capacity: int | None = None,
+    error_word: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """:func:`fused_moe` if every rank has its own tokens: routes travel to the ranks of their experts and back.
 
     One alignment sorts the routes by rank and expert and counts them.  The ranks exchange counts, then rows, compute
     the rows that arrive, and send them back to be summed over ``k`` in order.  It waits for the device once, for the
-    counts, which the collective needs as numbers.
+    counts, which the collective needs as numbers.  With a `capacity`, it is a call of an :class:`ExpertExchange`, which
+    waits for nothing.
 
     Args:
         hidden_states, topk_weights, topk_ids: this rank's tokens, ``[T, H]``, ``[T, k]``, ``[T, k]`` with global ids;
@@ -91,6 +95,8 @@ def dispatched_moe(
         placement, group: as in :func:`replicated_moe`.
         chunks: number of parts that travel separately, so that one is computed while the next is in transit.  The same
             on every rank.  With gradients, the parts run one after the other.
+        capacity: rows from one rank to another, the same on every rank; further routes are dropped.
+        error_word: with `capacity`, as of :class:`ExpertExchange`.
         options: further arguments of :func:`fused_moe`, except those about ids.
 
     Returns:
@@ -104,6 +110,14 @@ def dispatched_moe(
     group, _ = member(placement, group, gate_up_proj)
     if type(chunks) is not int or chunks < 1:
         raise InvalidInput(f"chunks: expected an int of at least 1, got {chunks!r}")
+    if capacity is not None:
+        if chunks != 1:
+            raise InvalidInput(f"chunks: expected 1 with a capacity, got {chunks}")
+        exchange = ExpertExchange.of(placement, capacity, group, hidden_states.device)
+        inputs = (hidden_states, gate_up_proj, down_proj, topk_weights, topk_ids)
+        return exchange(*inputs, error_word=error_word, **options)
+    if error_word is not None:
+        raise InvalidInput("error_word: expected one only with a capacity; without it, no route is dropped")
     tokens, top_k = topk_ids.shape
     parts = [(tokens * c // chunks, tokens * (c + 1) // chunks) for c in range(chunks)]
     bins = placement.bins(topk_ids)
