@@ -25,6 +25,7 @@ HEAVY_ALLOWED = {
     "experts/kernels.py": {"triton"},
     "experts/quantized_kernels.py": {"triton"},
     "integrations/sglang_kernels.py": {"triton"},
+    "experts/row_kernels.py": {"triton"},
     "integrations/vllm_kernels.py": {"triton"},
 }
 

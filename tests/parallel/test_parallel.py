@@ -19,6 +19,7 @@ from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_refusals"
+EXCHANGE = "check_exchange,check_capacity,check_exchange_refusals"
 
 
 def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
@@ -66,11 +67,17 @@ def test_both_modes_are_the_single_layer(ranks, tmp_path):
 
 
 def test_the_modes_of_pytorch_and_data_parallel_with_a_rank_without_tokens(tmp_path):
-    run(2, "check_modes,check_data_parallel", tmp_path)
+    run(2, "check_modes,check_exchange_in_every_mode,check_data_parallel", tmp_path)
 
 
-def test_a_rank_that_never_comes_is_noticed(tmp_path):
-    run(2, "check_a_rank_that_never_comes", tmp_path)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_an_exchange_of_fixed_size_is_the_single_layer_bit_for_bit(ranks, tmp_path):
+    run(ranks, EXCHANGE, tmp_path)
+
+
+@pytest.mark.parametrize("check", ["check_a_rank_that_never_comes", "check_a_rank_that_leaves_an_exchange"])
+def test_a_rank_that_never_comes_is_noticed(check, tmp_path):
+    run(2, check, tmp_path)
 
 
 def test_transformers_own_expert_parallel_plan(tmp_path):
@@ -91,6 +98,16 @@ def test_both_modes_are_the_single_layer_with_nccl(tmp_path):
 @two_gpus
 def test_the_modes_of_pytorch_with_nccl(tmp_path):
     run(2, "check_modes,check_data_parallel", tmp_path, "nccl")
+
+
+@two_gpus
+def test_an_exchange_of_fixed_size_with_nccl(tmp_path):
+    run(2, EXCHANGE + ",check_exchange_in_every_mode", tmp_path, "nccl")
+
+
+@two_gpus
+def test_an_exchange_in_a_cuda_graph_with_nccl(tmp_path):
+    run(2, "check_exchange_in_a_graph", tmp_path, "nccl")
 
 
 @two_gpus

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import functools
 import inspect
 import itertools
 import os
@@ -11,6 +12,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -447,6 +449,52 @@ def check_half_precision(rank: int, ranks: int) -> None:
             assert float((got.double() - expected[span]).norm()) < 1e-2 * scale, (tokens, chunks)
 
 
+def check_exchange_in_a_graph(rank: int, ranks: int) -> None:
+    """Captured once and replayed with other tokens, ids and numbers of valid tokens; the host waits for nothing."""
+    experts, hidden, inner, top_k, tokens = 16, 256, 128, 4, 32
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(DEVICE, torch.bfloat16)
+
+    up, down = randn(experts, 2 * inner, hidden), randn(experts, hidden, inner)
+    for placement in (ExpertPlacement.linear(experts, ranks), ExpertPlacement.balanced([3.0, *[1.0] * 15], ranks, 2)):
+        mine = (placement.shard(up, rank), placement.shard(down, rank))
+        exchange = ExpertExchange(placement, capacity=ExpertExchange.max_capacity(placement, tokens, top_k))
+        x, weights = randn(tokens, hidden), torch.rand(tokens, top_k, generator=generator).to(DEVICE)
+        ids = torch.zeros(tokens, top_k, dtype=torch.int64, device=DEVICE)
+        valid = torch.full((1,), tokens, dtype=torch.int32, device=DEVICE)
+        word = new_error_word(DEVICE)
+
+        def call() -> torch.Tensor:
+            return exchange(x, *mine, weights, ids, num_valid_tokens=valid, error_word=word)  # noqa: B023
+
+        with torch.no_grad():
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    call()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                out = call()
+            for turn, count in enumerate((tokens, 7, 0, tokens)):
+                parts = [torch.rand(tokens, experts, generator=generator).topk(top_k).indices for _ in range(ranks)]
+                ids.copy_(parts[rank] % (2 if turn == 3 else experts))  # at last all to one rank, twice a token
+                x.copy_(randn(tokens, hidden) * 16)
+                valid.fill_(count)
+                graph.replay()
+                expected = fused_moe(x, up, down, weights, ids, num_valid_tokens=valid).double()
+                assert float((out.double() - expected).norm()) <= 1e-2 * float(expected.norm()), (turn, count)
+                raise_for_errors(word)
+                replayed = out.clone()
+                graph.replay()
+                assert torch.equal(out, replayed)
+            torch.cuda.set_sync_debug_mode("error")
+            call()
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def transformers_mesh(ranks: int) -> object:
     """What `maybe_distribute_model` takes: from 5.19 on a pair of meshes, before it one mesh."""
     import transformers
@@ -523,17 +571,26 @@ def check_transformers_own_plan(rank: int, ranks: int) -> None:
 
 def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
     """The last rank stays away until the others have noticed, which they do when the group's timeout ends."""
+    missed(rank, ranks, dispatched_moe)
+
+
+def check_a_rank_that_leaves_an_exchange(rank: int, ranks: int) -> None:
+    """The same with a capacity, where gloo's host sees it; under NCCL the watchdog does."""
+    missed(rank, ranks, functools.partial(dispatched_moe, capacity=4 * TOP_K))
+
+
+def missed(rank: int, ranks: int, call: Callable[..., torch.Tensor]) -> None:
     placement = ExpertPlacement.linear(EXPERTS, ranks)
     hidden, weights, ids = tokens_of(0, 4, "uniform")
     own = (*shards(placement, rank, False), weights, ids, placement)
-    dispatched_moe(hidden, *own)  # the ranks have met
+    call(hidden, *own)  # the ranks have met
     noticed = [Path(f"{sys.argv[3]}.noticed{each}") for each in range(ranks - 1)]
     if rank == ranks - 1:
         while not all(each.exists() for each in noticed):  # the watchdog of main() ends a wait in vain
             time.sleep(0.1)
         return
     with pytest.raises(RankFailed, match=f"rank {rank} of {ranks}: .* is late, has stopped"):
-        dispatched_moe(hidden, *own)
+        call(hidden, *own)
     noticed[rank].touch()
 
 
@@ -551,7 +608,7 @@ def check_nccl_s_watchdog(rank: int, ranks: int) -> None:
 
 
 #: What is about the end of the group's patience.
-IMPATIENT = ("check_a_rank_that_never_comes", "check_nccl_s_watchdog")
+IMPATIENT = ("check_a_rank_that_never_comes", "check_a_rank_that_leaves_an_exchange", "check_nccl_s_watchdog")
 
 
 def main() -> None:

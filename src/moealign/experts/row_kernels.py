@@ -33,7 +33,8 @@ def pack_wire(
     row = tl.program_id(0)
     if row < num_ranks * span:
         rank, j = row // span, row % span
-        start, end = tl.load(offsets + rank), tl.load(offsets + rank + 1)
+        start = tl.maximum(tl.load(offsets + rank), 0)
+        end = tl.minimum(tl.load(offsets + rank + 1), num_routes)
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         out = wire + row.to(tl.int64) * words + columns
         if j < capacity:
@@ -46,25 +47,25 @@ def pack_wire(
                 tl.store(routes + row, tl.where(filled, route, num_routes))
         else:
             of = (j - capacity) * words + columns  # the row that a word of the header tells about
-            route = tl.load(order + start + of, mask=(of < capacity) & (start + of < end), other=num_routes)
-            filled = (route >= 0) & (route < num_routes)
-            expert = tl.load(ids + tl.where(filled, route, 0), mask=filled, other=-1).to(tl.int64)
+            told = tl.load(order + start + of, mask=(of < capacity) & (start + of < end), other=num_routes)
+            there = (told >= 0) & (told < num_routes)
+            expert = tl.load(ids + tl.where(there, told, 0), mask=there, other=-1).to(tl.int64)
             known = (expert >= 0) & (expert < num_slots)
             slot = tl.load(slots + tl.where(known, expert, 0), mask=known, other=-1)
             tl.store(out, slot.to(tl.int16), mask=columns < words)
             if tl.program_id(1) == 0:
                 tl.store(routes + row, num_routes)
     elif tl.program_id(1) == 0:
-        route = (row - num_ranks * span) * PLACES + tl.arange(0, PLACES)
-        inside = route < num_routes
-        at = tl.load(positions + route, mask=inside, other=-1)
+        numbers = (row - num_ranks * span) * PLACES + tl.arange(0, PLACES)
+        inside = numbers < num_routes
+        at = tl.load(positions + numbers, mask=inside, other=-1)
         ranks = tl.arange(0, RANKS)
         ends = tl.load(offsets + 1 + ranks, mask=ranks < num_ranks, other=2147483647)
-        rank = tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), axis=1)
-        kept = (at >= 0) & (rank < num_ranks)
-        within = at - tl.load(offsets + rank, mask=kept, other=0)
-        kept = kept & (within < capacity)
-        tl.store(places + route, tl.where(kept, rank * span + within, -1), mask=inside)
+        owner = tl.sum((ends[None, :] <= at[:, None]).to(tl.int32), axis=1)
+        kept = (at >= 0) & (owner < num_ranks)
+        within = at - tl.load(offsets + owner, mask=kept, other=0)
+        kept = kept & (within >= 0) & (within < capacity)
+        tl.store(places + numbers, tl.where(kept, owner * span + within, -1), mask=inside)
 
 
 @triton.jit

@@ -133,7 +133,7 @@ def pack_in_torch(
     starts, ends = offsets[:-1].unsqueeze(1), offsets[1:].unsqueeze(1)
     if count:
         at = starts + torch.arange(capacity, device=rows.device, dtype=torch.int32)
-        listed = order.index_select(0, at.clamp(max=count - 1).reshape(-1).long()).view(at.shape)
+        listed = order.index_select(0, at.clamp(0, count - 1).reshape(-1).long()).view(at.shape)
         filled = (at < ends) & (listed >= 0) & (listed < count)
         listed = torch.where(filled, listed, 0).long()
         picked = rows.index_select(0, (listed // top_k).reshape(-1)).view(ranks, capacity, -1)
@@ -144,7 +144,7 @@ def pack_in_torch(
         words[:, :capacity] = torch.where(known, slots[torch.where(known, expert, 0)], -1)
     rank = torch.searchsorted(offsets[1:].contiguous(), positions, right=True).clamp(max=ranks - 1)
     within = positions - offsets[rank]
-    kept = (positions >= 0) & (positions < offsets[-1]) & (within < capacity)
+    kept = (positions >= 0) & (positions < offsets[-1]) & (within >= 0) & (within < capacity)
     places = torch.where(kept, rank * span + within, -1).to(torch.int32)
     return wire.view(-1, rows.shape[1]), routes.view(-1), places
 

@@ -1,0 +1,50 @@
+"""The kernels of an exchange: interpreted, and compiled ahead for GPUs that are not in this machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, releases, signature_of
+
+from moealign.parallel import wire
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("release", releases())
+def test_interpreted_they_equal_torch(release):
+    assert_passes(WORKERS / "exchange_interpret.py", release, interpreted=True)
+
+
+def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
+    tokens, top_k, ranks, capacity, slots = 64, 8, 8, 128, 16
+    new = lambda *size, dtype=torch.int32: torch.empty(size, dtype=dtype)  # noqa: E731
+    sizes = (top_k, capacity, wire.header_rows(capacity, wire.words_of(hidden, dtype.itemsize)))
+    span, count = sizes[1] + sizes[2], tokens * top_k
+    out = (new(ranks * span, hidden, dtype=dtype), new(ranks * span), new(count))
+    table = new(ranks * slots, dtype=torch.int16)
+    rows, ids = new(tokens, hidden, dtype=dtype), new(tokens, top_k, dtype=ids_dtype)
+    yield wire.pack_launch(rows, ids, table, new(count), new(count), new(ranks + 1), sizes, out)
+    weights = new(tokens, top_k, dtype=torch.float32)
+    yield wire.combine_launch(out[0], weights, out[2], new(tokens, hidden, dtype=dtype))
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=[str(each[1]) for each in TARGETS])
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "ids_dtype"),
+    [(7168, torch.bfloat16, torch.int64), (33, torch.float16, torch.int32), (2048, torch.float32, torch.int16)],
+)
+def test_the_kernels_compile_ahead(target, hidden, dtype, ids_dtype):
+    from moealign.experts import row_kernels
+
+    for one in launches(hidden, dtype, ids_dtype):
+        function = getattr(row_kernels, one.kernel)
+        signature, constants = signature_of(function, one.arguments, one.constants)
+        attributes = {}
+        for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
+            if isinstance(argument, int) and argument == 1:
+                signature[name], constants[name] = "constexpr", 1
+            elif isinstance(argument, torch.Tensor) or argument % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+        assert list(compile_ahead(function, signature, constants, attributes, [target], **options))
