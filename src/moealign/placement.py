@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .errors import InvalidInput
 
-__all__ = ["balanced", "imbalance", "linear", "load", "rank_loads", "round_robin", "save", "spare_slots"]
+__all__ = ["balanced", "imbalance", "linear", "load", "rank_loads", "rebalanced", "round_robin", "save", "spare_slots"]
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -98,6 +98,49 @@ def balanced(loads: npt.ArrayLike, ranks: int, replicas: int = 0) -> Ints:
         return placement
     others = (linear(experts, ranks), round_robin(experts, ranks))
     return min((placement, *others), key=lambda p: float(rank_loads(p, weights).max()))
+
+
+def rebalanced(placement: Ints, loads: npt.ArrayLike, max_imbalance: float = 1.05) -> Ints:
+    """A placement for other loads that moves few experts of `placement`, and none if its imbalance is low enough.
+
+    There are two candidates: `placement` with experts of its busiest rank swapped with lighter ones elsewhere until the
+    imbalance is at most `max_imbalance`; and :func:`balanced` with as many copies, its rows given to those ranks that
+    hold most of their experts already (an optimal assignment: Kuhn, 1955).  The one with fewer moves is taken among
+    those below `max_imbalance`; if there is none, the one with the lower imbalance.
+
+    Args:
+        placement: ``[ranks, slots]``.
+        loads: ``[num_experts]``, as for :func:`balanced`.
+        max_imbalance: load of the busiest rank over the mean, at least 1.
+
+    Returns:
+        ``[ranks, slots]``.  An expert that stays on its rank stays in its slot.
+
+    Raises:
+        InvalidInput: invalid loads, an expert that is nowhere, or `max_imbalance` below 1.
+    """
+    weights = _loads(loads)
+    before = imbalance(placement, weights)
+    if not max_imbalance >= 1:
+        raise InvalidInput(f"max_imbalance: expected a number of at least 1, got {max_imbalance}")
+    same: Ints = placement.copy()
+    if before <= max_imbalance:
+        return same
+    ranks, slots = placement.shape
+    filled = placement >= 0
+    here = np.zeros((ranks, len(weights)), dtype=bool)
+    here[np.nonzero(filled)[0], placement[filled]] = True
+    swapped = here.copy()
+    _swap(swapped, weights / here.sum(axis=0), slots, max_imbalance * weights.sum() / ranks)
+    anew = balanced(weights, ranks, int(filled.sum()) - len(weights))
+    there = np.zeros_like(here)
+    there[np.nonzero(anew >= 0)[0], anew[anew >= 0]] = True
+    missing = there.sum(axis=1)[None, :] - here.astype(np.int64) @ there.T.astype(np.int64)
+    candidates = [_in_place(placement, each) for each in (swapped, there[_assignment(missing)])]
+    measures = [(imbalance(each, weights), int(((each != placement) & (each >= 0)).sum())) for each in candidates]
+    good = [i for i, (after, _) in enumerate(measures) if after <= max_imbalance]
+    best = min(good, key=lambda i: measures[i][1]) if good else min((0, 1), key=lambda i: measures[i])
+    return candidates[best] if measures[best][0] < before else same
 
 
 def rank_loads(placement: Ints, loads: npt.ArrayLike) -> Floats:
@@ -239,8 +282,46 @@ def _make_room(there: Any, filled: Ints, total: Floats, share: Floats, expert: i
     raise AssertionError("more copies than slots")  # cdiv(copies, ranks) slots hold them all
 
 
-def _swap(there: Any, share: Floats, slots: int) -> None:
-    """While it lowers the load of the busiest rank, swap one of its experts for another, or move one to a free slot."""
+def _in_place(placement: Ints, there: Any) -> Ints:
+    """The table of the sets `there`, ``[ranks, num_experts]``: experts that stay keep their slots of `placement`."""
+    result = np.full_like(placement, -1)
+    for rank, (row, held) in enumerate(zip(placement, there, strict=True)):
+        stays = (row >= 0) & held[row]
+        result[rank, stays] = row[stays]
+        came = np.setdiff1d(np.flatnonzero(held), row[stays])
+        result[rank, np.flatnonzero(~stays)[: len(came)]] = came
+    return result
+
+
+def _assignment(cost: Ints) -> Ints:
+    """The column for each row of a square matrix with the lowest sum: the Hungarian method with potentials."""
+    size = len(cost)
+    of_row, of_column = np.zeros(size + 1), np.zeros(size + 1)
+    row_of = np.full(size + 1, -1)  # of each column; the last is where a new row enters
+    for row in range(size):
+        row_of[size], column = row, size
+        least, came_from = np.full(size, np.inf), np.full(size, size)
+        used = np.zeros(size + 1, dtype=bool)
+        while row_of[column] >= 0:
+            used[column] = True
+            reduced = cost[row_of[column]] - of_row[row_of[column]] - of_column[:size]
+            better = ~used[:size] & (reduced < least)
+            least[better], came_from[better] = reduced[better], column
+            following = int(np.argmin(np.where(used[:size], np.inf, least)))
+            step = least[following]
+            of_row[row_of[used]] += step
+            of_column[used] -= step
+            least[~used[:size]] -= step
+            column = following
+        while column != size:
+            row_of[column] = row_of[came_from[column]]
+            column = int(came_from[column])
+    return np.argsort(row_of[:size])
+
+
+def _swap(there: Any, share: Floats, slots: int, enough: float = 0.0) -> None:
+    """While it lowers the load of the busiest rank, and that is above `enough`, swap one of its experts for another, or
+    move one to a free slot."""
     ranks = len(there)
     rows = np.full((ranks, slots), -1, dtype=np.int64)
     for rank in range(ranks):
@@ -251,6 +332,8 @@ def _swap(there: Any, share: Floats, slots: int) -> None:
     total = weight[rows].sum(axis=1)
     for _ in range(4 * len(share)):
         busy = int(np.argmax(total))
+        if total[busy] <= enough:
+            break
         mine = rows[busy]
         moved = weight[mine][:, None, None] - weight[rows][None]  # [slots of the busiest, ranks, slots]
         gap = (total[busy] - total)[None, :, None]

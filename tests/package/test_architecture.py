@@ -24,8 +24,8 @@ HEAVY_ALLOWED = {
     "experts/gradient_kernels.py": {"triton"},
     "experts/kernels.py": {"triton"},
     "experts/quantized_kernels.py": {"triton"},
-    "integrations/sglang_kernels.py": {"triton"},
     "experts/row_kernels.py": {"triton"},
+    "integrations/sglang_kernels.py": {"triton"},
     "integrations/vllm_kernels.py": {"triton"},
 }
 

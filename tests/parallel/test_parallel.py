@@ -19,7 +19,7 @@ from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
 CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_refusals"
-EXCHANGE = "check_exchange,check_capacity,check_exchange_refusals"
+EXCHANGE = "check_exchange,check_capacity,check_exchange_refusals,check_moves"
 
 
 def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
@@ -73,6 +73,10 @@ def test_the_modes_of_pytorch_and_data_parallel_with_a_rank_without_tokens(tmp_p
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_an_exchange_of_fixed_size_is_the_single_layer_bit_for_bit(ranks, tmp_path):
     run(ranks, EXCHANGE, tmp_path)
+
+
+def test_the_layouts_of_deepep_are_taken_and_given(tmp_path):
+    run(2, "check_deepep", tmp_path)
 
 
 @pytest.mark.parametrize("check", ["check_a_rank_that_never_comes", "check_a_rank_that_leaves_an_exchange"])

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moealign.errors import InvalidInput
-from moealign.placement import _make_room, balanced, imbalance, linear, rank_loads, round_robin
+from moealign.placement import (
+    _assignment,
+    _make_room,
+    balanced,
+    imbalance,
+    linear,
+    rank_loads,
+    rebalanced,
+    round_robin,
+)
 
 
 def zipf(experts: int) -> np.ndarray:
@@ -109,6 +118,57 @@ def test_room_is_made_where_every_rank_without_the_expert_is_full():
     assert (filled.tolist(), total.tolist()) == ([1, 2], [5.0, 3.0])
 
 
+def moves(old: np.ndarray, new: np.ndarray) -> int:
+    return int(((new != old) & (new >= 0)).sum())
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=24),
+    st.integers(1, 7),
+    st.integers(0, 12),
+    st.integers(0, 2),
+    st.randoms(use_true_random=False),
+)
+def test_what_a_placement_for_other_loads_promises(loads, ranks, wanted, empty, random):
+    experts = len(loads)
+    old = balanced(loads, ranks, min(wanted, experts * (ranks - 1)))
+    old = np.concatenate((old, np.full((ranks, empty), -1)), axis=1)
+    loads = random.sample(loads, experts)
+    new = rebalanced(old, loads, 1.2)
+    assert (new >= 0).sum() == (old >= 0).sum()
+    assert copies_of(new, experts).min() >= 1
+    before, after = imbalance(old, loads), imbalance(new, loads)
+    assert (after < before) if moves(old, new) else (after == before)
+    assert moves(old, new) == 0 or before > 1.2
+    for was, held in zip(old, new, strict=True):
+        real = held[held >= 0].tolist()
+        assert len(set(real)) == len(real), "no rank holds an expert twice"
+        for slot, expert in enumerate(was):
+            if expert >= 0 and expert in real:
+                assert held[slot] == expert, "an expert that stays keeps its slot"
+    assert (rebalanced(old, loads, 1.2) == new).all()
+
+
+def test_other_loads_move_few_experts():
+    loads = zipf(64)
+    old = balanced(loads, 8, replicas=8)
+    loads[:4] *= 2.0
+    new = rebalanced(old, loads, max_imbalance=1.1)
+    assert imbalance(old, loads) > 1.1 >= imbalance(new, loads)
+    assert moves(old, new) < moves(old, balanced(loads, 8, replicas=8)) / 2
+    shuffled = old[np.roll(np.arange(8), 1)]
+    assert moves(shuffled, rebalanced(shuffled, loads, 1.1)) == moves(old, new), "ranks have no order"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_assignment_is_the_cheapest(seed):
+    cost = np.random.default_rng(seed).integers(0, 9, size=(5, 5))
+    rows = np.arange(5)
+    found = _assignment(cost)
+    assert sorted(found) == list(rows)
+    assert cost[rows, found].sum() == min(cost[rows, list(p)].sum() for p in itertools.permutations(range(5)))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -121,6 +181,11 @@ def test_room_is_made_where_every_rank_without_the_expert_is_full():
         (lambda: balanced([], 2), r"got shape \[0\]"),
         (lambda: balanced([1.0, float("nan")], 2), "loads: expected finite numbers that are not negative"),
         (lambda: balanced([1.0, -1.0], 2), "loads: expected finite numbers that are not negative"),
+        (
+            lambda: rebalanced(linear(4, 2), [1, 2, 3, 4], 0.9),
+            "max_imbalance: expected a number of at least 1, got 0.9",
+        ),
+        (lambda: rebalanced(linear(4, 2), [1, 2, 3]), "placement: expected experts below 3, got 3"),
         (lambda: rank_loads(linear(4, 2), [1, 2, 3]), "placement: expected experts below 3, got 3"),
         (lambda: rank_loads(linear(3, 2), [1, 2, 3, 4]), "expected every expert somewhere, expert 3 is nowhere"),
     ],

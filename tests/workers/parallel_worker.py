@@ -15,12 +15,32 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from moealign import InvalidInput, InvalidType, RankFailed, fused_moe, new_error_word, raise_for_errors
-from moealign.parallel import ExpertExchange, ExpertPlacement, dispatched_moe, replicated_moe
+from moealign import (
+    InvalidInput,
+    InvalidType,
+    RankFailed,
+    align,
+    align_batched,
+    fused_moe,
+    grouped_gemm,
+    new_error_word,
+    raise_for_errors,
+)
+from moealign.parallel import (
+    ExpertExchange,
+    ExpertPlacement,
+    batched_moe,
+    contiguous_moe,
+    dispatched_moe,
+    move_experts,
+    replicated_moe,
+)
+from moealign.views import group_indices, masked, permute, unpermute
 
 EXPERTS, HIDDEN, INNER, TOP_K = 10, 6, 5, 3
 DEVICE = torch.device("cpu")  # with NCCL this rank's GPU
@@ -256,6 +276,159 @@ def check_exchange_in_every_mode(rank: int, ranks: int) -> None:
                 assert torch.equal(got, alone)
             else:
                 assert float((got - alone).double().norm()) < 1e-2 * float(alone.double().norm())
+
+
+class DeepEP:
+    """What DeepEP's buffer documents of shapes and values, over gloo: each rank sees the tokens of all."""
+
+    def __init__(self, ranks: int, rank: int) -> None:
+        self.ranks, self.rank, self.local = ranks, rank, EXPERTS // ranks
+
+    def _gathered(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        every: list[torch.Tensor | None] = [None] * self.ranks
+        dist.all_gather_object(every, tensor.cpu())
+        return [each.to(tensor.device) for each in every]
+
+    def low_latency_dispatch(self, x, topk_idx, most, experts):
+        """recv_x [local experts, ranks * most, H], garbage after recv_count [local experts]; handle."""
+        recv_x = torch.full((self.local, self.ranks * most, x.shape[1]), float("nan"), dtype=x.dtype, device=x.device)
+        count, handle = [0] * self.local, []
+        for source, (rows, ids) in enumerate(zip(self._gathered(x), self._gathered(topk_idx), strict=True)):
+            for token, choice in (ids // self.local == self.rank).nonzero().tolist():
+                expert = int(ids[token, choice]) % self.local
+                recv_x[expert, count[expert]] = rows[token]
+                handle.append((source, token, choice, expert, count[expert]))
+                count[expert] += 1
+        return recv_x, torch.tensor(count, dtype=torch.int32, device=x.device), handle
+
+    def low_latency_combine(self, x, topk_idx, topk_weights, handle):
+        """[T, H]: the results of each token's experts, weighted."""
+        back = [[] for _ in range(self.ranks)]
+        for source, token, choice, expert, row in handle:
+            back[source].append((token, choice, x[expert, row].cpu()))
+        every: list[object] = [None] * self.ranks
+        dist.all_gather_object(every, back)
+        out = x.new_zeros(topk_idx.shape[0], x.shape[2])
+        for part in every:
+            for token, choice, row in part[self.rank]:
+                out[token] += topk_weights[token, choice] * row.to(out.device)
+        return out
+
+    def dispatch(self, x, topk_idx, topk_weights):
+        """recv_x [rows, H], recv_topk_idx [rows, k] of local experts or -1, recv_topk_weights [rows, k]; handle."""
+        rows, ids, weights, handle = [], [], [], []
+        parts = (self._gathered(each) for each in (x, topk_idx, topk_weights))
+        for source, (of_x, of_ids, of_weights) in enumerate(zip(*parts, strict=True)):
+            for token in (of_ids // self.local == self.rank).any(1).nonzero()[:, 0].tolist():
+                here = of_ids[token] // self.local == self.rank
+                rows.append(of_x[token])
+                ids.append(torch.where(here, of_ids[token] % self.local, -1))
+                weights.append(of_weights[token])
+                handle.append((source, token))
+        return torch.stack(rows), torch.stack(ids), torch.stack(weights), handle
+
+    def combine(self, x, tokens, handle):
+        every: list[object] = [None] * self.ranks
+        dist.all_gather_object(every, [(*way, row.cpu()) for way, row in zip(handle, x, strict=True)])
+        out = x.new_zeros(tokens, x.shape[1])
+        for part in every:
+            for source, token, row in part:
+                if source == self.rank:
+                    out[token] += row.to(out.device)
+        return out
+
+
+def check_deepep(rank: int, ranks: int) -> None:
+    """Both layouts of DeepEP, computed here between its exchange there and its exchange back."""
+    counts = [6 + 3 * r for r in range(ranks)]
+    parts, experts = whole_numbers(4, counts, "dropped")
+    hidden, weights, ids = parts[rank]
+    expected = fused_moe(hidden, *experts, weights, ids, activation="relu")
+    local = EXPERTS // ranks
+    own = [each[local * rank : local * (rank + 1)] for each in experts]
+    buffer = DeepEP(ranks, rank)
+    most = max(counts) * TOP_K
+    recv_x, recv_count, handle = buffer.low_latency_dispatch(hidden, ids, most, EXPERTS)
+    out = batched_moe(recv_x, recv_count, *own, activation="relu")
+    assert torch.equal(buffer.low_latency_combine(out, ids, weights, handle), expected)
+    # The same through the layout of align_batched and two products, and contiguous with m_indices.
+    layout = align_batched(
+        recv_count, max_tokens_per_batch=recv_x.shape[1], block_size=4, positions=True, block_rows=True
+    )
+    rows = recv_x.nan_to_num().flatten(0, 1)
+    rows = grouped_gemm(grouped_gemm(rows, own[0], layout, top_k=1, activation="relu"), own[1], layout, top_k=1)
+    assert torch.equal(rows.view(out.shape), out)
+    sorted_rows = permute(recv_x.flatten(0, 1), layout, top_k=1)
+    results = contiguous_moe(sorted_rows.nan_to_num(), group_indices(layout), *own, activation="relu")
+    assert torch.equal(unpermute(results, layout.positions, top_k=1).view(out.shape), out)
+    recv_x, recv_ids, recv_weights, handle = buffer.dispatch(hidden, ids, weights)
+    rows = fused_moe(recv_x, *own, recv_weights, recv_ids, activation="relu")
+    assert torch.equal(buffer.combine(rows, len(ids), handle), expected)
+    # And ours in the form of its low latency mode: a matrix for each expert.
+    exchange = ExpertExchange(ExpertPlacement.linear(EXPERTS, ranks), capacity=most, device=DEVICE)
+    arrived, way = exchange.dispatch(hidden, ids)
+    extras = {"expert_counts": True, "expert_offsets": True, "positions": True}
+    layout = align(arrived.topk_ids, block_size=1, num_experts=local, **extras)
+    rows, counts_of, positions = masked(layout, ranks * most)
+    batches = permute(arrived.hidden_states, layout, top_k=1, rows=rows)
+    results = batched_moe(batches, counts_of, *own, activation="relu")
+    results = unpermute(results.flatten(0, 1), positions, top_k=1)
+    assert torch.equal(exchange.combine(results, weights, way), expected)
+    for call, error, message in (
+        (lambda: batched_moe(rows, recv_count, *own), InvalidInput, r"rows: expected \[E, M, H\], got"),
+        (lambda: batched_moe(out, recv_count[1:], *own), InvalidInput, "expert_num_tokens: expected"),
+        (lambda: batched_moe(out, recv_count.float(), *own), InvalidType, "expert_num_tokens: expected an integer"),
+        (lambda: contiguous_moe(out, recv_count, *own), InvalidInput, r"rows: expected \[R, H\]"),
+        (lambda: contiguous_moe(out[0], recv_count, *own), InvalidInput, "m_indices: expected"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def check_moves(rank: int, ranks: int) -> None:
+    """Weights in any dtype reach their new ranks bit for bit, some at a time, and no step before the last sees it."""
+    every = [*layer(), torch.arange(EXPERTS, dtype=torch.uint8, device=DEVICE), layer()[0].to(torch.float8_e4m3fn)]
+    hidden, weights, ids = tokens_of(rank, 6, "uniform")
+    expected = fused_moe(hidden, *every[:2], weights, ids)
+    loads = [float(e * e + 1) for e in range(EXPERTS)]
+    spare = np.full((ranks, 12), -1)
+    spare[:, :EXPERTS] = np.where(np.arange(EXPERTS) % ranks == np.arange(ranks)[:, None], np.arange(EXPERTS), -1)
+    fewer = ExpertPlacement(np.roll(spare, 2, axis=1), EXPERTS)
+    every_placement = placements(ranks)
+    for old, new in (
+        (every_placement["linear"], every_placement["round robin"]),
+        (every_placement["linear"], every_placement["linear"].rebalanced(loads)),
+        (every_placement["replicated"], every_placement["replicated"].rebalanced(loads[::-1])),
+        (ExpertPlacement(spare, EXPERTS), fewer),  # inside the ranks, from and into empty slots
+        (fewer, fewer),
+    ):
+        for most in (None, 1, 2):
+            own = [old.shard(each.view(torch.uint8), rank).view(each.dtype) for each in every]
+            before = [each.clone() for each in own]
+            close(dispatched_moe(hidden, *own[:2], weights, ids, old), expected)
+            move = move_experts(own, old, new, experts_per_step=most)
+            for turn in range(1, move.steps + 1):
+                assert same_bits(own, before)
+                assert move.step() is (turn == move.steps)
+            assert move.step()
+            assert same_bits(own, [new.shard(each.view(torch.uint8), rank).view(each.dtype) for each in every])
+            close(dispatched_moe(hidden, *own[:2], weights, ids, new), expected)
+            came = max(len(set(after) - set(now)) for after, now in zip(new.table, old.table, strict=True))
+            assert move.steps >= (1 if most is None else -(-came // most))
+            assert most or move.steps == 1
+    up, down = shards(fewer, rank, False)
+    for call, message in (
+        (lambda: move_experts([up], fewer, every_placement["linear"]), "new: expected a placement of 10 experts on"),
+        (lambda: move_experts([up], fewer, fewer, experts_per_step=0), "experts_per_step: expected an int of at least"),
+        (lambda: move_experts([up[1:]], fewer, fewer), "weights: expected contiguous tensors of 12 experts, got"),
+        (lambda: move_experts([down.transpose(1, 2)], fewer, fewer), "weights: expected contiguous tensors"),
+    ):
+        with pytest.raises(InvalidInput, match=message):
+            call()
+
+
+def same_bits(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True))
 
 
 def check_exchange_refusals(rank: int, ranks: int) -> None:

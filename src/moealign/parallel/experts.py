@@ -64,6 +64,14 @@ class ExpertPlacement:
         weights = loads.detach().cpu().numpy() if isinstance(loads, Tensor) else np.asarray(loads)
         return cls(tables.balanced(weights, ranks, replicas), len(weights))
 
+    def rebalanced(self, loads: npt.ArrayLike | Tensor, max_imbalance: float = 1.05) -> ExpertPlacement:
+        """A placement for other loads ``[num_experts]`` that moves few experts: :func:`moealign.placement.rebalanced`.
+
+        :func:`move_experts` carries the weights over.
+        """
+        weights = loads.detach().cpu().numpy() if isinstance(loads, Tensor) else loads
+        return ExpertPlacement(tables.rebalanced(self.table, weights, max_imbalance), self.num_experts)
+
     @classmethod
     def load(cls, path: str | Path, ranks: int, layer: int = 0) -> ExpertPlacement:
         """The placement of `layer` from a file of :meth:`save`, ``moealign report --placement`` or an engine's EPLB.
