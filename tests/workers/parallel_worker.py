@@ -356,7 +356,7 @@ def check_deepep(rank: int, ranks: int) -> None:
         recv_count, max_tokens_per_batch=recv_x.shape[1], block_size=4, positions=True, block_rows=True
     )
     rows = recv_x.nan_to_num().flatten(0, 1)
-    rows = grouped_gemm(grouped_gemm(rows, own[0], layout, top_k=1, activation="relu"), own[1], layout, top_k=1)
+    rows = grouped_gemm(grouped_gemm(rows, own[0], layout, top_k=1, activation="relu_mul"), own[1], layout, top_k=1)
     assert torch.equal(rows.view(out.shape), out)
     sorted_rows = permute(recv_x.flatten(0, 1), layout, top_k=1)
     results = contiguous_moe(sorted_rows.nan_to_num(), group_indices(layout), *own, activation="relu")
