@@ -5,8 +5,9 @@
 
 The shapes and token counts of the experts' benchmark, in bfloat16.  `tokens` is the whole batch: one GPU has all of it,
 as has each rank of `replicated`; `dispatched` splits it.  Times are wall times of eager calls after a barrier, of the
-slowest rank; `-graph` is a CUDA graph replay, for calls that never wait for the device.  `exchange-...` are the
-collectives of a mode alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
+slowest rank; `-graph` is a CUDA graph replay, for calls that never wait for the device.  `dispatched-capacity` and
+`dispatched-graph` are an ExpertExchange whose capacity is never exceeded.  `exchange-...` are the collectives of a mode
+alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from common import RESULTS, SHAPES, TOKENS, Shape, layer_name, random_weights
 
 from moealign import bench, fused_moe
-from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
+from moealign.parallel import ExpertExchange, ExpertPlacement, dispatched_moe, replicated_moe
 from moealign.timing import NO_ARGUMENTS, Times, capture, device_us, host_us
 
 SMALL_SHAPES: list[Shape] = [(8, 2, 32, 16)]
@@ -90,12 +91,16 @@ def layer_times(
     weights = torch.rand(tokens, top_k, generator=generator).to(here.device)
     ids = torch.rand(tokens, experts, generator=generator).topk(top_k).indices.to(here.device)
     first, last = tokens * here.rank // here.ranks, tokens * (here.rank + 1) // here.ranks
-    part = (x[first:last], *own, weights[first:last], ids[first:last], placement)
+    inputs = (x[first:last], *own, weights[first:last], ids[first:last])
+    part = (*inputs, placement)
+    capacity = ExpertExchange.max_capacity(placement, -(-tokens // here.ranks), top_k)
+    fixed = ExpertExchange(placement, capacity=capacity, device=here.device)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "one-gpu": lambda: fused_moe(x, *whole, weights, ids),
         "replicated": lambda: replicated_moe(x, *own, weights, ids, placement),
         "dispatched": lambda: dispatched_moe(*part),
         "dispatched-2chunks": lambda: dispatched_moe(*part, chunks=2),
+        "dispatched-capacity": lambda: fixed(*inputs),
     }
     expected = calls["one-gpu"]().double()
     for name, call in calls.items():
@@ -115,6 +120,13 @@ def layer_times(
     counts = torch.zeros(here.ranks * placement.slots, dtype=torch.int32, device=here.device)
     other = torch.empty_like(counts)
 
+    wire = torch.empty(fixed.wire_bytes(hidden, dtype), dtype=torch.uint8, device=here.device)
+    arrived = torch.empty_like(wire)
+
+    def exchange_of_capacity() -> None:
+        dist.all_to_all_single(arrived, wire)
+        dist.all_to_all_single(wire, arrived)
+
     def exchange() -> None:
         dist.all_to_all_single(other, counts)
         dist.all_to_all_single(received, sent, receive_counts, send_counts)
@@ -123,11 +135,14 @@ def layer_times(
     times = {name: here.wall(call) for name, call in calls.items()}
     times["exchange-replicated"] = here.wall(lambda: dist.all_reduce(rows))
     times["exchange-dispatched"] = here.wall(exchange)
+    times["exchange-capacity"] = here.wall(exchange_of_capacity)
     if here.cuda:
         for name in ("one-gpu", "replicated"):
             times[f"{name}-graph"] = here.replays(calls[name])
+        times["dispatched-graph"] = here.replays(calls["dispatched-capacity"])
         times["exchange-replicated-graph"] = here.replays(lambda: dist.all_reduce(rows))
         times["exchange-dispatched-graph"] = here.replays(exchange)
+        times["exchange-capacity-graph"] = here.replays(exchange_of_capacity)
     return times
 
 

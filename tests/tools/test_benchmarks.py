@@ -465,4 +465,4 @@ def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     impls = {row["impl"] for row in figures.read(out)}
-    assert {"one-gpu", "replicated", "dispatched", "exchange-dispatched", "all-to-all"} <= impls
+    assert {"one-gpu", "replicated", "dispatched", "dispatched-capacity", "exchange-dispatched", "all-to-all"} <= impls
