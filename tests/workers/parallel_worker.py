@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import functools
@@ -12,7 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -464,9 +465,9 @@ def check_mesh(rank: int, ranks: int) -> None:
     placement = ExpertPlacement.linear(EXPERTS, ranks)
     hidden, weights, ids = tokens_of(3, 9, "uniform")
     up, down = shards(placement, rank, False)
-    close(
-        replicated_moe(hidden, up, down, weights, ids, placement, group=mesh), fused_moe(hidden, *layer(), weights, ids)
-    )
+    given, expected = (hidden, up, down, weights, ids, placement), fused_moe(hidden, *layer(), weights, ids)
+    close(replicated_moe(*given, group=mesh), expected)
+    close(dispatched_moe(*given, group=mesh, capacity=9 * TOP_K), expected)
 
 
 def check_a_subgroup(rank: int, ranks: int) -> None:
@@ -475,8 +476,9 @@ def check_a_subgroup(rank: int, ranks: int) -> None:
         placement = ExpertPlacement.round_robin(EXPERTS, 2)
         hidden, weights, ids = tokens_of(rank, 4 + rank, "uniform")
         up, down = shards(placement, rank, False)
-        out = dispatched_moe(hidden, up, down, weights, ids, placement, group=group)
-        close(out, fused_moe(hidden, *layer(), weights, ids))
+        for options in ({}, {"capacity": 5 * TOP_K}):
+            out = dispatched_moe(hidden, up, down, weights, ids, placement, group=group, **options)
+            close(out, fused_moe(hidden, *layer(), weights, ids))
 
 
 def check_refusals(rank: int, ranks: int) -> None:
@@ -683,6 +685,23 @@ def transformers_mesh(ranks: int) -> object:
     return TransformersDeviceMesh(dense, expert)
 
 
+@contextlib.contextmanager
+def counted(owner: type, name: str) -> Iterator[list[object]]:
+    """The calls of a method while the context lasts."""
+    calls: list[object] = []
+    method = getattr(owner, name)
+
+    def call(*args, **options):
+        calls.append(args)
+        return method(*args, **options)
+
+    setattr(owner, name, call)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, method)
+
+
 def check_transformers_own_plan(rank: int, ranks: int) -> None:
     """Whole models under Transformers' expert-parallel plan, in each of its ways, against one process."""
     import transformers
@@ -709,7 +728,7 @@ def check_transformers_own_plan(rank: int, ranks: int) -> None:
     mesh = transformers_mesh(ranks)
     fields = inspect.signature(DistributedConfig).parameters
     size = {"ep_size": ranks} if "ep_size" in fields else {"enable_expert_parallel": True}
-    ways = ["all_reduce", "all_to_all"] if "ep_implementation" in fields else [None]
+    ways = ["all_reduce", "all_to_all", integration.NAME] if "ep_implementation" in fields else [None]
     text = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(1))
     for config in (
         transformers.MixtralConfig(**small, num_local_experts=6),
@@ -728,8 +747,9 @@ def check_transformers_own_plan(rank: int, ranks: int) -> None:
             )
             model = type(model).maybe_distribute_model(model, plan, mesh)
             seen.clear()
-            with moealign.capture(model) as all_, torch.no_grad():
+            with moealign.capture(model) as all_, torch.no_grad(), counted(ExpertExchange, "dispatch") as exchanges:
                 got = model(text).logits
+            assert len(exchanges) == (config.num_hidden_layers if way == integration.NAME else 0), way
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
             local = config.num_experts // ranks
             assert [each[:2] for each in seen] == [(local, local)] * config.num_hidden_layers, seen

@@ -23,6 +23,7 @@ from ..errors import BackendUnavailable, how_to_install
 from ..experts.activations import Gate
 from ..experts.layer import fused_moe
 from ..experts.quantized import GROUP, QuantizedWeights, scales_shape
+from . import expert_parallel
 from .gate_forms import fused_gate
 from .routers import Replaced, is_wrapper, replace_routers, replay, restore_routers
 
@@ -64,6 +65,9 @@ _batch_invariant = False
 def install(*, batch_invariant: bool = False) -> None:
     """Register ``experts_implementation="moealign"`` with Transformers.  Idempotent; the last call's options hold.
 
+    From release 5.24 on, also register ``DistributedConfig(ep_implementation="moealign")``, an exchange between ranks
+    that waits for nothing (docs/parallel.md).
+
     Select it when loading a model, ``from_pretrained(..., experts_implementation="moealign")``, or later with
     ``model.set_experts_implementation("moealign")``.  Models that share one config object share the selection.
 
@@ -81,6 +85,8 @@ def install(*, batch_invariant: bool = False) -> None:
     global _plain_gate, _batch_invariant
     _batch_invariant = batch_invariant
     _registry().register(NAME, experts_forward)
+    if (parallel := expert_parallel.implementations()) is not None:
+        parallel.register(NAME, expert_parallel.exchange_class())
     for registry in _quantised_registries():
         fp8 = registry.__name__ == "FP8ExpertsInterface"
         registry.register(NAME, fp8_experts_forward if fp8 else _quantised_forward)
@@ -91,6 +97,8 @@ def uninstall() -> None:
     """Remove the implementation.  Transformers refuses the next call of models that still select it."""
     registry = _registry()
     others = [each._global_mapping for each in _quantised_registries()]
+    if (parallel := expert_parallel.implementations()) is not None:
+        others.append(parallel._global_mapping)
     for mapping in (type(registry)._global_mapping, getattr(registry, "_local_mapping", {}), *others):
         mapping.pop(NAME, None)
 
