@@ -105,8 +105,9 @@ def test_the_modes_of_pytorch_with_nccl(tmp_path):
 
 
 @two_gpus
-def test_an_exchange_of_fixed_size_with_nccl(tmp_path):
-    run(2, EXCHANGE + ",check_exchange_in_every_mode", tmp_path, "nccl")
+@pytest.mark.parametrize("checks", [EXCHANGE, "check_exchange_in_every_mode"])
+def test_an_exchange_of_fixed_size_with_nccl(checks, tmp_path):
+    run(2, checks, tmp_path, "nccl")
 
 
 @two_gpus
