@@ -102,7 +102,7 @@ def pack_launch(
         "pack_wire",
         (ranks * (capacity + header) + cdiv(routes, places), cdiv(width, block)),
         (
-            words, ids.reshape(-1).contiguous(), slots, order, positions, offsets, out[0].view(torch.int16), *out[1:],
+            words, launch.flat(ids), slots, order, positions, offsets, out[0].view(torch.int16), *out[1:],
             routes, top_k, width, launch.row_stride(words), slots.shape[0], capacity, capacity + header, ranks,
         ),
         {"BLOCK": block, "RANKS": power_of_two(ranks), "PLACES": places},
