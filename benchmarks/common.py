@@ -81,6 +81,13 @@ def in_blocks(weights: Tensor, size: int = 128) -> QuantizedWeights:
     return QuantizedWeights(data, scales, (size, size))
 
 
+def empty_quantized(weights: Tensor) -> QuantizedWeights:
+    """Uninitialised FP8 weights of the same sizes in blocks of 128 x 128, to compile for."""
+    experts, outputs, inputs = weights.shape
+    scales = weights.new_empty(experts, outputs // 128, inputs // 128, dtype=torch.float32)
+    return QuantizedWeights(torch.empty_like(weights, dtype=torch.float8_e4m3fn), scales)
+
+
 def random_inputs(shape: Shape, tokens: int, slots: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each slot hidden states ``[tokens, hidden]``, weights and int32 ids ``[tokens, top_k]``, on the GPU."""
     experts, top_k, hidden, _ = shape

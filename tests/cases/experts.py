@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,9 +69,20 @@ def random_layer(
     return x, gate_up, down, weights, ids, biases
 
 
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """``|got - want| / |want|``; NaN is infinitely wrong."""
-    error = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+class Near(NamedTuple):
+    """What a result must be near to: each value, give or take its slack."""
+
+    values: Tensor
+    slack: Tensor
+
+
+def relative_error(got: Tensor, want: Tensor | Near) -> float:
+    """``|got - want| / |want|``, where a difference counts beyond its slack; NaN is infinitely wrong."""
+    values = want.values if isinstance(want, Near) else want
+    difference = got.double() - values.double()
+    if isinstance(want, Near):
+        difference = (difference.abs() - want.slack).clamp(min=0)  # NaN stays
+    error = float(difference.norm() / values.double().norm().clamp(min=1e-30))
     return error if error == error else float("inf")
 
 
@@ -101,29 +114,47 @@ def random_quantized(experts, outputs, depth, scheme=SCHEMES[0], seed=0, scale=1
     return QuantizedWeights(data, scales, block, activations, static)
 
 
-def quantized_product(row: Tensor, weights: QuantizedWeights, expert: int) -> Tensor:
-    """``[K]`` to ``[N]``, float64: quantise, multiply, apply the scales."""
+def codes_of(values: Tensor, scale: Tensor, change: float = 0.0) -> Tensor:
+    """The e4m3 values, as float64, of quotients that are larger by a factor ``1 + change``."""
+    return (values / scale * (1 + change)).clamp(-448, 448).to(torch.float8_e4m3fn).double()
+
+
+def quantized_product(row: Tensor, weights: QuantizedWeights, expert: int, rounding: float = 0.0) -> Near:
+    """``[K]`` to ``[N]``, float64: quantise, multiply, apply the scales.
+
+    A path that computed `row` up to a relative error of `rounding` may round a value to its neighbour in e4m3, a change
+    of up to an eighth: the slack is what that can add up to.
+    """
     data, scales, (outputs, inputs), activations, static = weights
     count, depth = data.shape[1:]
     columns = torch.arange(depth) // (inputs or depth)
     of_weights = scales[expert][torch.arange(count) // (outputs or count)][:, columns].double()
     width = 128 if activations == "group" else depth
-    total = torch.zeros(count, dtype=torch.float64)
+    total, slack = torch.zeros(2, count, dtype=torch.float64)
     for start in range(0, depth, width):
         part = row[start : start + width].float()
         if static is not None:
             scale = static[expert if static.numel() > 1 else 0]
         else:
             scale = part.abs().max().clamp(min=1e-10) / 448
-        codes = (part / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double()
         kept = slice(start, start + width)
-        total += (data[expert, :, kept].double() * of_weights[:, kept]) @ codes * scale.double()
-    return total
+        matrix = data[expert, :, kept].double() * of_weights[:, kept] * scale.double()
+        total += matrix @ codes_of(part, scale)
+        if rounding:
+            steps = codes_of(part, scale, rounding) - codes_of(part, scale, -rounding)
+            slack += matrix.abs() @ steps.abs()
+    return Near(total, slack)
 
 
-def quantized_loop(x, gate_up, down, weights, ids, *, activation="silu", expert_map=None, valid=None, bias=None):
+#: How far apart, relatively, two paths may compute the activated rows of a layer, by the dtype of the rows.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def quantized_loop(
+    x, gate_up, down, weights, ids, *, activation="silu", expert_map=None, valid=None, bias=None
+) -> Near:
     """:func:`expert_loop` with quantised weights: ``[T, H]``, float64.  The activated rows have the dtype of `x`."""
-    out = torch.zeros(x.shape, dtype=torch.float64)
+    out, slack = torch.zeros(2, *x.shape, dtype=torch.float64)
     experts, inner = gate_up.data.shape[0], down.data.shape[2]
     for token in range(x.shape[0] if valid is None else valid):
         for weight, expert in zip(weights[token].double().unbind(), ids[token].tolist(), strict=True):
@@ -131,7 +162,7 @@ def quantized_loop(x, gate_up, down, weights, ids, *, activation="silu", expert_
                 expert = int(expert_map[expert]) if 0 <= expert < len(expert_map) else -1
             if not 0 <= expert < experts:
                 continue
-            h = quantized_product(x[token], gate_up, expert)
+            h = quantized_product(x[token], gate_up, expert).values
             if bias is not None:
                 h = h + bias[0][expert].double()
             if callable(activation):
@@ -140,8 +171,9 @@ def quantized_loop(x, gate_up, down, weights, ids, *, activation="silu", expert_
                 h = PLAIN[activation](h[:inner]) * h[inner:]
             else:
                 h = PLAIN[activation](h)
-            y = quantized_product(h.to(x.dtype), down, expert)
+            y, near = quantized_product(h.to(x.dtype), down, expert, ROUNDING[x.dtype])
             if bias is not None:
                 y = y + bias[1][expert].double()
             out[token] += weight * y
-    return out
+            slack[token] += weight.abs() * near
+    return Near(out, slack)

@@ -49,10 +49,12 @@ def test_compile_ahead_without_spills_on_every_target(release):
 
 
 def weights_of(count, outputs, depth, scheme=SCHEMES[0]):
-    block, activations, _ = scheme
+    block, activations, each = scheme
     data = torch.empty(count, outputs, depth, dtype=torch.float8_e4m3fn)
     scales = torch.empty(quantized.scales_shape(data, block))
-    return QuantizedWeights(data, scales, block, activations, torch.empty(1) if activations == "static" else None)
+    return QuantizedWeights(
+        data, scales, block, activations, torch.empty(count if each else 1) if activations == "static" else None
+    )
 
 
 def planned(shape, tokens, target=HOPPER, dtype=torch.bfloat16, scheme=SCHEMES[0], activation="silu", block_size=None):
@@ -74,15 +76,15 @@ def planned(shape, tokens, target=HOPPER, dtype=torch.bfloat16, scheme=SCHEMES[0
     return selected, launches
 
 
-def test_rows_are_quantised_on_the_way_where_tiles_are_small():
+def test_a_pass_quantises_rows_unless_an_expert_has_its_own_scale():
     def kernels(*args, **options):
         return [one.kernel for one in planned(*args, **options)[1]]
 
     passed = ["quantize_rows", "gemm", "quantize_rows", "gemm", "sum_rows"]
-    assert kernels(SHAPE, 1) == kernels(SHAPE, 40) == ["gemm", "gemm", "sum_rows"]
-    assert kernels(SHAPE, 2000) == passed
-    assert kernels(SHAPE, 1, scheme=SCHEMES[1]) == passed  # a scale per row needs the whole row
-    assert kernels(SHAPE, 2000, scheme=SCHEMES[5]) == ["gemm", "gemm", "sum_rows"]
+    for scheme in SCHEMES:
+        for tokens in (1, 40, 2000):
+            alone = scheme[1] == "static" and scheme[2]
+            assert kernels(SHAPE, tokens, scheme=scheme) == (["gemm", "gemm", "sum_rows"] if alone else passed)
 
 
 def test_a_pass_reads_a_token_once_and_halves_the_bytes():
@@ -232,14 +234,19 @@ def test_gpu_with_and_without_its_fp8_products(fp8, monkeypatch):
 
 
 @gpu
-@pytest.mark.parametrize("activations", ["group", "row"])
+@pytest.mark.parametrize("activations", quantized.SCHEMES)
 def test_gpu_a_pass_gives_the_bits_of_torch(activations):
     x = torch.randn(200, 1111, device="cuda") * torch.logspace(-12, 6, 200, device="cuda")[:, None]
-    one, data, scales = launch.quantize_launch(launch.target_of(x.device), x, activations, None, 200)
+    static = torch.tensor([0.03], device="cuda") if activations == "static" else None
+    by = QuantizedWeights(x, x, (0, 0), activations, static)
+    one, data, scales = launch.quantize_launch(launch.target_of(x.device), x, by, None, 200)
     launch.run([one], x.device)
-    want_data, want_scales = quantized.quantize_rows(x, activations)
-    assert torch.equal(scales, want_scales)
-    assert torch.equal(data.float(), want_data.float())
+    for want_data, want_scales in (
+        quantized.quantize_rows(x, activations, static),
+        quantized.quantize_rows(x.cpu(), activations, None if static is None else static.cpu()),
+    ):
+        assert scales is None if static is not None else torch.equal(scales.cpu(), want_scales.cpu())
+        assert torch.equal(data.float().cpu(), want_data.float().cpu())
 
 
 @gpu

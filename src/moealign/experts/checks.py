@@ -22,6 +22,7 @@ __all__ = [
     "check_layer",
     "check_out",
     "check_product",
+    "check_quantized_layer",
     "check_training",
     "select_path",
 ]
@@ -343,6 +344,16 @@ def check_inference(recompute: object, weight_grads: object, batch_invariant: ob
             "expected a call without gradients, as quantised weights give none, got one that needs them; call it under "
             "torch.no_grad(), or dequantise the weights for training"
         )
+
+
+def check_quantized_layer(
+    rows: Tensor, weights: ExpertWeights, routes: Routes, training: tuple[object, object, object], named: bool
+) -> None:
+    """Refuse what a layer with quantised weights does not do; `named`: its functions are no callables."""
+    scales = [each for one in weights.quantized or () for each in one]
+    check_inference(*training, rows, *weights, routes.weights, *scales)
+    if training[2] and not named:
+        raise InvalidInput("batch_invariant: expected no callable with quantised weights, got one; leave one out")
 
 
 def _check_activation(name: object, gated: bool) -> None:

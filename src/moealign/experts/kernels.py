@@ -23,8 +23,9 @@ from .quantized_kernels import (
     STATIC,
     factor_of,
     quantize,
-    scale_of,
     scaled_dot,
+    scales_of_columns,
+    scales_of_rows,
 )  # fmt: skip
 
 __all__ = ["gemm", "product", "sum_rows", "tanh", "tile_of"]
@@ -143,6 +144,12 @@ def product(
             row_scale = tl.load(scales[0] + expert * scales[1]) + tl.zeros((BLOCK_M,), dtype=tl.float32)
         elif SCALING[ROWS_BY] == ROW:
             row_scale = tl.load(scales[0] + a_rows, mask=kept, other=0.0)
+        # Scales are loaded a step before their use.
+        if SCALING[ROWS_BY] == GROUP:
+            row_scale_ahead = scales_of_rows(scales, a_rows, kept, 0)
+        scale_ahead = scales_of_columns(scales, expert, column, columns, N, 0, SCALING)
+        if GATED:
+            up_scale_ahead = scales_of_columns(scales, expert, column + N, columns + N, 2 * N, 0, SCALING)
     for step in range(steps):
         start = step * BLOCK_K
         if A_TMA:
@@ -160,14 +167,16 @@ def product(
         else:
             w = tl.load(b_at, mask=depth[None, :] < K - start, other=0.0)
         if SCALING is not None:
-            if SCALING[ROWS_BY] == GROUP and SCALING[QUANTIZED]:
-                row_scale = tl.load(scales[0] + a_rows * scales[1] + step, mask=kept, other=0.0)
+            ahead = tl.minimum(step + 1, steps - 1)
+            scale = scale_ahead
+            if SCALING[DEEP]:
+                scale_ahead = scales_of_columns(scales, expert, column, columns, N, ahead, SCALING)
+            if SCALING[ROWS_BY] == GROUP:
+                row_scale = row_scale_ahead
+                row_scale_ahead = scales_of_rows(scales, a_rows, kept, ahead)
             elif not SCALING[QUANTIZED]:
-                x = x.to(tl.float32)
-                if SCALING[ROWS_BY] == GROUP:
-                    row_scale = scale_of(tl.max(tl.abs(x), 1))
-                x = quantize(x, row_scale[:, None], SCALING[NATIVE])
-            first = scaled_dot(x, w, first, scales, row_scale, expert, column, columns, N, step, SWAP, SCALING)
+                x = quantize(x.to(tl.float32), row_scale[:, None], SCALING[NATIVE])
+            first = scaled_dot(x, w, first, row_scale, scale, SWAP, SCALING)
         elif SWAP:
             first = tl.dot(w, x.T, first, input_precision=PRECISION)
         else:
@@ -182,9 +191,10 @@ def product(
             else:
                 u = tl.load(b_at + tl.cast(N, tl.int64) * b_stride_n, mask=depth[None, :] < K - start, other=0.0)
             if SCALING is not None:
-                second = scaled_dot(
-                    x, u, second, scales, row_scale, expert, column + N, columns + N, 2 * N, step, SWAP, SCALING
-                )
+                up_scale = up_scale_ahead
+                if SCALING[DEEP]:
+                    up_scale_ahead = scales_of_columns(scales, expert, column + N, columns + N, 2 * N, ahead, SCALING)
+                second = scaled_dot(x, u, second, row_scale, up_scale, SWAP, SCALING)
             elif SWAP:
                 second = tl.dot(u, x.T, second, input_precision=PRECISION)
             else:
@@ -195,11 +205,9 @@ def product(
             b_at += BLOCK_K * b_stride_k
     if SCALING is not None and SCALING[ROWS_BY] != GROUP and not SCALING[DEEP]:
         # Without a step, for an expert that is not here, the result is zero whatever the scales are.
-        factor = factor_of(scales, row_scale, expert, column, columns, N, 0, SWAP, SCALING)
-        first = tl.where(steps > 0, first * factor, 0.0)
+        first = tl.where(steps > 0, first * factor_of(row_scale, scale_ahead, SWAP, SCALING), 0.0)
         if GATED:
-            factor = factor_of(scales, row_scale, expert, column + N, columns + N, 2 * N, 0, SWAP, SCALING)
-            second = tl.where(steps > 0, second * factor, 0.0)
+            second = tl.where(steps > 0, second * factor_of(row_scale, up_scale_ahead, SWAP, SCALING), 0.0)
     if SWAP:
         first = first.T
         second = second.T

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backend.triton.launch import interpreted, on_device, unavailable
 from ..layout import BlockLayout, cdiv, power_of_two
 from .activations import NO_CONSTANTS, Gate, parse
-from .quantized import GROUP, SCHEMES
+from .quantized import GROUP, SCHEMES, QuantizedWeights
 from .quantized_launch import needs_pass, scaling
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, triton_release, with_block_size
@@ -255,37 +255,39 @@ def gemm_launches(
     target: Target, tile: Tile, product: Product, out: Tensor, routes: int, ids: Tensor | None = None, **options: Any
 ) -> list[GemmLaunch]:
     """The launch of the kernel `gemm`, after one that quantises its rows if that needs a pass."""
-    if not needs_pass(product, tile):
+    if not needs_pass(product):
         return [gemm_launch(target, tile, product, out, routes, ids, **options)]
     assert product.quantized is not None
     layout = product.layout if options.get("a_layout") else None
-    first, rows, scales = quantize_launch(target, product.a, product.quantized.activations, layout, routes)
+    first, rows, scales = quantize_launch(target, product.a, product.quantized, layout, routes)
     product = product._replace(a=rows)
     return [first, gemm_launch(target, tile, product, out, routes, ids, row_scales=scales, **options)]
 
 
 def quantize_launch(
-    target: Target, rows: Tensor, activations: str, layout: BlockLayout | None, routes: int
-) -> tuple[GemmLaunch, Tensor, Tensor]:
-    """A launch of the kernel `quantize_rows`, and the values and scales that it fills.
+    target: Target, rows: Tensor, quantized: QuantizedWeights, layout: BlockLayout | None, routes: int
+) -> tuple[GemmLaunch, Tensor, Tensor | None]:
+    """A launch of the kernel `quantize_rows`, and the values and scales that it fills; None for a static scale.
 
     Args:
         layout: in whose order `rows` are; then rows without one of the `routes` are left out.
     """
     count, depth = rows.shape
-    grouped = activations == "group"
+    by_row = quantized.activations == "row"
     values = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn if target.fp8 else torch.float16)
-    scales = rows.new_empty(count, cdiv(depth, GROUP) if grouped else 1, dtype=torch.float32)
-    block = 16 if grouped else max(min(power_of_two(depth), 4096), GROUP)
+    groups = cdiv(depth, GROUP)
+    static = quantized.activation_scale
+    scales = rows.new_empty(count, 1 if by_row else groups, dtype=torch.float32) if static is None else None
+    block = max(min(power_of_two(depth), 4096), GROUP) if by_row else 16
     one = GemmLaunch(
         "quantize_rows",
-        (cdiv(scales.numel(), block) if grouped else count,),
+        (count if by_row else cdiv(count * groups, block),),
         (
-            rows, values, scales,
+            rows, values, scales, static,
             *((None, None) if layout is None else (layout.sorted_token_ids, layout.num_tokens_post_padded)),
             count, routes, depth, row_stride(rows),
         ),
-        {"BY": SCHEMES.index(activations), "USE_E4M3": target.fp8, "BLOCK": block, "PDL": target.hopper},
+        {"BY": SCHEMES.index(quantized.activations), "USE_E4M3": target.fp8, "BLOCK": block, "PDL": target.hopper},
         4,
         3,
         target.hopper,

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import modes
-from ..errors import InvalidInput
 from . import operators, packed, quantized_operators
 from .activations import Gate, Rows, function_of
-from .checks import check_inference, check_layer, check_out, check_training, select_path
+from .checks import check_inference, check_layer, check_out, check_quantized_layer, check_training, select_path
 from .quantized import QuantizedWeights, data_of
 from .records import ExpertWeights, Product, Routes
 from .tiles import select_block_size
@@ -161,20 +160,16 @@ def _quantized(
 ) -> Tensor:
     """:func:`fused_moe` with quantised weights; `x` is `hidden_states` in the dtype that autocast asks for."""
     named = isinstance(activation, (str, Gate)) and output_rows is None
-
-    def check() -> bool:
-        gated = check_layer(x, weights, routes, activation, output_rows, block_size)
-        scales = [each for one in weights.quantized or () for each in one]
-        check_inference(*training, x, *weights, routes.weights, *scales)
-        if training[2] and not named:
-            raise InvalidInput("batch_invariant: expected no callable with quantised weights, got one; leave one out")
-        if out is not None:
-            check_out(out, hidden_states, x.shape[0], x.shape[1], modes.forward_mode())
-        return gated
-
-    gated = modes.checked(check)
+    gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
+    refusal = modes.checked(check_quantized_layer, x, weights, routes, training, named)
+    if isinstance(refusal, modes.Refusal):
+        return modes.refuse(refusal)[0]
+    if out is not None:
+        refusal = modes.checked(check_out, out, hidden_states, *x.shape, modes.forward_mode())
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
     select_path(x, backend, False)
     if named:
         name = activation.text if isinstance(activation, Gate) else activation

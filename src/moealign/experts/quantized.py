@@ -83,7 +83,8 @@ def quantize_rows(rows: Tensor, activations: str, static: Tensor | None = None) 
     else:
         groups = cdiv(depth, width)
         parts = F.pad(values, (0, groups * width - depth)).view(count, groups, width)
-        scales = parts.abs().amax(2).clamp(min=MIN_AMAX) / MAX
+        largest = parts.abs().amax(2).clamp(min=MIN_AMAX)
+        scales = largest / torch.full_like(largest, MAX)  # CUDA multiplies by the inverse of a number
     quotients = values / _spread(scales, 1, width, depth)
     return quotients.clamp(-MAX, MAX).to(torch.float8_e4m3fn), scales
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """What the kernels of the experts do with FP8 weights: quantise rows, and multiply e4m3 values and apply their scales.
 
-`quantize_rows`   a pass over rows; without it, :func:`moealign.experts.kernels.product` quantises what it loads.
+`quantize_rows`   a pass over rows; :func:`moealign.experts.kernels.product` only quantises by the scales of experts.
 
 Machines without e4m3 (NATIVE is 0) multiply the same values in float16, which holds all of them.
 """
@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["factor_of", "quantize", "quantize_rows", "scaled_dot", "widen"]
+__all__ = ["factor_of", "quantize", "quantize_rows", "scaled_dot", "scales_of_columns", "scales_of_rows", "widen"]
 
 # The constants of a product with FP8 weights, as `SCALING` of a kernel.
 NATIVE = tl.constexpr(0)  # the GPU multiplies e4m3; otherwise rows are float16 and weights bytes
 ROWS_BY = tl.constexpr(1)  # what of a row shares a scale: GROUP columns, the row, all rows by a static scale
-QUANTIZED = tl.constexpr(2)  # whether rows are quantised already; otherwise loads are, by groups or a static scale
+QUANTIZED = tl.constexpr(2)  # whether rows are quantised already; otherwise loads are, by their expert's static scale
 COLUMNS_BY = tl.constexpr(3)  # rows of weights that share a scale, 0 for all
 DEEP = tl.constexpr(4)  # whether scales of weights are per GROUP inputs too
 ONE_SCALE = tl.constexpr(5)  # whether the columns of every tile share their scale of weights
@@ -64,40 +64,49 @@ def widen(x):
 
 
 @triton.jit
-def factor_of(scales, row_scale, expert, column, columns, N, step, SWAP: tl.constexpr, SCALING: tl.constexpr):
-    """What to multiply a product of e4m3 values by, ``[BLOCK_M, BLOCK_N]`` or with fewer elements.
+def scales_of_rows(scales, rows, kept, step):
+    """The scales [BLOCK_M] of rows that a pass quantised by groups; `step`: which group."""
+    return tl.load(scales[0] + rows * scales[1] + step, mask=kept, other=0.0)
 
-    scales      of weights, see `product`; row_scale [BLOCK_M]
-    columns     of the product, from `column` on; those from N on get the factor of another
+
+@triton.jit
+def scales_of_columns(scales, expert, column, columns, N, step, SCALING: tl.constexpr):
+    """The scales of weights: of a product's columns [BLOCK_N], or one that all share.
+
+    scales      of weights, see `product`
+    columns     of the product, from `column` on; those from N on get the scale of another
     step        which GROUP of inputs
     """
     at = scales[2] + expert * scales[3]
     if SCALING[DEEP]:
         at += step
-    if SCALING[COLUMNS_BY] == 0:
-        of_columns = tl.load(at)
-        factor = row_scale * of_columns
-        factor = factor[None, :] if SWAP else factor[:, None]
-    elif SCALING[ONE_SCALE]:
-        of_columns = tl.load(at + column // SCALING[COLUMNS_BY] * scales[4])
-        factor = row_scale * of_columns
+    if SCALING[COLUMNS_BY] != 0:
+        if SCALING[ONE_SCALE]:
+            at += column // SCALING[COLUMNS_BY] * scales[4]
+        else:
+            at += tl.where(columns < N, columns, 0) // SCALING[COLUMNS_BY] * scales[4]
+    return tl.load(at)
+
+
+@triton.jit
+def factor_of(of_rows, of_columns, SWAP: tl.constexpr, SCALING: tl.constexpr):
+    """What to multiply a product of e4m3 values by, ``[BLOCK_M, BLOCK_N]`` or with fewer elements."""
+    if SCALING[COLUMNS_BY] == 0 or SCALING[ONE_SCALE]:
+        factor = of_rows * of_columns
         factor = factor[None, :] if SWAP else factor[:, None]
     else:
-        of_columns = tl.load(at + tl.where(columns < N, columns, 0) // SCALING[COLUMNS_BY] * scales[4])
-        factor = of_columns[:, None] * row_scale[None, :] if SWAP else row_scale[:, None] * of_columns[None, :]
+        factor = of_columns[:, None] * of_rows[None, :] if SWAP else of_rows[:, None] * of_columns[None, :]
     return factor
 
 
 @triton.jit
-def scaled_dot(
-    x, w, total, scales, row_scale, expert, column, columns, N, step, SWAP: tl.constexpr, SCALING: tl.constexpr
-):
+def scaled_dot(x, w, total, of_rows, of_columns, SWAP: tl.constexpr, SCALING: tl.constexpr):
     """`total` plus the product of a step: with its scales, unless these are the same for all steps."""
     w = widen(w)
     # Hopper sums e4m3 with fewer bits than float32 has, so each step is summed by itself.
     if SCALING[ROWS_BY] == GROUP or SCALING[DEEP]:
         part = tl.dot(w, x.T) if SWAP else tl.dot(x, w.T)
-        total += part * factor_of(scales, row_scale, expert, column, columns, N, step, SWAP, SCALING)
+        total += part * factor_of(of_rows, of_columns, SWAP, SCALING)
     elif SWAP:
         total = tl.dot(w, x.T, total, max_num_imprecise_acc=WIDTH)
     else:
@@ -105,34 +114,36 @@ def scaled_dot(
     return total
 
 
-# `total` and the ids have one element per call, block or route, as in `gemm`.
-@triton.jit(do_not_specialize=["count", "num_routes"], do_not_specialize_on_alignment=["sorted_ids", "total"])
+# `total`, the ids and the static scale have one element per call, block or route, as in `gemm`.
+@triton.jit(do_not_specialize=["count", "num_routes"], do_not_specialize_on_alignment=["static", "sorted_ids", "total"])
 def quantize_rows(
-    rows, out, scales, sorted_ids, total, count, num_routes, K, row_stride,
+    rows, out, scales, static, sorted_ids, total, count, num_routes, K, row_stride,
     BY: tl.constexpr, USE_E4M3: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Quantise rows by groups, BLOCK groups of any rows a program, or by rows, a row a program.
+    """Quantise rows by groups or a static scale, BLOCK groups of any rows a program, or by rows, a row a program.
 
-    inputs      rows [count, K]; sorted_ids, total: of the layout in whose order the rows are, or None.  Rows without a
-                route below num_routes are not read
-    outputs     out [count, K], e4m3 or float16; scales [count, cdiv(K, WIDTH)] or [count]
+    inputs      rows [count, K]; static: a scale or None; sorted_ids, total: of the layout in whose order the rows are,
+                or None.  Rows without a route below num_routes are not read
+    outputs     out [count, K], e4m3 or float16; scales [count, cdiv(K, WIDTH)] or [count], None with `static`
     tunable     BLOCK groups or, by rows, columns at a time
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    if BY == GROUP:
+    if BY != ROW:
         groups = tl.cdiv(K, WIDTH)
-        group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         row = group // groups
         kept = _has_route(row, sorted_ids, total, count, num_routes)
         columns = (group % groups * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
         mask = kept[:, None] & (columns < K)
-        row = row.to(tl.int64)
         x = tl.load(rows + row[:, None] * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        scale = scale_of(tl.max(tl.abs(x), 1))
+        if BY == STATIC:
+            scale = tl.load(static) + tl.zeros((BLOCK,), dtype=tl.float32)
+        else:
+            scale = scale_of(tl.max(tl.abs(x), 1))
+            tl.store(scales + group, scale, mask=kept)
         tl.store(out + row[:, None] * K + columns, quantize(x, scale[:, None], USE_E4M3), mask=mask)
-        tl.store(scales + group, scale, mask=kept)
     else:
         row = tl.program_id(0).to(tl.int64)
         end = tl.where(_has_route(row, sorted_ids, total, count, num_routes), K, 0)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .quantized import GROUP, SCHEMES
 from .records import Product
-from .tiles import Target, Tile
+from .tiles import Target
 
 __all__ = ["PASS_FROM", "Scaling", "needs_pass", "scaling"]
 
 #: Rows per tile from which a pass quantises rows by groups.  Below, every tile quantises what it loads: that is less
 #: work than another launch.
-PASS_FROM = 64
+PASS_FROM = 16
 
 
 class Scaling(NamedTuple):
@@ -26,12 +26,11 @@ class Scaling(NamedTuple):
     constants: tuple[Any, ...] | None = None  #: `SCALING`
 
 
-def needs_pass(product: Product, tile: Tile) -> bool:
-    """Whether rows must be quantised before the product."""
-    if product.quantized is None:
-        return False
-    by = product.quantized.activations
-    return by == "row" or (by == "group" and tile.m >= PASS_FROM)
+def needs_pass(product: Product) -> bool:
+    """Whether a pass quantises the rows before the product.  Only where an expert has its own static scale do tiles
+    quantise what they load: a token's values then differ from expert to expert."""
+    quantized = product.quantized
+    return quantized is not None and (quantized.activation_scale is None or quantized.activation_scale.numel() == 1)
 
 
 def scaling(target: Target, product: Product, width: int, halves: bool, row_scales: Tensor | None) -> Scaling:
@@ -40,7 +39,7 @@ def scaling(target: Target, product: Product, width: int, halves: bool, row_scal
     Args:
         width: columns of a product of tiles.
         halves: whether a tile is multiplied with two parts of an expert's weights, the gate's and the up part's.
-        row_scales: those of a pass, ``[rows, cdiv(K, 128)]`` or ``[rows, 1]``; None without one.
+        row_scales: those of a pass, ``[rows, cdiv(K, 128)]`` or ``[rows, 1]``; None without one, and for a static scale.
     """
     quantized = product.quantized
     if quantized is None:
@@ -48,7 +47,6 @@ def scaling(target: Target, product: Product, width: int, halves: bool, row_scal
     outputs = product.b.shape[1]
     size = 0 if quantized.block[0] >= outputs else quantized.block[0]
     one_scale = size == 0 or (size % width == 0 and (not halves or outputs // 2 % width == 0))
-    passed = row_scales is not None
     stride = 0 if row_scales is None else row_scales.shape[1]
     if quantized.activation_scale is not None:
         row_scales = quantized.activation_scale.reshape(-1).contiguous()
@@ -58,5 +56,5 @@ def scaling(target: Target, product: Product, width: int, halves: bool, row_scal
     return Scaling(
         product.b if target.fp8 else product.b.view(torch.uint8),
         (row_scales, scales, stride, scales.stride(0), scales.stride(1)),
-        (target.fp8, by, passed, size, quantized.block[1] == GROUP, one_scale),
+        (target.fp8, by, needs_pass(product), size, quantized.block[1] == GROUP, one_scale),
     )

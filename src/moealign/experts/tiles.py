@@ -125,7 +125,7 @@ def tiles_by_rule(
     rows = routes / max(experts, 1)
     no_layout = routes == top_k or (routes <= 2 * top_k and routes * NO_LAYOUT_EXPERTS_PER_ROUTE <= experts)
     if itemsize == 1:
-        return _fp8_tiles(target.hopper, rows, no_layout)
+        return _fp8_tiles(target.hopper, rows, no_layout, inner)
     if itemsize == 4 or not target.hopper:  # tiles that fit any shared memory, without TMA
         m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
         tile = Tile(m, 64, 32 if itemsize == 4 else 64, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
@@ -152,18 +152,24 @@ def tiles_by_rule(
     return LayerTiles(128, Tile(128, 128, 64, 8, 8, 4, 1, 1), Tile(128, 256, 64, 8, 8, 4, 2, 1))
 
 
-def _fp8_tiles(hopper: bool, rows: float, no_layout: bool) -> LayerTiles:
-    """Tiles of FP8 weights, not measured yet.  Steps are of 128, the inputs that share a scale."""
-    m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
-    block_size = 0 if no_layout else m
-    warps, group = 8 if m == 128 else 4, 8 if rows > 128 else 2
+def _fp8_tiles(hopper: bool, rows: float, no_layout: bool, inner: int) -> LayerTiles:
+    """Tiles of FP8 weights by the rows per expert, measured on an H100 by ``benchmarks/sweep_experts.py --fp8``.  Steps
+    are of 128, the inputs that share a scale.  A tile of a gate keeps three sums: two, and that of a step."""
     if not hopper:  # tiles that fit any shared memory, without TMA
-        tile = Tile(m, 32, 128, group, warps, 2)
-        return LayerTiles(block_size, tile, tile._replace(n=64))
-    swap = int(m < 64)
-    if m < 128:
-        return LayerTiles(block_size, Tile(m, 64, 128, 2, 4, 4, 1, 0, swap), Tile(m, 128, 128, 1, 4, 4, 1, 0, swap))
-    return LayerTiles(128, Tile(128, 64, 128, group, 8, 4, 1), Tile(128, 128, 128, group, 8, 4, 2))
+        m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
+        tile = Tile(m, 32, 128, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
+        return LayerTiles(0 if no_layout else m, tile, tile._replace(n=64))
+    if no_layout:
+        return LayerTiles(0, Tile(16, 64, 128, 1, 4, 4, 1, 0, 1), Tile(16, 128, 128, 1, 4, 4, 1, 0, 1))
+    if rows <= 24:
+        m = 16 if rows <= 12 else 32
+        return LayerTiles(m, Tile(m, 64, 128, 2, 4, 4, 1, 0, 1), Tile(m, 128, 128, 2, 4, 4, 1, 0, 1))
+    if rows <= 96:
+        return LayerTiles(64, Tile(64, 64, 128, 2, 4, 4, 1), Tile(64, 128, 128, 2, 4, 4, 2))
+    group = 8 if rows > 128 else 2
+    if rows > 200 and inner > 4096:
+        return LayerTiles(128, Tile(128, 64, 128, group, 8, 4, 1, 2), Tile(128, 128, 128, group, 8, 4, 2, 1))
+    return LayerTiles(64, Tile(64, 128, 128, group, 8, 4, 1), Tile(64, 128, 128, group, 4, 4, 2))
 
 
 def with_block_size(tiles: LayerTiles, size: int, itemsize: int) -> LayerTiles:
