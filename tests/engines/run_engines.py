@@ -203,6 +203,7 @@ def compare_calls(versions: list[str]) -> int:
 
 def pack() -> None:
     """vLLM's files and what they need for Python 3.12 without torch, in one archive; moealign by its metadata alone."""
+    environment()
     site = REAL / "site312"
     venv_site = next((REAL / "venv/lib").glob("python*/site-packages"))
     if not site.exists():
