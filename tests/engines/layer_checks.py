@@ -18,12 +18,15 @@ import types
 
 import pytest
 import torch
+from cases.experts import quantized_loop
 from engine_checks import DEVICE, GPU, on_gpu
 
+from moealign import QuantizedWeights
 from moealign.integrations import engines, vllm_layer
 from moealign.integrations import vllm as drop_in
 
 FUSED = "vllm.model_executor.layers.fused_moe"
+COMPRESSED = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors"
 HIDDEN, INNER, EXPERTS, TOP_K = 128, 64, 8, 2
 ERROR = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -43,6 +46,9 @@ def platform():
             backends = [oracle.UnquantizedMoeBackend.TRITON]
             patch.setattr(oracle, "_get_priority_backends", lambda config: list(backends))
             patch.setattr(oracle, "_trtllm_bf16_lora_supported", lambda config: False, raising=False)
+            of_fp8 = importlib.import_module(f"{FUSED}.oracle.fp8")
+            patch.setattr(of_fp8, "_get_priority_backends", lambda *given: [of_fp8.Fp8MoeBackend.TRITON])
+            patch.setattr(type(of_vllm("vllm.platforms", "current_platform")), "supports_fp8", lambda self: True)
             triton = of_vllm(f"{FUSED}.experts.triton_moe", "TritonExperts")
             patch.setattr(triton, "_supports_current_device", staticmethod(lambda: True))
             patch.setattr(type(of_vllm("vllm.platforms", "current_platform")), "is_cuda_alike", lambda self: True)
@@ -74,10 +80,10 @@ def build(activation="silu", dtype=torch.bfloat16, *, ep=None, bias=False, quant
         max_num_batched_tokens=64, top_k=TOP_K, global_num_experts=EXPERTS, num_redundant_experts=0,
         num_expert_group=None, moe_parallel_config=mode, placement_strategy="linear", enable_eplb=False,
     )  # fmt: skip
-    lora = options.pop("lora", False)
+    lora, inner = options.pop("lora", False), options.pop("inner", INNER)
     of_config = {"swiglu_limit": limit, "swiglu_alpha": 1.5, "swiglu_beta": 0.5}
     config = of_vllm(f"{FUSED}.config", "FusedMoEConfig")(
-        num_experts=EXPERTS, experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=INNER,
+        num_experts=EXPERTS, experts_per_token=TOP_K, hidden_dim=HIDDEN, intermediate_size=inner,
         num_local_experts=manager.local_num_experts, num_logical_experts=EXPERTS,
         activation=of_vllm(f"{FUSED}.activation", "MoEActivation")(activation), device=DEVICE, has_bias=bias,
         routing_method=of_vllm(f"{FUSED}.config", "RoutingMethodType").Renormalize, moe_parallel_config=mode,
@@ -97,6 +103,50 @@ def build(activation="silu", dtype=torch.bfloat16, *, ep=None, bias=False, quant
     if quant is None:
         layer.quant_method.process_weights_after_loading(layer)
     return layer.to(DEVICE)
+
+
+def build_fp8(scheme="block", *, block=(128, 128), **options):
+    """The same with FP8 weights and scales, as a checkpoint has them."""
+    if scheme == "channel":
+        arguments = of_vllm("compressed_tensors.quantization", "QuantizationArgs")
+        weights = arguments(num_bits=8, type="float", strategy="channel", symmetric=True, dynamic=False)
+        rows = arguments(num_bits=8, type="float", strategy="token", symmetric=True, dynamic=True)
+        method = of_vllm(f"{COMPRESSED}_moe_w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod")
+        config = quantised(lambda layer: method(weights, rows, layer.moe_config))
+    else:
+        made = of_vllm("vllm.model_executor.layers.quantization.fp8", "Fp8Config")
+        config = made(
+            activation_scheme="static" if scheme == "static" else "dynamic",
+            weight_block_size=list(block) if scheme == "block" else None,
+        )
+    layer = build(quant=config, inner=options.pop("inner", 128), **options)
+    draw = torch.Generator().manual_seed(0)
+    for name, each in layer.named_parameters():
+        if each.dtype is torch.float8_e4m3fn:
+            drawn = torch.randn(each.shape, generator=draw) * 100
+            each.data.copy_(drawn.clamp(-448, 448).to(torch.float8_e4m3fn))
+        elif "input_scale" in name:
+            each.data.copy_(torch.rand(each.shape, generator=draw) * 0.005 + 0.01)
+        else:
+            each.data.copy_((torch.rand(each.shape, generator=draw) + 0.1) * 1e-3)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def of_layer(layer, scheme):
+    """Our record of the weights of `layer`, from its parameters alone."""
+    scale = "weight_scale_inv" if scheme == "block" else "weight_scale"
+    found = []
+    for name in ("w13", "w2"):
+        data, scales = getattr(layer, f"{name}_weight").cpu(), getattr(layer, f"{name}_{scale}").cpu()
+        if scheme == "block":
+            found.append(QuantizedWeights(data, scales))
+        elif scheme == "channel":
+            found.append(QuantizedWeights(data, scales, (1, 0), "row"))
+        else:
+            static = getattr(layer, f"{name}_input_scale").cpu()
+            found.append(QuantizedWeights(data, scales.view(-1, 1, 1), (0, 0), "static", static))
+    return found
 
 
 def batch(tokens, dtype=torch.bfloat16, seed=0):
@@ -233,10 +283,79 @@ def test_batch_invariance_follows_vllm_s_variable(installed, monkeypatch):
     assert seen == [False, True]
 
 
+SCHEMES = ("block", "channel", "static")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [None, 1])
+def test_an_fp8_layer_equals_a_loop(installed, scheme, dtype, rank):
+    layer = build_fp8(scheme, dtype=dtype, ep=rank)
+    mapped = None if layer.expert_map is None else layer.expert_map.cpu()
+    for tokens in (1, 5, 33):
+        x, weights, ids = batch(tokens, dtype)
+        found = layer.forward_modular(x, weights, ids)
+        wanted = quantized_loop(x.cpu(), *of_layer(layer, scheme), weights.cpu(), ids.cpu(), expert_map=mapped)
+        assert found.dtype is dtype
+        assert relative_error(found.cpu(), wanted) < 3e-2  # a rounding of rows to e4m3 can fall to either side
+    assert drop_in.calls()["experts"] == {"moealign": 3, "vllm": 0}
+    assert drop_in.layers() == {"moealign": 1, "vllm": {}}
+
+
+def test_fp8_weights_and_scales_are_read_where_they_lie(installed, monkeypatch):
+    seen, own = [], vllm_layer.fused_moe
+    monkeypatch.setattr(vllm_layer, "fused_moe", lambda *a, **k: seen.append(a[1:3]) or own(*a, **k))
+    layer = build_fp8()
+    layer.forward_modular(*batch(4))
+    held = [(each.data.data_ptr(), each.scales.data_ptr()) for each in seen[0]]
+    assert held == [
+        (getattr(layer, f"{name}_weight").data_ptr(), getattr(layer, f"{name}_weight_scale_inv").data_ptr())
+        for name in ("w13", "w2")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "said"),
+    [
+        ("dynamic", {}, "expected FP8 with static scales or scales of rows, got dynamic scales of a whole batch"),
+        ("block", {"block": (64, 64)}, "expected FP8 in blocks of 128 x 128, got 64 x 64"),
+        ("block", {"lora": True}, "expected no LoRA, got is_lora_enabled"),
+    ],
+)
+def test_fp8_layers_that_stay_vllm_s(installed, scheme, options, said):
+    layer = build_fp8(scheme, **options)
+    assert drop_in.layers() == {"moealign": 0, "vllm": {said: 1}}
+    assert type(layer.quant_method.moe_kernel.fused_experts).__name__ == "TritonExperts"
+
+
+def test_an_fp8_call_that_stays_vllm_s_is_quantised_by_vllm(installed, monkeypatch):
+    """vLLM's own code up to its kernels gets rows in the model's dtype, and the promise to quantise them itself."""
+    triton, seen = of_vllm(f"{FUSED}.experts.triton_moe", "TritonExperts"), []
+    module = importlib.import_module(f"{FUSED}.experts.triton_moe")
+
+    class Quantised(Exception):
+        pass
+
+    def quantise(rows, scale, dtype, by_row, block_shape, **named):
+        seen.append((rows.dtype, scale, dtype, by_row, list(block_shape)))
+        raise Quantised
+
+    monkeypatch.setattr(module, "moe_kernel_quantize_input", quantise)
+    layer = build_fp8()
+    experts = layer.quant_method.moe_kernel.fused_experts
+    assert isinstance(experts, triton)
+    assert experts.expects_unquantized_inputs
+    experts.post_gemm2_hook = print
+    with pytest.raises(Quantised):
+        layer.forward_modular(*batch(6))
+    assert seen == [(torch.bfloat16, None, torch.float8_e4m3fn, False, [128, 128])]
+    assert drop_in.calls()["experts"] == {"moealign": 0, "vllm": 1}
+
+
 # ---- what stays vLLM's -----------------------------------------------------------------------------------------------
 
 
-def quantised():
+def quantised(make=None):
     base = of_vllm("vllm.model_executor.layers.quantization.base_config", "QuantizationConfig")
     method = of_vllm(f"{FUSED}.fused_moe_method_base", "FusedMoEMethodBase")
 
@@ -251,7 +370,7 @@ def quantised():
         online_quantization_config = None
 
         def get_quant_method(self, layer, prefix):
-            return SomeFormat(layer.moe_config)
+            return SomeFormat(layer.moe_config) if make is None else make(layer)
 
     for name in Config.__abstractmethods__:
         setattr(Config, name, classmethod(lambda cls, *args: None))
@@ -262,7 +381,7 @@ def quantised():
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("quantised", "expected unquantised experts, got SomeFormat"),
+        ("quantised", "expected unquantised or FP8 experts, got SomeFormat"),
         ("lora", "expected no LoRA, got is_lora_enabled"),
         ("float32", "expected bfloat16 or float16, got torch.float32"),
         ("on input", "expected routing weights after the experts, got apply_router_weight_on_input"),
@@ -514,3 +633,32 @@ def test_gpu_building_and_calling_a_layer_keeps_no_memory(installed):
     ours, kept = held(build)
     weights = sum(each.numel() * each.element_size() for each in kept.parameters())
     assert weights <= ours < weights + (1 << 20), "the weights once, and no second layout"
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 16, 100, 1000])
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize("scheme", ["block", "channel"])
+def test_gpu_an_fp8_layer_equals_a_loop_and_replays(installed, tokens, rank, scheme):
+    layer = build_fp8(scheme, ep=rank)
+    if drop_in.layers()["moealign"] == 0:
+        pytest.skip(f"vLLM chose other experts: {drop_in.layers()['vllm']}")
+    inputs = batch(tokens)
+    found = layer.forward_modular(*inputs)
+    assert all(torch.equal(found, layer.forward_modular(*inputs)) for _ in range(3)), "deterministic"
+    few = 8
+    x, weights, ids = (each[:few].cpu() for each in inputs)
+    mapped = None if layer.expert_map is None else layer.expert_map.cpu()
+    wanted = quantized_loop(x, *of_layer(layer, scheme), weights, ids, expert_map=mapped)
+    assert relative_error(found[:few].cpu(), wanted) < 3e-2
+    held = [each.clone() for each in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = layer.forward_modular(*held)
+    for seed in (1, 2):
+        other = batch(tokens, seed=seed)
+        for mine, new in zip(held, other, strict=True):
+            mine.copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, layer.forward_modular(*other))

@@ -14,6 +14,7 @@ import types
 
 import pytest
 import torch
+from cases.experts import SCHEMES, quantized_loop, random_quantized
 
 from moealign.integrations import engines
 from moealign.integrations import sglang as drop_in
@@ -168,6 +169,34 @@ def test_activations_equal_sglang_s(installed, name):
     assert drop_in.calls()["experts"] == {"moealign": 1, "sglang": 0}
 
 
+FP8 = {
+    "block": (SCHEMES[0], {"block_shape": [128, 128]}),
+    "channel": (((1, 0), "row", False), {"per_channel_quant": True}),
+    "static": (((0, 0), "static", False), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FP8)
+def test_fp8_layers_equal_a_loop(installed, name, dtype):
+    runner, *_ = build()
+    scheme, options = FP8[name]
+    sizes = ((2 * 128, HIDDEN), (HIDDEN, 128))
+    both = [random_quantized(EXPERTS, *size, scheme, seed) for seed, size in enumerate(sizes)]
+    scales = [each.scales if name == "block" else each.scales.flatten(1).squeeze(1) for each in both]
+    quant = info(
+        both[0].data, both[1].data, use_fp8_w8a8=True, w13_scale=scales[0], w2_scale=scales[1],
+        a13_scale=both[0].activation_scale, a2_scale=both[1].activation_scale, **options,
+    )  # fmt: skip
+    for tokens in (1, 19):
+        x, weights, ids = batch(tokens, dtype)
+        ids[0, 1] = -1
+        found = runner.run(dispatched(x, weights, ids), quant).hidden_states
+        assert relative_error(found, quantized_loop(x, *both, weights, ids)) < 3e-2
+    assert drop_in.calls()["experts"] == {"moealign": 2, "sglang": 0}
+    assert drop_in.layers() == {"moealign": 1, "sglang": {}}
+
+
 def test_routes_of_other_ranks_add_zero(installed):
     runner, w13, w2 = build(num_experts=2 * EXPERTS)
     x, weights, ids = batch(7)
@@ -181,8 +210,13 @@ def test_routes_of_other_ranks_add_zero(installed):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("format", "expected unquantised experts, got use_fp8_w8a8"),
-        ("runner", "expected unquantised experts of the Triton runner, got OtherQuantInfo"),
+        ("format", "expected unquantised or FP8 experts, got use_int8_w8a8"),
+        (
+            "batch scale",
+            "expected FP8 with static scales or scales of rows, got dynamic scales of a whole batch",
+        ),
+        ("small blocks", "expected FP8 in blocks of 128 x 128, got 64 x 64"),
+        ("runner", "expected unquantised or FP8 experts of the Triton runner, got OtherQuantInfo"),
         ("lora", "expected no LoRA, got lora_enabled"),
         ("float32", "expected bfloat16 or float16, got torch.float32"),
         ("on input", "apply_router_weight_on_input: expected False, got True"),
@@ -205,7 +239,9 @@ def test_layers_that_stay_sglang_s_are_counted_and_named(installed, monkeypatch,
     runner, w13, w2 = build(**options)
     runner.fused_func, runner.runner_core = lambda *given: "SGLang's", Core(runner.config)
     monkeypatch.setattr(process, "enable_fused_moe_sum_all_reduce", case == "all-reduce")
-    quant = info(w13, w2, use_fp8_w8a8=case == "format")
+    fp8 = case in ("batch scale", "small blocks")
+    blocks = [64, 64] if case == "small blocks" else None
+    quant = info(w13, w2, use_int8_w8a8=case == "format", use_fp8_w8a8=fp8, block_shape=blocks)
     if case == "runner":
         quant = type("OtherQuantInfo", (), {})()
     for _ in range(2):

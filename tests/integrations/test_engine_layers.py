@@ -52,6 +52,7 @@ class TritonExperts:
 
     def __init__(self):
         self.activation_config, self.w1_bias, self.w2_bias, self.seen = constants(), None, None, []
+        self.quant_dtype = None
 
     def moe_problem_size(self, a1, w1, w2, topk_ids):
         return w1.shape[0], a1.shape[0], w1.shape[1], a1.shape[1], topk_ids.shape[1]
@@ -150,7 +151,7 @@ def test_a_layer_runs_our_experts_and_is_put_back(engine, caplog):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": OtherMethod}, "expected unquantised experts, got OtherMethod"),
+        ({"method": OtherMethod}, "expected unquantised or FP8 experts, got OtherMethod"),
         ({"lora": True}, "expected no LoRA, got is_lora_enabled"),
         ({"dtype": torch.float32}, "expected bfloat16 or float16, got torch.float32"),
         ({"on_input": True}, "expected routing weights after the experts, got apply_router_weight_on_input"),
@@ -373,7 +374,7 @@ def record(name, **members):
 
 
 def quant_info(w13, w2, **changed):
-    formats = dict.fromkeys(sglang_layer._FORMATS, False)
+    formats = dict.fromkeys([*sglang_layer._FORMATS, "use_fp8_w8a8", "per_channel_quant"], False)
     rest = {"b13": None, "b2": None, "fuse_swiglu_interleaved": False}
     return record("TritonMoeQuantInfo", w13_weight=w13, w2_weight=w2, **{**formats, **rest, **changed})
 
@@ -404,7 +405,7 @@ def test_a_layer_of_sglang_s(sgl, inplace, scale):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"use_int4_w4a16": True}, "expected unquantised experts, got use_int4_w4a16"),
+        ({"use_int4_w4a16": True}, "expected unquantised or FP8 experts, got use_int4_w4a16"),
         ({"no_combine": True}, "no_combine: expected False"),
         ({"float": True}, "expected bfloat16 or float16, got torch.float32"),
     ],

@@ -1,4 +1,4 @@
-"""Whole layers of SGLang 0.5.23: its unquantised experts by :func:`moealign.fused_moe`.
+"""Whole layers of SGLang 0.5.23: unquantised and FP8 experts by :func:`moealign.fused_moe`.
 
 The hook is around ``MoeRunner.run``, through which every layer computes its experts.  SGLang also has extension points
 for runners, which unquantised layers do not reach: ``register_moe_runner_core`` takes the name ``triton``, but a runner
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..experts.activations import Gate
 from ..experts.layer import fused_moe
-from . import engines
+from . import engines, fp8
 
 __all__ = ["FUNCTION", "TARGET", "forget", "gate_of", "refuses_layer", "run"]
 
@@ -29,8 +29,8 @@ _MOE = "sglang.srt.layers.moe"
 TARGET = f"{_MOE}.moe_runner.runner.MoeRunner.run"  #: for SGLang's hook registry
 FUNCTION = "experts"  #: in counts
 DTYPES = (torch.bfloat16, torch.float16)
-#: What of a TritonMoeQuantInfo says that weights or rows are quantised.
-_FORMATS = ("use_mxfp8", "use_fp8_w8a8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16", "per_channel_quant")
+#: What of a TritonMoeQuantInfo says that weights are in a format of SGLang's alone.
+_FORMATS = ("use_mxfp8", "use_int8_w8a8", "use_int8_w8a16", "use_int4_w4a16")
 
 _reasons: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  #: of each runner that was called, "" for ours
 
@@ -44,18 +44,25 @@ def refuses_layer(runner: Any, quant_info: Any) -> str | None:
     """Why SGLang keeps the layer of `runner`, a ``MoeRunner``; None if we run it."""
     kind, config = type(quant_info).__name__, runner.config
     if kind != "TritonMoeQuantInfo":
-        return f"expected unquantised experts of the Triton runner, got {kind}"
+        return f"expected unquantised or FP8 experts of the Triton runner, got {kind}"
     formats = [name for name in _FORMATS if getattr(quant_info, name)]
     if formats:
-        return f"expected unquantised experts, got {', '.join(formats)}"
+        return f"expected unquantised or FP8 experts, got {', '.join(formats)}"
+    if quant_info.use_fp8_w8a8:
+        static = quant_info.a13_scale is not None and quant_info.a2_scale is not None
+        reason = fp8.refuses_scheme(quant_info.block_shape, quant_info.per_channel_quant, static)
+        if reason is not None:
+            return reason
     if runner.lora_enabled:
         return "expected no LoRA, got lora_enabled"
     for option in ("apply_router_weight_on_input", "no_combine"):
         if getattr(config, option):
             return f"{option}: expected False, got True"
+    dtypes = (torch.float8_e4m3fn,) if quant_info.use_fp8_w8a8 else DTYPES
     for weight in (quant_info.w13_weight, quant_info.w2_weight):
-        if weight.dtype not in DTYPES:
-            return f"expected bfloat16 or float16, got {weight.dtype}"
+        if weight.dtype not in dtypes:
+            names = " or ".join(str(each).removeprefix("torch.") for each in dtypes)
+            return f"expected {names}, got {weight.dtype}"
     if importlib.import_module("sglang.srt.runtime_context").get_exec().moe.enable_fused_moe_sum_all_reduce:
         return "enable_fused_moe_sum_all_reduce: expected False, got True"
     try:
@@ -123,11 +130,17 @@ def run(runner: Any, dispatch_output: Any, quant_info: Any, lora_info: Any = Non
     if engines.recorder is not None and not torch.compiler.is_compiling():
         engines.recorder.add(choice.topk_ids, quant_info.w13_weight.shape[0], False)
     fused = importlib.import_module(f"{_MOE}.moe_runner.triton_utils.fused_moe")
+    experts: tuple[Any, Any] = (quant_info.w13_weight, quant_info.w2_weight)
+    if quant_info.use_fp8_w8a8:
+        shape, by_row = quant_info.block_shape, bool(quant_info.per_channel_quant)
+        experts = (
+            fp8.weights_of(experts[0], quant_info.w13_scale, quant_info.a13_scale, shape, by_row),
+            fp8.weights_of(experts[1], quant_info.w2_scale, quant_info.a2_scale, shape, by_row),
+        )
     scale, weights = config.routed_scaling_factor, choice.topk_weights
     out = fused_moe(
         rows,
-        quant_info.w13_weight,
-        quant_info.w2_weight,
+        *experts,
         weights if scale in (None, 1.0) else weights * scale,
         choice.topk_ids,
         activation=gate_of(config, quant_info.fuse_swiglu_interleaved),

@@ -1,4 +1,4 @@
-"""Whole layers of vLLM 0.31 to 0.33: the experts of its unquantised layers by :func:`moealign.fused_moe`.
+"""Whole layers of vLLM 0.31 to 0.33: unquantised and FP8 experts by :func:`moealign.fused_moe`.
 
 The seam is vLLM's for plug-ins: a class given to ``PluggableLayer.register_oot`` is built wherever vLLM builds a layer
 of that name.  Ours, for ``RoutedExperts``, builds vLLM's and then names our experts in the layer's method, which makes
@@ -7,6 +7,11 @@ and ``[E, H, I]``, and are read where they lie.  Loading, routers, all-to-all, s
 vLLM's.
 ``UnquantizedFusedMoEMethod`` can be replaced in the same way, but quantised layers never reach it, and it does not know
 its layer, so that neither could be named.
+
+Rows of FP8 layers come to our experts as the model has them: ``expects_unquantized_inputs`` asks vLLM for that, and
+``TritonExperts`` then quantises in the calls that are left to it.
+Routers are none of this seam.  vLLM makes them by ``create_fused_moe_router``, of classes that no registry replaces
+(only ``GroupedTopk`` is a ``CustomOp``), and they run before the layer.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from torch import Tensor
 from ..errors import InvalidInput, InvalidType, MoealignError
 from ..experts.activations import Gate
 from ..experts.layer import fused_moe
-from . import engines
+from . import engines, fp8
 
 __all__ = ["gate_of", "install", "installed", "refuses_layer", "run", "uninstall"]
 
@@ -31,6 +36,8 @@ _LAYERS = "vllm.model_executor.layers.fused_moe"
 _NAME = "RoutedExperts"  # in vLLM's registry
 _FUNCTION = "experts"  # in counts
 DTYPES = (torch.bfloat16, torch.float16)
+#: vLLM's methods of layers with FP8 weights that are read as they were loaded.
+_FP8_METHODS = ("Fp8MoEMethod", "CompressedTensorsW8A8Fp8MoEMethod")
 
 logger = logging.getLogger(__name__)
 _installed: list[type] = []  # our layer, if it is registered
@@ -40,11 +47,13 @@ def refuses_layer(layer: Any, method: Any, experts: type) -> str | None:
     """Why vLLM keeps `layer`, a ``RoutedExperts``; None if we run it.
 
     Args:
-        method, experts: vLLM's ``UnquantizedFusedMoEMethod`` and ``TritonExperts``, the only ones that we stand in for.
+        method, experts: vLLM's ``UnquantizedFusedMoEMethod`` and ``TritonExperts``.  Besides the first, methods of FP8
+            are served; of experts, the second alone.
     """
     config, chosen = layer.moe_config, layer.quant_method
-    if type(chosen) is not method:
-        return f"expected unquantised experts, got {type(chosen).__name__}"
+    quantised = type(chosen).__name__ in _FP8_METHODS
+    if type(chosen) is not method and not quantised:
+        return f"expected unquantised or FP8 experts, got {type(chosen).__name__}"
     if config.is_lora_enabled:
         return "expected no LoRA, got is_lora_enabled"
     if chosen.experts_cls is not experts:
@@ -54,7 +63,16 @@ def refuses_layer(layer: Any, method: Any, experts: type) -> str | None:
             return f"expected bfloat16 or float16, got {dtype}"
     if layer.apply_router_weight_on_input:
         return "expected routing weights after the experts, got apply_router_weight_on_input"
-    return None
+    if not quantised:
+        return None
+    if config.moe_parallel_config.use_all2all_kernels:
+        return "expected no all-to-all of FP8 rows, got use_all2all_kernels"  # it would carry twice the bytes for us
+    block_shape = getattr(chosen, "moe_block_shape", None) or chosen.weight_block_size
+    if type(chosen).__name__ == _FP8_METHODS[0]:
+        return fp8.refuses_scheme(
+            block_shape, chosen.per_act_token_quant, chosen.quant_config.activation_scheme == "static"
+        )
+    return fp8.refuses_scheme(block_shape, chosen.input_quant.strategy == "token", chosen.static_input_scales)
 
 
 def gate_of(name: str, config: Any) -> str | Gate:
@@ -97,7 +115,7 @@ def run(
     """What vLLM's ``TritonExperts.apply`` does: fill `output` ``[T, H]`` with the weighted sum over the experts.
 
     Args:
-        experts: vLLM's object, for its biases, the constants of its activation, and what it has been asked to do.
+        experts: vLLM's object, for its scales and biases, the constants of its activation, and what it is asked to do.
         activation: a ``MoEActivation``.
         expert_map: ``[global_num_experts]``, the row of `w1` and `w2` of each global expert or -1.
         on_input: whether the routing weights are in `hidden_states` already.
@@ -118,13 +136,19 @@ def run(
     if expert_map is not None and expert_map.numel() != global_num_experts:
         raise InvalidInput(f"expert_map: expected [{global_num_experts}], got {list(expert_map.shape)}")
     gate = gate_of(activation.value, experts.activation_config)
+    weights: tuple[Any, Any] = (w1, w2)
+    if experts.quant_dtype is not None:
+        shape, by_row = experts.block_shape, experts.per_act_token_quant
+        weights = (
+            fp8.weights_of(w1, experts.w1_scale, experts.a1_scale, shape, by_row),
+            fp8.weights_of(w2, experts.w2_scale, experts.a2_scale, shape, by_row),
+        )
     if engines.recorder is not None and not torch.compiler.is_compiling():
         number = w1.shape[0] if expert_map is None else global_num_experts
         engines.recorder.add(topk_ids, number, expert_map is not None)
     fused_moe(
         hidden_states,
-        w1,
-        w2,
+        *weights,
         topk_weights,
         topk_ids,
         expert_map=expert_map,
@@ -150,6 +174,10 @@ def _classes() -> tuple[Any, type]:
 
         It reserves no workspace: ours comes from torch's allocator, and a call that is left to vLLM brings its own.
         """
+
+        @property
+        def expects_unquantized_inputs(self) -> bool:
+            return self.quant_dtype is not None or bool(super().expects_unquantized_inputs)
 
         def workspace_shapes(self, M: int, N: int, K: int, *rest: Any) -> tuple[tuple[int, ...], ...]:
             return (0,), (0,), (M, K)
