@@ -35,24 +35,33 @@ def of_vllm(module, name):
     return getattr(importlib.import_module(module), name)
 
 
+def requantise(rows, scale):
+    """vLLM's operator, by which it gives both halves of an expert one scale as it loads them."""
+    return (rows.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
 @pytest.fixture(scope="module", autouse=True)
 def platform():
     """A process of vLLM as far as layers need one; on a CPU, with Triton as the platform's backend."""
     config, device = (of_vllm("vllm.config", name) for name in ("VllmConfig", "DeviceConfig"))
     workspace = importlib.import_module("vllm.v1.worker.workspace")
+    of_fp8, quantization = importlib.import_module(f"{FUSED}.oracle.fp8"), "vllm.model_executor.layers.quantization"
     with pytest.MonkeyPatch.context() as patch:
+        first = sorted(of_fp8.Fp8MoeBackend, key=lambda backend: backend is not of_fp8.Fp8MoeBackend.TRITON)
+        patch.setattr(of_fp8, "_get_priority_backends", lambda *given: list(first))
+        for name in ("vllm.distributed", f"{quantization}.fp8"):  # no group of ranks is set up
+            patch.setattr(importlib.import_module(name), "get_tensor_model_parallel_world_size", lambda: 1)
         if not GPU:
             oracle = importlib.import_module(f"{FUSED}.oracle.unquantized")
             backends = [oracle.UnquantizedMoeBackend.TRITON]
             patch.setattr(oracle, "_get_priority_backends", lambda config: list(backends))
             patch.setattr(oracle, "_trtllm_bf16_lora_supported", lambda config: False, raising=False)
-            of_fp8 = importlib.import_module(f"{FUSED}.oracle.fp8")
-            patch.setattr(of_fp8, "_get_priority_backends", lambda *given: [of_fp8.Fp8MoeBackend.TRITON])
             patch.setattr(type(of_vllm("vllm.platforms", "current_platform")), "supports_fp8", lambda self: True)
             triton = of_vllm(f"{FUSED}.experts.triton_moe", "TritonExperts")
             patch.setattr(triton, "_supports_current_device", staticmethod(lambda: True))
             patch.setattr(type(of_vllm("vllm.platforms", "current_platform")), "is_cuda_alike", lambda self: True)
             patch.setattr(torch.accelerator, "empty_cache", lambda: None)
+            patch.setattr(importlib.import_module("vllm._custom_ops"), "scaled_fp8_quant", requantise)
         workspace.init_workspace_manager(torch.device(DEVICE))
         with of_vllm("vllm.config", "set_current_vllm_config")(config(device_config=device(device=DEVICE))):
             yield
@@ -144,7 +153,7 @@ def of_layer(layer, scheme):
         elif scheme == "channel":
             found.append(QuantizedWeights(data, scales, (1, 0), "row"))
         else:
-            static = getattr(layer, f"{name}_input_scale").cpu()
+            static = getattr(layer, f"{name}_input_scale").cpu().reshape(1)
             found.append(QuantizedWeights(data, scales.view(-1, 1, 1), (0, 0), "static", static))
     return found
 
@@ -662,3 +671,26 @@ def test_gpu_an_fp8_layer_equals_a_loop_and_replays(installed, tokens, rank, sch
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(replayed, layer.forward_modular(*other))
+
+
+# ---- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_benchmark_compares_two_layers_over_the_same_weights(monkeypatch, bias):
+    """On a CPU vLLM's kernel cannot run, so that its layer is replaced by the reference, right and wrong."""
+    benchmark = importlib.import_module("engines")
+    model = benchmark.Model("small", (EXPERTS, TOP_K, HIDDEN, INNER), bias)
+    weights = benchmark.random_weights(model.shape, DEVICE)
+    biases = [torch.randn_like(each[:, :, 0]) for each in weights] if bias else []
+    try:
+        both = benchmark.layers(model, weights, biases, 64)
+        inputs = batch(9)
+        expected = benchmark.reference(model, weights, biases, inputs, list(range(9)))
+        assert relative_error(both[benchmark.OURS].forward_modular(*inputs).double(), expected) < 1e-2
+        for factor, said in ((1.0, None), (1.1, "vllm-0.33.0: relative error")):
+            theirs = types.SimpleNamespace(forward_modular=lambda *given, by=factor: expected * by)
+            found = benchmark.wrong(model, weights, biases, inputs, {**both, benchmark.VLLM: theirs})
+            assert found is None if said is None else said in found
+    finally:
+        drop_in.uninstall()

@@ -63,7 +63,9 @@ STAND_INS = {
 }
 #: Of vLLM, what --pack leaves out: whole models, and kernels of other libraries.
 LEFT_OUT = ("__pycache__", "vllm/models/", "vllm_flash_attn/cute", "third_party/fmha", "third_party/tml")
-FILES = (".py", "device_name=NVIDIA_H200.json")  # the sources, and the tuned configurations of the GPU we test on
+TUNED = [f"device_name={gpu}{form}.json" for gpu in ("NVIDIA_H100_80GB_HBM3", "NVIDIA_H200") for form in (
+    "", ",dtype=fp8_w8a8,block_shape=[128,128]")]  # fmt: skip
+FILES = (".py", *TUNED)  # the sources, and the tuned configurations of the GPUs we test on
 NEAR = 1 << 20  # bytes between two wanted files for which a second request does not pay
 
 
@@ -231,7 +233,7 @@ def check(python: str, paths: list[Path], own: list[str], arguments: list[str], 
     here = Path(__file__).resolve().parent
     known = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, (*paths, here, here.parent, here.parent / "docs"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (*paths, here, here.parent, here.parent / "docs", ROOT / "benchmarks"))),
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     if sys.version_info < (3, 12):  # the standard library's; setuptools' refuses where that is imported already

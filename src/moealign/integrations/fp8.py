@@ -1,4 +1,4 @@
-"""The FP8 weights of an engine's layer as :class:`moealign.QuantizedWeights`: views of what the engine holds, no copies."""
+"""The FP8 weights of an engine's layer as :class:`moealign.QuantizedWeights`: views of what the engine holds."""
 
 from __future__ import annotations
 
