@@ -60,7 +60,11 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
         ("routing", "results/routing_{gpu}", tables.routing_table),
         ("routing-cpu", "results/routing_cpu", tables.routing_cpu_table),
     ],
-    "docs/integrations.md": [("plugins", "results/plugins_{gpu}", tables.plugins_table)],
+    "docs/integrations.md": [
+        ("engines", "results/engines_{gpu}", tables.engines_table),
+        ("engine-layers", "results/engines_{gpu}", tables.engine_layers_table),
+        ("plugins", "results/plugins_{gpu}", tables.plugins_table),
+    ],
     "docs/parallel.md": [
         ("parallel", "results/parallel_{gpu}", tables.parallel_table),
         ("parallel-model", "results/parallel_{gpu}", tables.parallel_model),

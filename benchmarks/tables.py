@@ -284,6 +284,49 @@ def plugins_table(rows: Sequence[Row], source: str) -> str:
     return f"{title}\n\n{markdown(['vLLM / ours', 'on the device, CUDA graph', 'host time of an eager call'], lines)}"
 
 
+#: What a user sets, what it replaces, and what it leaves alone; the gain is in between.
+ENGINE_MODES = [
+    ("`MOEALIGN_VLLM=1`", "the alignment of routes, in every layer that calls it",
+     "routers, products, and layers that skip the alignment"),
+    ("`MOEALIGN_VLLM=layer`", "the alignment, and whole layers of bfloat16, float16 and FP8 experts: `fused_moe`",
+     "routers, all-to-all, shared experts, reductions; [other layers](#whole-layers)"),
+    ("`MOEALIGN_SGLANG=1`", "the alignment, that of one token in Marlin layers included", "as for vLLM"),
+    ("`MOEALIGN_SGLANG=layer`", "the alignment, and whole layers as for vLLM", "as for vLLM"),
+]  # fmt: skip
+
+
+def engine_gains(rows: Sequence[Row]) -> list[tuple[Row, float]]:
+    """Each layer of vLLM's that was timed, and its time over that of ours."""
+    both = ((row, times) for row, times in cases_of(rows, "engine-layer") if {VLLM, "moealign"} <= set(times))
+    return [(row, times[VLLM] / times["moealign"]) for row, times in both]
+
+
+def engines_table(rows: Sequence[Row], source: str) -> str:
+    """The modes of the drop-ins; without rows, nothing was measured."""
+    gains = [gain for _, gain in engine_gains(rows)]
+    layer = "not measured"
+    if gains:
+        layer = f"layers in {statistics.geometric_mean(gains):.2f}x of vLLM's speed, {span(gains, '.2f')}"
+    of = {"`MOEALIGN_VLLM=1`": "[the alignment's share](#performance)", "`MOEALIGN_VLLM=layer`": layer}
+    lines = [[name, what, of.get(name, "not measured"), left] for name, what, left in ENGINE_MODES]
+    return markdown(["you set", "what is replaced", "what it gains", "what is left alone"], lines, left=4)
+
+
+def engine_layers_table(rows: Sequence[Row], source: str) -> str:
+    """The time of vLLM's layer over that of ours, for each model's shape and number of tokens."""
+    found = engine_gains(rows)
+    gains = {(shape_of(row)[1:], shape_of(row)[0]): gain for row, gain in found}
+    counts = sorted({tokens for _, tokens in gains})
+    lines = []
+    for shape in dict.fromkeys(shape for shape, _ in gains):
+        top_k, experts, hidden, inner = shape
+        cells = [f"{gains[shape, count]:.2f}x" if (shape, count) in gains else "-" for count in counts]
+        lines.append([f"{experts}, {top_k}, {hidden:,}, {inner:,}", *cells])
+    mean = statistics.geometric_mean(gain for _, gain in found)
+    title = f"Time of vLLM's layer over ours, geometric mean {mean:.2f}x; {made_on(rows, source)}"
+    return f"{title}\n\n{markdown(['experts, top-k, hidden, inner', *(f'{count:,}' for count in counts)], lines)}"
+
+
 # ---- sentences of the first pages ------------------------------------------------------------------------------------
 
 

@@ -281,6 +281,14 @@ def test_every_marker_of_a_page_is_filled_by_the_script() -> None:
         assert sorted(found) == sorted(marker for marker, *_ in tables_of), page
 
 
+def test_without_a_measurement_the_table_of_engines_says_so() -> None:
+    text = (ROOT / "docs" / "integrations.md").read_text()
+    if list((BENCHMARKS / "results").glob("engines_*.csv")):
+        assert "| not measured |" not in next(line for line in text.splitlines() if "`MOEALIGN_VLLM=layer`" in line)
+    else:
+        assert tables.engines_table([], "") in text
+
+
 LAYERS = """bench,case,routes,num_experts,top_k,block_size,impl,median_us,min_us,max_us,gpu,torch,date
 plugin-align,32x8-E128-B16,256,128,8,16,vllm-0.33.0,4,4,4,h200,2.11.0,2026-11-23
 plugin-align,32x8-E128-B16 mapped,256,128,8,16,vllm-0.33.0,90,90,90,h200,2.11.0,2026-11-23
@@ -408,6 +416,26 @@ FLOOR_RATES = f"{6 * 128 * 64 * 32 / 10 / 1e6:.2f} TB/s and {6 * 32768 * 64 * 32
             plugin-align-host, 1x8-E128-B16, 8, 128, 8, vllm-0.33.0=30, moealign=20
             """,
             ["| alignment | 2.00x to 4.00x | 1.50x |", "| fused layer | - | - |"],
+        ),
+        (
+            tables.engines_table,
+            """
+            engine-layer, T1-k8-E128-H2048-I768, 8, 128, 8, vllm-0.33.0=40, moealign=20
+            engine-layer, T4-k8-E128-H2048-I768, 32, 128, 8, vllm-0.33.0=40, moealign=80
+            """,
+            [
+                "whole layers of bfloat16, float16 and FP8 experts: `fused_moe` | layers in 1.00x of vLLM's speed, "
+                "0.50 to 2.00 |"
+            ],
+        ),
+        (
+            tables.engine_layers_table,
+            """
+            engine-layer, T1-k8-E128-H2048-I768, 8, 128, 8, vllm-0.33.0=40, moealign=20
+            engine-layer, T4-k8-E128-H2048-I768, 32, 128, 8, vllm-0.33.0=40, moealign=80
+            engine-layer, T4-k2-E8-H4096-I14336, 8, 8, 2, vllm-0.33.0=30, moealign=30
+            """,
+            ["| 128, 8, 2,048, 768 | 2.00x | 0.50x |", "| 8, 2, 4,096, 14,336 | - | 1.00x |", "geometric mean 1.00x"],
         ),
     ],
     ids=lambda value: getattr(value, "__name__", None),
