@@ -181,6 +181,30 @@ def test_experts_of_another_kernel_stay_vllm_s(engine):
 
 
 @pytest.mark.parametrize(
+    ("block", "scheme", "named", "all2all", "said"),
+    [
+        ([128, 128], "dynamic", {}, False, None),  # 0.31 and 0.32 do not have per_act_token_quant
+        ([128, 128], "dynamic", {"per_act_token_quant": False}, False, None),
+        (None, "static", {}, False, None),
+        (None, "dynamic", {"per_act_token_quant": True}, False, None),
+        (None, "dynamic", {}, False, "expected FP8 with static scales or scales of rows"),
+        ([64, 64], "dynamic", {}, False, "expected FP8 in blocks of 128 x 128, got 64 x 64"),
+        ([128, 128], "dynamic", {}, True, "expected no all-to-all of FP8 rows, got use_all2all_kernels"),
+    ],
+)
+def test_fp8_layers_of_vllm_s(engine, block, scheme, named, all2all, said):
+    layer = engine.layer()
+    layer.moe_config.moe_parallel_config = types.SimpleNamespace(use_all2all_kernels=all2all)
+    layer.quant_method = type("Fp8MoEMethod", (), {})()
+    config = types.SimpleNamespace(activation_scheme=scheme)
+    vars(layer.quant_method).update(
+        experts_cls=TritonExperts, quant_config=config, weight_block_size=block, moe_block_shape=block, **named
+    )
+    found = vllm_layer.refuses_layer(layer, UnquantizedFusedMoEMethod, TritonExperts)
+    assert found is None if said is None else found.startswith(said)
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"post_gemm2_hook": print}, "post_gemm2_hook: expected none"),

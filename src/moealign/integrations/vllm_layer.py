@@ -69,9 +69,8 @@ def refuses_layer(layer: Any, method: Any, experts: type) -> str | None:
         return "expected no all-to-all of FP8 rows, got use_all2all_kernels"  # it would carry twice the bytes for us
     block_shape = getattr(chosen, "moe_block_shape", None) or chosen.weight_block_size
     if type(chosen).__name__ == _FP8_METHODS[0]:
-        return fp8.refuses_scheme(
-            block_shape, chosen.per_act_token_quant, chosen.quant_config.activation_scheme == "static"
-        )
+        by_row = getattr(chosen, "per_act_token_quant", False)  # since 0.33
+        return fp8.refuses_scheme(block_shape, by_row, chosen.quant_config.activation_scheme == "static")
     return fp8.refuses_scheme(block_shape, chosen.input_quant.strategy == "token", chosen.static_input_scales)
 
 
