@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, releases, signature_of
 
-from moealign.parallel import wire
+from moealign.parallel import wire, wire_fp8
 
 pytest.importorskip("triton")
 
@@ -24,7 +24,13 @@ def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
     out = (new(ranks * span, hidden, dtype=dtype), new(ranks * span), new(count))
     table = new(ranks * slots, dtype=torch.int16)
     rows, ids = new(tokens, hidden, dtype=dtype), new(tokens, top_k, dtype=ids_dtype)
-    yield wire.pack_launch(rows, ids, table, new(count), new(count), new(ranks + 1), sizes, out)
+    call = (rows, ids, table, new(count), new(count), new(ranks + 1), sizes)
+    yield wire.pack_launch(*call, out)
+    yield wire.pack_launch(*call, out, new(1))
+    packed = (new(ranks * span, wire_fp8.pitch_of(hidden), dtype=torch.uint8), *out[1:])
+    yield wire_fp8.pack_launch(*call, packed, new(1))
+    arrived = (new(ranks * span, hidden, dtype=dtype), new(ranks * span, 1, dtype=torch.int16))
+    yield wire_fp8.unpack_launch(packed[0], ranks, capacity, arrived)
     weights = new(tokens, top_k, dtype=torch.float32)
     yield wire.combine_launch(out[0], weights, out[2], new(tokens, hidden, dtype=dtype))
 
@@ -44,7 +50,7 @@ def test_the_kernels_compile_ahead(target, hidden, dtype, ids_dtype):
         for index, (name, argument) in enumerate(zip(function.arg_names, one.arguments, strict=False)):
             if isinstance(argument, int) and argument == 1:
                 signature[name], constants[name] = "constexpr", 1
-            elif isinstance(argument, torch.Tensor) or argument % 16 == 0:
+            elif isinstance(argument, torch.Tensor) or (argument is not None and argument % 16 == 0):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
         assert list(compile_ahead(function, signature, constants, attributes, [target], **options))

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 
 CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_refusals"
 EXCHANGE = "check_exchange,check_capacity,check_exchange_refusals,check_moves"
+WIRE = "check_fp8_on_the_wire,check_expected_capacity"
 
 
 def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
@@ -75,6 +76,11 @@ def test_an_exchange_of_fixed_size_is_the_single_layer_bit_for_bit(ranks, tmp_pa
     run(ranks, EXCHANGE, tmp_path)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_rows_travel_in_fp8_and_capacities_by_load(ranks, tmp_path):
+    run(ranks, WIRE, tmp_path)
+
+
 def test_the_layouts_of_deepep_are_taken_and_given(tmp_path):
     run(2, "check_deepep", tmp_path)
 
@@ -105,7 +111,7 @@ def test_the_modes_of_pytorch_with_nccl(tmp_path):
 
 
 @two_gpus
-@pytest.mark.parametrize("checks", [EXCHANGE, "check_exchange_in_every_mode"])
+@pytest.mark.parametrize("checks", [EXCHANGE, WIRE, "check_exchange_in_every_mode"])
 def test_an_exchange_of_fixed_size_with_nccl(checks, tmp_path):
     run(2, checks, tmp_path, "nccl")
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.distributed as dist
 from helpers import failures, patch_interpreter
 
 import moealign
 from moealign.experts import packed
-from moealign.parallel import wire
+from moealign.parallel import ExpertExchange, ExpertPlacement, wire, wire_fp8
 
 
 def cases():
@@ -40,6 +41,11 @@ def cases():
         got, want = wire.pack(rows, *call, *sizes), wire.pack_in_torch(rows, *call, *sizes)
         bits = [(each.view(torch.int16), other.view(torch.int16)) for each, other in zip(got, want, strict=True)]
         yield f"packing {what}", wrong(sum(int((one != other).sum()) for one, other in bits))
+        yield f"FP8: {what}", wrong(fp8(rows, call, top_k, capacity))
+        for some in (wire, wire_fp8):
+            word, most = moealign.new_error_word("cpu"), int((call[4][1:] - call[4][:-1]).max())
+            some.pack(rows, *call, *sizes, error_word=word)
+            yield f"overflow: {what}", wrong(int(word) != 16 * (most > capacity))
         result = torch.randn(got[0].shape, generator=generator).to(dtype)
         weights = torch.rand(top_k, tokens, generator=generator).T
         weights = weights.masked_fill((got[2] < 0).view(tokens, top_k), float("nan"))  # must not be read
@@ -56,10 +62,51 @@ def cases():
     yield "places that cannot be", wrong(int((places >= wire_.shape[0]).sum()))
 
 
+def fp8(rows: torch.Tensor, call: tuple[torch.Tensor, ...], top_k: int, capacity: int) -> int:
+    """Bytes, maps, rows and slots of a wire in FP8 that differ from torch's; rows of many sizes, and zeros."""
+    tokens, hidden = rows.shape
+    sizes = torch.exp2(torch.arange(tokens * hidden, dtype=torch.float32).remainder(29) - 16).view(tokens, hidden)
+    rows = (rows.float() * sizes).to(rows.dtype)
+    rows[:1] = -0.0
+    ranks, pitch = call[4].shape[0] - 1, wire_fp8.pitch_of(hidden)
+    sizes_ = (top_k, capacity, wire.header_rows(capacity, pitch // 2))
+    got, want = wire_fp8.pack(rows, *call, *sizes_), wire_fp8.pack_in_torch(rows, *call, *sizes_)
+    parts = [each.view(ranks, -1, pitch) for each in (got[0], want[0])]
+    first = 4 * -(-hidden // 4)
+    spans = [slice(0, hidden), slice(first, first + 4 * -(-hidden // 128))]
+    differ = sum(int((parts[0][:, :capacity, span] != parts[1][:, :capacity, span]).sum()) for span in spans)
+    differ += sum(int((one != other).sum()) for one, other in zip(got[1:], want[1:], strict=True))
+    given = (want[0], ranks, capacity, hidden, rows.dtype)
+    (out, slots), (expected, of) = wire_fp8.unpack(*given), wire_fp8.unpack_in_torch(*given)
+    there = of[:, 0] >= 0
+    bits = torch.int32 if rows.dtype.itemsize == 4 else torch.int16
+    steps = (out[there].view(bits).int() - expected[there].view(bits).int()).abs()
+    last_bit = rows.dtype is torch.bfloat16  # which the interpreter cuts off where GPUs round
+    headers = [each.view(ranks, -1)[:, capacity * pitch :] for each in (got[0], want[0])]
+    return differ + int((slots != of).sum()) + int((steps > last_bit).sum()) + int((headers[0] != headers[1]).sum())
+
+
+def layers():
+    """A whole exchange of one rank, again after what its first call checked."""
+    generator = torch.Generator().manual_seed(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    up, down = (torch.randint(-2, 3, size, generator=generator).float() for size in ((4, 16, 16), (4, 16, 8)))
+    x, weights = torch.randint(-2, 3, (5, 16), generator=generator).float(), torch.ones(5, 2)
+    ids = torch.rand(5, 4, generator=generator).topk(2).indices
+    want = moealign.fused_moe(x, up, down, weights, ids)
+    placement = ExpertPlacement.linear(4, 1)
+    for kind in ("same", "fp8"):  # whole numbers below 16 travel in e4m3 without loss, but for the scale
+        exchange = ExpertExchange(placement, capacity=10, wire=kind)
+        first, again = exchange(x, up, down, weights, ids), exchange(x, up, down, weights, ids)
+        yield f"{kind}: the first call", wrong(int((~torch.isclose(first, want, rtol=1e-5)).sum()))
+        yield f"{kind}: a call without checks", wrong(int((first != again).sum()) + (not exchange._passed))
+    dist.destroy_process_group()
+
+
 def wrong(elements: int) -> str | None:
     return f"{elements} elements differ" if elements else None
 
 
 if __name__ == "__main__":
     patch_interpreter()
-    sys.exit(failures(cases()))
+    sys.exit(failures([*cases(), *layers()]))

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from moealign import (
     InvalidInput,
     InvalidType,
+    QuantizedWeights,
     RankFailed,
     align,
     align_batched,
@@ -32,6 +33,7 @@ from moealign import (
     new_error_word,
     raise_for_errors,
 )
+from moealign.experts.quantized import quantize_rows
 from moealign.parallel import (
     ExpertExchange,
     ExpertPlacement,
@@ -195,6 +197,90 @@ def check_exchange(rank: int, ranks: int) -> None:
                 kept = (*mine, parts[rank][2], placement)
                 assert torch.equal(again, out), (name, kind)
                 assert torch.equal(dispatched_moe(*kept, capacity=exchange.capacity, activation="relu"), out)
+
+
+def check_fp8_on_the_wire(rank: int, ranks: int) -> None:
+    """Bit for bit the single layer of rows that were quantised and dequantised; the results travel as they are."""
+    counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]
+    placement = placements(ranks)["replicated"]
+    capacity = ExpertExchange.max_capacity(placement, max(counts), TOP_K)
+    exchange = ExpertExchange(placement, capacity=capacity, device=DEVICE, wire="fp8")
+    plain = ExpertExchange(placement, capacity=capacity, device=DEVICE)
+    hidden = 300  # three groups of columns, the last one not full
+    assert exchange.wire_bytes(hidden, torch.bfloat16) < 0.56 * plain.wire_bytes(hidden, torch.bfloat16)
+    assert exchange.wire_bytes(hidden, torch.bfloat16, back=True) <= plain.wire_bytes(hidden, torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(DEVICE)
+
+    experts = randn(EXPERTS, 2 * INNER, hidden), randn(EXPERTS, hidden, INNER)
+    for dtype in (torch.float32, torch.bfloat16):
+        every = [(randn(n, hidden).to(dtype), randn(n, TOP_K).abs()) for n in counts]
+        x, weights = every[rank]
+        ids = torch.rand(len(x), EXPERTS, generator=generator.manual_seed(rank)).topk(TOP_K).indices.to(DEVICE)
+        whole = [each.to(dtype) for each in experts]
+        own = [placement.shard(each, rank) for each in whole]
+        values, scales = quantize_rows(x, "group")
+        rounded = (values.float() * scales.repeat_interleave(128, 1)[:, :hidden]).to(dtype)
+        most = 1e-4 if dtype is torch.float32 else 2e-2
+        with torch.no_grad():
+            out = exchange(x, *own, weights, ids)
+            expected = plain(rounded, *own, weights, ids)
+            if DEVICE.type == "cpu":  # the same rows in the same order: the same bits
+                assert torch.equal(out, expected), dtype
+            assert float((out - expected).norm()) <= most * float(expected.norm()) + 1e-9
+            exact = fused_moe(x, *whole, weights, ids)
+            assert float((out - exact).norm()) <= 0.08 * float(exact.norm()) + 1e-9
+            assert torch.equal(out, torch.compile(exchange, backend="aot_eager", fullgraph=True)(x, *own, weights, ids))
+            assert torch.equal(out, exchange(x, *own, weights, ids))
+    with pytest.raises(InvalidInput, match="wire: expected same where gradients are needed, got fp8"):
+        exchange(x.requires_grad_(), *own, weights, ids)
+    with pytest.raises(InvalidInput, match="wire: expected same or fp8, got 'int8'"):
+        ExpertExchange(placement, capacity=1, device=DEVICE, wire="int8")
+    # FP8 weights, over either wire.
+    data = [each.to(torch.float8_e4m3fn) for each in experts]
+    ones = [torch.ones(placement.slots, -(-each.shape[1] // 128), -(-each.shape[2] // 128)).to(DEVICE) for each in data]
+    quantized = [
+        QuantizedWeights(placement.shard(each.float(), rank).to(torch.float8_e4m3fn), scales)
+        for each, scales in zip(data, ones, strict=True)
+    ]
+    x = x.detach()
+    alone = [
+        QuantizedWeights(each, torch.ones(EXPERTS, *one.shape[1:]).to(DEVICE))
+        for each, one in zip(data, ones, strict=True)
+    ]
+    want = fused_moe(x, *alone, weights, ids)
+    for each in (plain, exchange):
+        got = each(x, *quantized, weights, ids)
+        assert float((got - want).norm()) <= 3e-2 * float(want.norm()) + 1e-9, each.wire
+
+
+def check_expected_capacity(rank: int, ranks: int) -> None:
+    """What even routing needs, times a factor; a busy rank needs more, and none more than never exceeds."""
+    placement = ExpertPlacement.linear(EXPERTS, ranks)
+    most = ExpertExchange.max_capacity(placement, 64, TOP_K)
+    even = ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=1.0, loads=[1.0] * EXPERTS)
+    imbalance = placement.imbalance([1.0] * EXPERTS)
+    assert even == -int(-imbalance * 64 * TOP_K / ranks // 1)
+    assert even < ExpertExchange.expected_capacity(placement, 64, TOP_K) <= most
+    busy = [100.0, *[1.0] * (EXPERTS - 1)]
+    assert even < ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=1.0, loads=busy) <= most
+    assert ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=100.0) == most
+    assert ExpertExchange.expected_capacity(placement, 0, TOP_K) == 1
+    with pytest.raises(InvalidInput, match="factor: expected a positive number, got 0"):
+        ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=0)
+    # Routes of 64 tokens that are even but for chance: 1.5 times the mean loses none here, half the mean does.
+    parts, experts = whole_numbers(21, [64] * ranks, "uniform")
+    hidden, weights, ids = parts[rank]
+    own = [placement.shard(each, rank) for each in experts]
+    for factor, loses in ((1.5, False), (0.5, True)):
+        capacity = ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=factor)
+        exchange = ExpertExchange(placement, capacity=capacity, device=DEVICE)
+        _, way = exchange.dispatch(hidden, ids)
+        assert bool(exchange.overflow(way).sum()) == loses
+        out = exchange(hidden, *own, weights, ids, activation="relu")
+        assert torch.equal(out, fused_moe(hidden, *experts, weights, ids, activation="relu")) != loses
 
 
 def check_capacity(rank: int, ranks: int) -> None:

@@ -169,8 +169,18 @@ def _swap(rows: Tensor, group: str) -> Tensor:
     came = torch.empty_like(rows)
     members = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]
     # As bytes: rows may be of a dtype that a transport does not know, and hold bits that are no number.
+    # What dist.all_to_all_single calls, without its checks.
+    exchange = getattr(members, "all_to_all_single", None) or members.alltoall_base
+    options = dist.AllToAllOptions()
+    options.asyncOp = False
     parts = came.view(torch.uint8), rows.view(torch.uint8)
-    collective(members, lambda: dist.all_to_all_single(*parts, group=members))
+
+    def call() -> None:
+        work = exchange(*parts, [], [], options)
+        if work is not None:
+            work.wait()
+
+    collective(members, call)
     return came
 
 

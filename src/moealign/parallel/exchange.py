@@ -5,6 +5,7 @@ The host waits for nothing and knows every size ahead, so a call can be captured
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from .. import modes
 from ..alignment import align
 from ..errors import InvalidInput, InvalidType
+from ..experts import launch, operators
 from ..experts.layer import fused_moe
-from ..layout import INT32_MAX, PAST_CAPACITY
-from . import wire
+from ..experts.quantized import data_of
+from ..experts.records import ExpertWeights, Routes
+from ..layout import INT32_MAX
+from . import wire, wire_fp8
 from .collectives import Group, group_of, refuse_tracing, swap
 from .experts import ExpertPlacement, bins_of
 
@@ -51,10 +55,13 @@ class ExpertExchange:
         capacity: rows from one rank to another; the same on every rank.
         group: a process group or a one-dimensional DeviceMesh; by default all ranks.
         device: of the tensors; by default the current GPU under NCCL, else the CPU.
+        wire: how rows travel to the experts.  ``same``: as they are.  ``fp8``: in e4m3 with a scale for each 128
+            columns, rounded as FP8 layers round them, in about half the bytes of bfloat16; without gradients.  Results
+            travel back as they are.
 
     Raises:
         InvalidInput: no process group, a placement of another number of ranks, a capacity below 1, more rows than int32
-            numbers, or more than 32,767 experts a rank.
+            numbers, more than 32,767 experts a rank, or another wire.
     """
 
     def __init__(
@@ -64,7 +71,10 @@ class ExpertExchange:
         capacity: int,
         group: Group = None,
         device: torch.device | str | None = None,
+        wire: str = "same",
     ) -> None:
+        if wire not in ("same", "fp8"):
+            raise InvalidInput(f"wire: expected same or fp8, got {wire!r}")
         group, self.rank = group_of(placement, group)
         if type(capacity) is not int or capacity < 1:
             raise InvalidInput(
@@ -82,6 +92,8 @@ class ExpertExchange:
             nccl = "nccl" in dist.get_backend(group)
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
         self.placement, self.capacity, self.ranks, self.slots = placement, capacity, placement.ranks, placement.slots
+        self.wire = wire
+        self._passed: set[Any] = set()  # signatures of calls that need no more checks
         self.group = (group or dist.distributed_c10d._get_default_group()).group_name
         self.device = torch.device(device)
         # Of each id, its rank and its slot there; ids are experts or, with copies, the bins of placement.bins.
@@ -117,9 +129,30 @@ class ExpertExchange:
         """
         return max(max_tokens * min(top_k, placement.slots), 1)
 
-    def wire_bytes(self, hidden: int, dtype: torch.dtype) -> int:
-        """Bytes that a rank passes to each of the two collectives of a call: all its rows and the slots' rows."""
-        return self.ranks * (self.capacity + self._header(hidden, dtype)) * hidden * dtype.itemsize
+    @staticmethod
+    def expected_capacity(
+        placement: ExpertPlacement, max_tokens: int, top_k: int, *, factor: float = 1.25, loads: Any = None
+    ) -> int:
+        """Rows that `max_tokens` tokens of a rank send to the busiest other, times `factor`; never above
+        :meth:`max_capacity`.
+
+        Args:
+            factor: room for batches that are less even; routes past it are dropped, which an error word reports.
+            loads: routes per expert, ``[num_experts]``, of a trace or ``expert_counts``; by default equal ones.
+
+        Raises:
+            InvalidInput: a factor that is not positive.
+        """
+        if not factor > 0:
+            raise InvalidInput(f"factor: expected a positive number, got {factor!r}")
+        imbalance = placement.imbalance([1.0] * placement.num_experts if loads is None else loads)
+        expected = math.ceil(factor * imbalance * max_tokens * top_k / placement.ranks)
+        return min(max(expected, 1), ExpertExchange.max_capacity(placement, max_tokens, top_k))
+
+    def wire_bytes(self, hidden: int, dtype: torch.dtype, back: bool = False) -> int:
+        """Bytes that a rank passes to the first collective of a call, or to the one `back`: rows and their slots."""
+        pitch = wire_fp8.pitch_of(hidden) if self.wire == "fp8" and not back else hidden * dtype.itemsize
+        return self.ranks * (self.capacity + self._header(hidden, dtype)) * pitch
 
     def __call__(
         self,
@@ -150,13 +183,21 @@ class ExpertExchange:
             InvalidInput, InvalidType: sizes, dtypes or devices that do not match.
             RankFailed: a collective failed or timed out, where the host sees it; see docs/parallel.md.
         """
-        sizes = (hidden_states, topk_ids, gate_up_proj, topk_weights)
-        refusal = modes.checked(self._check, *sizes)
-        if isinstance(refusal, modes.Refusal):
-            return modes.refuse(refusal)[0]
-        arrived, way = self._dispatch(hidden_states, topk_ids, num_valid_tokens, error_word)
-        rows, ones, slots = arrived
-        result = fused_moe(rows, gate_up_proj, down_proj, ones, slots, **options)
+        signature = None if options else _signature(hidden_states, topk_ids, gate_up_proj, down_proj, topk_weights)
+        known = signature is not None and signature in self._passed
+        if not known:
+            sizes = (hidden_states, topk_ids, gate_up_proj, topk_weights, down_proj)
+            refusal = modes.checked(self._check, *sizes)
+            if isinstance(refusal, modes.Refusal):
+                return modes.refuse(refusal)[0]
+        (rows, ones, slots), way = self._dispatch(hidden_states, topk_ids, num_valid_tokens, error_word)
+        if known:  # what fused_moe comes to for these tensors
+            weights = ExpertWeights(gate_up_proj, down_proj)
+            result = operators.run_layer(rows, weights, Routes(ones, slots), "silu", None)
+        else:
+            result = fused_moe(rows, gate_up_proj, down_proj, ones, slots, **options)
+            if signature is not None:
+                self._passed.add(signature)
         return self._combine(result, topk_weights, way)
 
     def dispatch(
@@ -228,16 +269,19 @@ class ExpertExchange:
         assert offsets is not None
         assert layout.expert_counts is not None
         wanted = layout.expert_counts[: self.ranks]
-        if error_word is not None:
-            error_word.bitwise_or_((wanted > self.capacity).any().to(torch.int32) * PAST_CAPACITY)
-        header = self._header(hidden_states.shape[1], hidden_states.dtype)
-        sent, routes, places = wire.pack(
+        hidden, dtype = hidden_states.shape[1], hidden_states.dtype
+        call = (
             hidden_states, ids, self._slot_of, order, positions, offsets[: self.ranks + 1],
-            ids.shape[1], self.capacity, header,
+            ids.shape[1], self.capacity, self._header(hidden, dtype),
         )  # fmt: skip
-        came = swap(sent, self.group)
-        slots = wire.slots_of(came, self.ranks, self.capacity)
-        return Arrived(came, self._ones[: came.shape[0]], slots), Way(routes, places, wanted)
+        if self.wire == "fp8":
+            sent, routes, places = wire_fp8.pack(*call, error_word=error_word)
+            rows, slots = wire_fp8.unpack(swap(sent, self.group), self.ranks, self.capacity, hidden, dtype)
+        else:
+            sent, routes, places = wire.pack(*call, error_word=error_word)
+            rows = swap(sent, self.group)
+            slots = wire.slots_of(rows, self.ranks, self.capacity)
+        return Arrived(rows, self._ones[: routes.shape[0]], slots), Way(routes, places, wanted)
 
     def _combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
         return wire.combine(swap(rows, self.group), topk_weights, way.routes, way.places)
@@ -245,14 +289,16 @@ class ExpertExchange:
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def _header(self, hidden: int, dtype: torch.dtype) -> int:
-        return wire.header_rows(self.capacity, wire.words_of(hidden, dtype.itemsize))
+        words = wire_fp8.pitch_of(hidden) // 2 if self.wire == "fp8" else wire.words_of(hidden, dtype.itemsize)
+        return wire.header_rows(self.capacity, words)
 
     def _check(
         self,
         hidden_states: Tensor,
         topk_ids: Tensor,
-        gate_up_proj: Tensor | None = None,
+        gate_up_proj: Any = None,
         topk_weights: Tensor | None = None,
+        down_proj: Any = None,
     ) -> None:
         refuse_tracing("ExpertExchange", hidden_states, topk_ids)
         if not hidden_states.is_floating_point() or hidden_states.dtype.itemsize < 2:
@@ -272,15 +318,23 @@ class ExpertExchange:
         for name, tensor in (("hidden_states", hidden_states), ("topk_ids", topk_ids)):
             if tensor.device != self.device:
                 raise InvalidInput(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
-        if gate_up_proj is not None and gate_up_proj.shape[0] != self.slots:
+        experts = self.slots if gate_up_proj is None else data_of(gate_up_proj).shape[0]
+        if experts != self.slots:
             raise InvalidInput(
-                f"gate_up_proj: expected this rank's {self.slots} experts, got {gate_up_proj.shape[0]}; "
+                f"gate_up_proj: expected this rank's {self.slots} experts, got {experts}; "
                 "placement.shard(weights, rank) cuts them"
             )
         if topk_weights is not None and (topk_weights.shape != topk_ids.shape or not topk_weights.is_floating_point()):
             raise InvalidInput(
                 f"topk_weights: expected a floating {list(topk_ids.shape)} like topk_ids, got {topk_weights.dtype} "
                 f"{list(topk_weights.shape)}"
+            )
+
+        given = (hidden_states, data_of(gate_up_proj), data_of(down_proj), topk_weights)
+        if self.wire == "fp8" and modes.wants_gradient(*given):
+            raise InvalidInput(
+                "wire: expected same where gradients are needed, got fp8, whose rounding has none; call it under "
+                "torch.no_grad() or prepare another exchange"
             )
 
     def _check_back(self, rows: Tensor, topk_weights: Tensor, way: Way) -> None:
@@ -299,3 +353,15 @@ class ExpertExchange:
                 f"topk_weights: expected a floating [T, k] of {way.places.shape[0]} routes, got {topk_weights.dtype} "
                 f"{list(topk_weights.shape)}"
             )
+
+
+def _signature(*tensors: Any) -> Any:
+    """What the checks of a call and the way of its layer depend on, if it is a common one: plain tensors on a GPU,
+    nothing that follows it, no gradients, no autocast; else None."""
+    if modes.watched(*tensors) or modes.forward_mode() or modes.wants_gradient(*tensors):
+        return None
+    if not all(isinstance(each, Tensor) for each in tensors) or launch.refuses(tensors[0]) is not None:
+        return None
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return None
+    return tuple((each.shape, each.stride(), each.dtype, each.device) for each in tensors)

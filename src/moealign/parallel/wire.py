@@ -14,9 +14,19 @@ from torch import Tensor
 
 from .. import modes
 from ..experts import launch, packed
-from ..layout import cdiv, power_of_two
+from ..layout import PAST_CAPACITY, cdiv, power_of_two
 
-__all__ = ["combine", "combine_launch", "header_rows", "pack", "pack_launch", "slots_of"]
+__all__ = [
+    "combine",
+    "combine_launch",
+    "header_rows",
+    "new_maps",
+    "note_overflow",
+    "pack",
+    "pack_launch",
+    "routes_in_torch",
+    "slots_of",
+]
 
 
 def words_of(hidden: int, itemsize: int) -> int:
@@ -32,9 +42,8 @@ def header_rows(capacity: int, words: int) -> int:
 def slots_of(wire: Tensor, ranks: int, capacity: int) -> Tensor:
     """The slot of each row of a wire that has arrived, int16 ``[rows, 1]``; -1 where there is no route."""
     words = wire.detach().view(torch.int16)
-    span = wire.shape[0] // ranks
-    headers = words.view(ranks, span * words.shape[1])[:, capacity * words.shape[1] :]
-    return headers[:, :span].reshape(-1, 1)
+    span, width = wire.shape[0] // ranks, words.shape[1]
+    return words.as_strided((ranks, span), (span * width, 1), capacity * width).reshape(-1, 1)
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
@@ -46,40 +55,58 @@ _library.define(
 )
 
 
-def pack(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def note_overflow(error_word: Tensor | None, offsets: Tensor, capacity: int) -> None:
+    """Set the bit of an overflow in `error_word` if any of the ranks has more routes than `capacity`."""
+    if error_word is not None:
+        over = (offsets[1:] - offsets[:-1] > capacity).any()
+        error_word.bitwise_or_(over.to(torch.int32) * PAST_CAPACITY)
+
+
+def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The rows ``[T, H]`` of each route in a wire; differentiable in `rows`.
 
     Args:
         rows: ``[T, H]``, of a dtype of two bytes or more.
         args: ids ``[T, k]``, integer; slots int16 ``[E]``, that of each id; order ``[n]``, positions ``[n]`` and
             offsets ``[ranks + 1]`` of the routes by rank, a layout with blocks of one row; top_k, capacity and header.
+        error_word: as of :func:`note_overflow`.
 
     Returns:
         The wire; int32 ``[ranks * span]``, the route of each of its rows or ``n``; int32 ``[n]``, the row of each
         route, or -1.
     """
     if modes.watched(rows, *args[:5]) or modes.wants_gradient(rows):
+        note_overflow(error_word, args[4], args[6])
         result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire, rows, *args)
         return result
-    return _pack(rows, *args)
+    return _pack(rows, *args, error_word=error_word)
+
+
+def new_maps(positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Uninitialised maps of the way back, for a wire of `count` rows."""
+    return positions.new_empty(count, dtype=torch.int32), positions.new_empty(positions.shape[0], dtype=torch.int32)
 
 
 def _new_wire(rows: Tensor, positions: Tensor, offsets: Tensor, span: int) -> tuple[Tensor, Tensor, Tensor]:
     count = (offsets.shape[0] - 1) * span
-    return (
-        rows.new_empty(count, rows.shape[1]),
-        positions.new_empty(count, dtype=torch.int32),
-        positions.new_empty(positions.shape[0], dtype=torch.int32),
-    )
+    return rows.new_empty(count, rows.shape[1]), *new_maps(positions, count)
 
 
 def _pack(
-    rows: Tensor, ids: Tensor, slots: Tensor, order: Tensor, positions: Tensor, offsets: Tensor, *sizes: int
+    rows: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    *sizes: int,
+    error_word: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
         out = _new_wire(rows, positions, offsets, sizes[1] + sizes[2])
-        launch.run([pack_launch(rows, ids, slots, order, positions, offsets, sizes, out)], rows.device)
+        launch.run([pack_launch(rows, ids, slots, order, positions, offsets, sizes, out, error_word)], rows.device)
         return out
+    note_overflow(error_word, offsets, sizes[1])
     return pack_in_torch(rows, ids, slots, order, positions, offsets, *sizes)
 
 
@@ -92,6 +119,7 @@ def pack_launch(
     offsets: Tensor,
     sizes: tuple[int, ...],
     out: tuple[Tensor, ...],
+    error_word: Tensor | None = None,
 ) -> launch.GemmLaunch:
     """The launch that fills `out`, the three results of :func:`pack`; `sizes` are top_k, capacity and header."""
     top_k, capacity, header = sizes
@@ -103,7 +131,8 @@ def pack_launch(
         (ranks * (capacity + header) + cdiv(routes, places), cdiv(width, block)),
         (
             words, launch.flat(ids), slots, order, positions, offsets, out[0].view(torch.int16), *out[1:],
-            routes, top_k, width, launch.row_stride(words), slots.shape[0], capacity, capacity + header, ranks,
+            error_word, routes, top_k, width, launch.row_stride(words), slots.shape[0], capacity, capacity + header,
+            ranks,
         ),
         {"BLOCK": block, "RANKS": power_of_two(ranks), "PLACES": places},
         4,
@@ -125,19 +154,48 @@ def pack_in_torch(
     header: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`pack` in torch's operations."""
-    count, ranks, span = positions.shape[0], offsets.shape[0] - 1, capacity + header
+    ranks, span = offsets.shape[0] - 1, capacity + header
     wire = rows.new_zeros(ranks, span, rows.shape[1])
-    routes = torch.full((ranks, span), count, dtype=torch.int32, device=rows.device)
     words = wire.view(torch.int16)[:, capacity:].view(ranks, -1)
+    listed, filled, routes, places = routes_in_torch(
+        words, ids, slots, order, positions, offsets, top_k, capacity, header
+    )
+    if positions.shape[0]:
+        picked = rows.index_select(0, (listed // top_k).reshape(-1)).view(ranks, capacity, -1)
+        wire[:, :capacity] = picked.masked_fill_(~filled.unsqueeze(2), 0)
+    return wire.view(-1, rows.shape[1]), routes, places
+
+
+def routes_in_torch(
+    words: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    top_k: int,
+    capacity: int,
+    header: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All but the rows of a wire, in torch's operations.
+
+    Args:
+        words: int16 ``[ranks, ...]``, the headers, to fill; the others as of :func:`pack`.
+
+    Returns:
+        int64 ``[ranks, capacity]``, the route of each row that may be sent, 0 where bool ``[ranks, capacity]`` tells
+        that there is none; both maps of :func:`pack`.
+    """
+    count, ranks, span = positions.shape[0], offsets.shape[0] - 1, capacity + header
+    routes = torch.full((ranks, span), count, dtype=torch.int32, device=positions.device)
     words.fill_(-1)
     starts, ends = offsets[:-1].unsqueeze(1), offsets[1:].unsqueeze(1)
+    at = starts + torch.arange(capacity, device=positions.device, dtype=torch.int32)
+    listed, filled = torch.zeros_like(at, dtype=torch.int64), torch.zeros_like(at, dtype=torch.bool)
     if count:
-        at = starts + torch.arange(capacity, device=rows.device, dtype=torch.int32)
         listed = order.index_select(0, at.clamp(0, count - 1).reshape(-1).long()).view(at.shape)
         filled = (at < ends) & (listed >= 0) & (listed < count)
         listed = torch.where(filled, listed, 0).long()
-        picked = rows.index_select(0, (listed // top_k).reshape(-1)).view(ranks, capacity, -1)
-        wire[:, :capacity] = picked.masked_fill_(~filled.unsqueeze(2), 0)
         routes[:, :capacity] = torch.where(filled, listed, count)
         expert = ids.reshape(-1)[listed].long()
         known = filled & (expert >= 0) & (expert < slots.shape[0])
@@ -146,7 +204,7 @@ def pack_in_torch(
     within = positions - offsets[rank]
     kept = (positions >= 0) & (positions < offsets[-1]) & (within >= 0) & (within < capacity)
     places = torch.where(kept, rank * span + within, -1).to(torch.int32)
-    return wire.view(-1, rows.shape[1]), routes.view(-1), places
+    return listed, filled, routes.view(-1), places
 
 
 def _pack_fake(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,178 @@
+"""The wire of :mod:`moealign.parallel.wire` with rows in e4m3: about half the bytes of bfloat16.  For inference alone.
+
+Each row has `pitch` bytes: `H` values of e4m3, then from a multiple of 4 on a float32 scale for each 128 columns.  The
+arithmetic is that of :func:`moealign.experts.quantized.quantize_rows`: a scale is ``max(amax, 1e-10) / 448``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import modes
+from ..experts import launch
+from ..experts.quantized import GROUP, quantize_rows
+from ..layout import cdiv, power_of_two
+from .wire import new_maps, note_overflow, routes_in_torch
+
+__all__ = ["pack", "pack_in_torch", "pack_launch", "pitch_of", "unpack", "unpack_in_torch", "unpack_launch"]
+
+
+def pitch_of(hidden: int) -> int:
+    """Bytes of a row of `hidden` columns: a multiple of 16."""
+    return 16 * cdiv(4 * (cdiv(hidden, 4) + cdiv(hidden, GROUP)), 16)
+
+
+_library = torch.library.Library("moealign", "FRAGMENT")
+_library.define(
+    "pack_wire_fp8(Tensor rows, Tensor ids, Tensor slots, Tensor order, Tensor positions, Tensor offsets, "
+    "SymInt top_k, SymInt capacity, SymInt header) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "unpack_wire_fp8(Tensor wire, SymInt ranks, SymInt capacity, SymInt hidden, ScalarType dtype) -> (Tensor, Tensor)"
+)
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`moealign.parallel.wire.pack`, with a wire of uint8 ``[ranks * span, pitch]``; gives no gradients."""
+    if modes.watched(rows, *args[:5]):
+        note_overflow(error_word, args[4], args[6])
+        result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire_fp8, rows, *args)
+        return result
+    return _pack(rows, *args, error_word=error_word)
+
+
+def _new_wire(rows: Tensor, positions: Tensor, offsets: Tensor, span: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = (offsets.shape[0] - 1) * span
+    return rows.new_empty(count, pitch_of(rows.shape[1]), dtype=torch.uint8), *new_maps(positions, count)
+
+
+def _pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    if launch.refuses(rows) is None:
+        out = _new_wire(rows, args[3], args[4], args[6] + args[7])
+        launch.run([pack_launch(rows, *args[:5], args[5:], out, error_word)], rows.device)
+        return out
+    note_overflow(error_word, args[4], args[6])
+    return pack_in_torch(rows, *args)
+
+
+def pack_launch(
+    rows: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    sizes: tuple[int, ...],
+    out: tuple[Tensor, ...],
+    error_word: Tensor | None = None,
+) -> launch.GemmLaunch:
+    """The launch that fills `out`, the three results of :func:`pack`; `sizes` are top_k, capacity and header."""
+    top_k, capacity, header = sizes
+    rows, wire = launch.row_major(rows), out[0]
+    words, hidden = wire.view(torch.int16), rows.shape[1]
+    routes, ranks, places = positions.shape[0], offsets.shape[0] - 1, 256
+    groups = min(16, power_of_two(cdiv(hidden, GROUP)))
+    return launch.GemmLaunch(
+        "pack_wire_fp8",
+        (ranks * (capacity + header) + cdiv(routes, places), cdiv(hidden, groups * GROUP)),
+        (
+            rows, launch.flat(ids), slots, order, positions, offsets, words, wire, wire.view(torch.float32), *out[1:],
+            error_word, routes, top_k, hidden, words.shape[1], launch.row_stride(rows), slots.shape[0], capacity,
+            capacity + header, ranks,
+        ),
+        {"GROUPS": groups, "RANKS": power_of_two(ranks), "PLACES": places},
+        4,
+        1,
+        False,
+        "row_kernels",
+    )  # fmt: skip
+
+
+def pack_in_torch(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`pack` in torch's operations."""
+    positions, offsets, top_k, capacity, header = args[3:]
+    ranks, span, hidden = offsets.shape[0] - 1, capacity + header, rows.shape[1]
+    wire = rows.new_zeros(ranks, span, pitch_of(hidden), dtype=torch.uint8)
+    words = wire[:, capacity:].view(torch.int16).view(ranks, -1)
+    listed, filled, routes, places = routes_in_torch(words, *args)
+    if positions.shape[0]:
+        picked = rows.index_select(0, (listed // top_k).reshape(-1)).masked_fill_(~filled.view(-1, 1), 0)
+    else:
+        picked = rows.new_zeros(ranks * capacity, hidden)
+    values, scales = quantize_rows(picked, "group")
+    first = 4 * cdiv(hidden, 4)
+    wire[:, :capacity, :hidden] = values.view(torch.uint8).view(ranks, capacity, hidden)
+    scales = scales.contiguous().view(torch.uint8).view(ranks, capacity, -1)
+    wire[:, :capacity, first : first + scales.shape[2]] = scales
+    return wire.view(-1, wire.shape[2]), routes, places
+
+
+# ---- unpacking -------------------------------------------------------------------------------------------------------
+
+
+def unpack(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows ``[ranks * span, H]`` of `dtype` in a wire that has arrived, and their slots, int16 ``[rows, 1]``.
+
+    Rows are undefined where the slot is -1.
+    """
+    if modes.watched(wire):
+        result: tuple[Tensor, Tensor] = modes.call(
+            torch.ops.moealign.unpack_wire_fp8, wire, ranks, capacity, hidden, dtype
+        )
+        return result
+    return _unpack(wire, ranks, capacity, hidden, dtype)
+
+
+def _unpack(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = _unpack_fake(wire, ranks, capacity, hidden, dtype)
+    if launch.refuses(out[0]) is None:
+        launch.run([unpack_launch(wire, ranks, capacity, out)], wire.device)
+        return out
+    return unpack_in_torch(wire, ranks, capacity, hidden, dtype)
+
+
+def unpack_launch(wire: Tensor, ranks: int, capacity: int, out: tuple[Tensor, ...]) -> launch.GemmLaunch:
+    """The launch that fills `out`, both results of :func:`unpack`."""
+    words, hidden = wire.view(torch.int16), out[0].shape[1]
+    groups = min(16, power_of_two(cdiv(hidden, GROUP)))
+    return launch.GemmLaunch(
+        "unpack_wire_fp8",
+        (wire.shape[0], cdiv(hidden, groups * GROUP)),
+        (words, wire, wire.view(torch.float32), *out, hidden, words.shape[1], capacity, wire.shape[0] // ranks),
+        {"GROUPS": groups},
+        4,
+        1,
+        False,
+        "row_kernels",
+    )
+
+
+def unpack_in_torch(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`unpack` in torch's operations."""
+    span, first, groups = wire.shape[0] // ranks, 4 * cdiv(hidden, 4), cdiv(hidden, GROUP)
+    words = wire.view(torch.int16).view(ranks, -1)[:, capacity * wire.shape[1] // 2 :]
+    values = wire[:, :hidden].contiguous().view(torch.float8_e4m3fn).to(torch.float32)
+    scales = wire[:, first : first + 4 * groups].contiguous().view(torch.float32)
+    rows = values * scales.repeat_interleave(GROUP, 1)[:, :hidden]
+    return rows.to(dtype), words[:, :span].reshape(-1, 1)
+
+
+def _unpack_fake(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    count = wire.shape[0]
+    return wire.new_empty(count, hidden, dtype=dtype), wire.new_empty(count, 1, dtype=torch.int16)
+
+
+def _pack_fake(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _new_wire(rows, args[3], args[4], args[6] + args[7])
+
+
+_library.impl("pack_wire_fp8", _pack, "CompositeExplicitAutograd")
+_library.impl("unpack_wire_fp8", _unpack, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::pack_wire_fp8", _pack_fake, lib=_library)
+torch.library.register_fake("moealign::unpack_wire_fp8", _unpack_fake, lib=_library)
