@@ -5,7 +5,8 @@
     python benchmarks/figures.py --check    # write nothing, fail if a table differs from its CSV file
 
 A table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.  `PAGES` gives the tables of each page and
-their CSV files; a missing file leaves its tables as they are.  benchmarks/tables.py makes the tables.
+their CSV files; a missing file leaves its tables as they are.  benchmarks/tables.py and
+tables_parallel.py make the tables.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tables
+import tables_parallel
 from common import ROOT
 
 from moealign.bench import draw
@@ -66,8 +68,11 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
         ("plugins", "results/plugins_{gpu}", tables.plugins_table),
     ],
     "docs/parallel.md": [
-        ("parallel", "results/parallel_{gpu}", tables.parallel_table),
-        ("parallel-model", "results/parallel_{gpu}", tables.parallel_model),
+        ("parallel", "results/parallel_{gpu}", tables_parallel.graph_table),
+        ("parallel-goals", "results/parallel_{gpu}", tables_parallel.goals),
+        ("parallel-exchange", "results/parallel_{gpu}", tables_parallel.exchange_table),
+        ("parallel-eager", "results/parallel_{gpu}", tables_parallel.eager_table),
+        ("parallel-model", "results/parallel_{gpu}", tables_parallel.parallel_model),
     ],
     "docs/developers/experiments.md": trials("cuda", "triton", "router", "cpu", "host", "experts"),
 }

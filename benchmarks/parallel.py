@@ -6,13 +6,15 @@
 The shapes and token counts of the experts' benchmark, in bfloat16.  `tokens` is the whole batch: one GPU has all of it,
 as has each rank of `replicated`; `dispatched` splits it.  Times are wall times of eager calls after a barrier, of the
 slowest rank; `-graph` is a CUDA graph replay, for calls that never wait for the device.  `dispatched-capacity` and
-`dispatched-graph` are an ExpertExchange whose capacity is never exceeded.  `exchange-...` are the collectives of a mode
-alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
+`dispatched-graph` are an ExpertExchange whose capacity is never exceeded; `dispatched-graph-1.25` has room for 1.25
+times the mean from 256 tokens on, `dispatched-graph-fp8` rows in FP8 on the way there.  `exchange-...` are the
+collectives of a mode alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -95,6 +97,10 @@ def layer_times(
     part = (*inputs, placement)
     capacity = ExpertExchange.max_capacity(placement, -(-tokens // here.ranks), top_k)
     fixed = ExpertExchange(placement, capacity=capacity, device=here.device)
+    variants = {"fp8": ExpertExchange(placement, capacity=capacity, device=here.device, wire="fp8")}
+    if tokens >= 256 or not here.cuda:
+        expected_capacity = ExpertExchange.expected_capacity(placement, -(-tokens // here.ranks), top_k, factor=1.25)
+        variants["1.25"] = ExpertExchange(placement, capacity=expected_capacity, device=here.device)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "one-gpu": lambda: fused_moe(x, *whole, weights, ids),
         "replicated": lambda: replicated_moe(x, *own, weights, ids, placement),
@@ -102,12 +108,24 @@ def layer_times(
         "dispatched-2chunks": lambda: dispatched_moe(*part, chunks=2),
         "dispatched-capacity": lambda: fixed(*inputs),
     }
+    others: dict[str, Callable[[], torch.Tensor]] = {
+        name: functools.partial(each, *inputs) for name, each in variants.items()
+    }
     expected = calls["one-gpu"]().double()
     for name, call in calls.items():
         rows_of_rank = expected if name in ("one-gpu", "replicated") else expected[first:last]
         error = float((call().double() - rows_of_rank).norm() / expected.norm())
         if not error < 1e-2:
             raise AssertionError(f"{name}, {tokens} tokens: relative error {error:.3g}")
+    for name, call in others.items():
+        _, way = variants[name].dispatch(inputs[0], inputs[4])
+        dropped = variants[name].overflow(way).sum()
+        dist.all_reduce(dropped)
+        error = float((call().double() - expected[first:last]).norm() / expected.norm())
+        if int(dropped):
+            print(f"dispatched, {name}, {tokens} tokens: {int(dropped)} routes dropped", flush=True)
+        elif not error < (5e-2 if name == "fp8" else 1e-2):
+            raise AssertionError(f"dispatched, {name}, {tokens} tokens: relative error {error:.3g}")
     rows = torch.empty(tokens, hidden, dtype=dtype, device=here.device)
     bins = placement.bins(ids[first:last]).reshape(-1)
     send_counts = [int(((bins // placement.slots) == rank).sum()) for rank in range(here.ranks)]
@@ -120,12 +138,20 @@ def layer_times(
     counts = torch.zeros(here.ranks * placement.slots, dtype=torch.int32, device=here.device)
     other = torch.empty_like(counts)
 
-    wire = torch.empty(fixed.wire_bytes(hidden, dtype), dtype=torch.uint8, device=here.device)
-    arrived = torch.empty_like(wire)
+    def exchange_of(fixed: ExpertExchange) -> Callable[[], None]:
+        """Both collectives of a call."""
+        there, back = (
+            torch.empty(2, fixed.wire_bytes(hidden, dtype, way), dtype=torch.uint8, device=here.device)
+            for way in (False, True)
+        )
 
-    def exchange_of_capacity() -> None:
-        dist.all_to_all_single(arrived, wire)
-        dist.all_to_all_single(wire, arrived)
+        def exchange() -> None:
+            dist.all_to_all_single(there[0], there[1])
+            dist.all_to_all_single(back[0], back[1])
+
+        return exchange
+
+    exchange_of_capacity = exchange_of(fixed)
 
     def exchange() -> None:
         dist.all_to_all_single(other, counts)
@@ -143,6 +169,11 @@ def layer_times(
         times["exchange-replicated-graph"] = here.replays(lambda: dist.all_reduce(rows))
         times["exchange-dispatched-graph"] = here.replays(exchange)
         times["exchange-capacity-graph"] = here.replays(exchange_of_capacity)
+        for name, call in others.items():
+            times[f"dispatched-graph-{name}"] = here.replays(call)
+            times[f"exchange-capacity-{name}-graph"] = here.replays(exchange_of(variants[name]))
+    else:
+        times |= {f"dispatched-capacity-{name}": here.wall(call) for name, call in others.items()}
     return times
 
 

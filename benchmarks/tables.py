@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from common import SHAPES, Shape
 from vllm_layer import naive
 
 from moealign.bench import SGLANG, VLLM, cases_of, microseconds
@@ -412,96 +410,6 @@ def trials_table(rows: Sequence[Row], source: str, part: str) -> str:
     """What was tried in one part of the library."""
     lines = [[row[name] for name in ("idea", "expected", "seen", "kept")] for row in rows if row["part"] == part]
     return f"From `{source}`:\n\n{markdown(['idea', 'expected', 'seen', 'kept'], lines, left=4)}"
-
-
-# ---- expert parallelism ----------------------------------------------------------------------------------------------
-
-NODE = 8  # ranks connected by NVLink
-NETWORK_GB_S = 50.0  # an assumption: one 400 Gb/s adapter for each GPU
-NETWORK_US = 20.0  # an assumption: the latency of a message between nodes
-MODEL_RANKS, MODEL_TOKENS = (8, 64, 512), (64, 4096)  # tokens of one rank
-LARGEST = SHAPES[2]  # the layer of the model
-
-
-def parallel_table(rows: Sequence[Row], source: str) -> str:
-    """Both modes on two GPUs, and the share of the collectives alone."""
-    lines = []
-    for row, times in cases_of(rows, "parallel"):
-        tokens, top_k, experts, hidden, inner = shape_of(row)
-        if tokens not in (1, 64, 1024, 4096):
-            continue
-        one, two, part = (times[f"{name}-graph"] for name in ("one-gpu", "replicated", "exchange-replicated"))
-        eager, sent, moved = times["one-gpu"], times["dispatched"], times["exchange-dispatched"]
-        lines.append([
-            f"{experts}, {top_k}, {hidden}, {inner}", f"{tokens:,}", microseconds(one), microseconds(two),
-            f"{one / two:.2f}x", f"{part / two:.0%}", microseconds(eager), microseconds(sent), f"{moved / sent:.0%}",
-        ])  # fmt: skip
-    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "gain", "exchange", "one GPU, eager",
-              "dispatched, eager", "exchange"]  # fmt: skip
-    return f"{caption(rows, 'graph replay or wall time between barriers', source)}\n\n{markdown(header, lines)}"
-
-
-class Terms(NamedTuple):
-    """The measured terms of the model, in microseconds, and bytes or operations a microsecond."""
-
-    latency: float
-    reduce_rate: float  # of an all-reduce: bytes sent by one rank
-    exchange_rate: float  # of an all-to-all
-    memory_rate: float  # of a layer reading its weights
-    flop_rate: float
-
-
-def model_terms(rows: Sequence[Row], shape: Shape) -> Terms:
-    experts, top_k, hidden, inner = shape
-    collective = {int(row["routes"]): times for row, times in cases_of(rows, "collective")}
-    smallest, largest = min(collective), max(collective)  # bytes
-    layer = {int(row["routes"]) // top_k: times for row, times in cases_of(rows, "parallel")
-             if f"-E{experts}-H{hidden}-I{inner} " in row["case"]}  # fmt: skip
-    weights = 3 * experts * hidden * inner * 2
-    flops = 6 * 4096 * top_k * hidden * inner
-    return Terms(
-        latency=max(collective[smallest].values()),
-        reduce_rate=largest / collective[largest]["all-reduce"],  # with two ranks, half of the data goes each way
-        exchange_rate=largest / 2 / collective[largest]["all-to-all"],
-        memory_rate=weights / layer[256]["one-gpu-graph"],
-        flop_rate=flops / layer[4096]["one-gpu-graph"],
-    )
-
-
-def parallel_model(rows: Sequence[Row], source: str = "", shape: Shape = LARGEST) -> str:
-    """Microseconds of a layer on many ranks, by the equations of docs/parallel.md."""
-    experts, top_k, hidden, inner = shape
-    terms = model_terms(rows, shape)
-    lines = []
-    for ranks in MODEL_RANKS:
-        nodes = max(ranks // NODE, 1)
-        latency = terms.latency + (NETWORK_US if nodes > 1 else 0)
-        slots = -(-experts // ranks)
-        for tokens in MODEL_TOKENS:
-            routes = tokens * top_k  # that a rank sends, and receives
-            computing = max(
-                3 * slots * hidden * inner * 2 / terms.memory_rate, 6 * routes * hidden * inner / terms.flop_rate
-            )
-            every = tokens * ranks * hidden * 2
-            inside = min(ranks, NODE)
-            near = (inside - 1) / inside / terms.reduce_rate
-            far = (nodes - 1) / nodes / (NETWORK_GB_S * 1e3 * NODE)  # over all adapters of a node
-            replicated = 2 * every * max(near, far) + 2 * latency
-            sent = routes * hidden * 2
-            near = sent * (inside - 1) / ranks / terms.exchange_rate
-            far = sent * (ranks - inside) / ranks / (NETWORK_GB_S * 1e3)
-            dispatched = 2 * max(near, far) + 3 * latency
-            lines.append([
-                f"{ranks}", f"{tokens:,}", f"{computing:,.0f}", f"{replicated:,.0f}", f"{dispatched:,.0f}",
-                f"{dispatched / (computing + dispatched):.0%}",
-            ])  # fmt: skip
-    title = (
-        f"Terms: latency {terms.latency:.0f} us, all-reduce {terms.reduce_rate / 1e3:.0f} GB/s, all-to-all "
-        f"{terms.exchange_rate / 1e3:.0f} GB/s, weights read at {terms.memory_rate / 1e6:.1f} TB/s, "
-        f"{terms.flop_rate / 1e6:.0f} TFLOP/s, all of the shape {', '.join(map(str, shape))} or of plain collectives."
-    )
-    header = ["ranks", "tokens per rank", "computing", "replicated exchange", "dispatched exchange", "of dispatched"]
-    return f"{title}\n\n{markdown(header, lines)}"
 
 
 def versions_table(rows: Sequence[Row], source: str) -> str:

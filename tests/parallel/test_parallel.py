@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 
 CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_refusals"
 EXCHANGE = "check_exchange,check_capacity,check_exchange_refusals,check_moves"
-WIRE = "check_fp8_on_the_wire,check_expected_capacity"
+WIRE = "check_fp8_on_the_wire,check_expected_capacity,check_beside"
 
 
 def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
@@ -77,7 +77,7 @@ def test_an_exchange_of_fixed_size_is_the_single_layer_bit_for_bit(ranks, tmp_pa
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_rows_travel_in_fp8_and_capacities_by_load(ranks, tmp_path):
+def test_rows_travel_in_fp8_with_capacities_by_load_and_work_beside(ranks, tmp_path):
     run(ranks, WIRE, tmp_path)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import figures
 import pytest
 import tables
+import tables_parallel
 import torch
 
 from moealign import bench
@@ -466,23 +467,34 @@ def test_the_model_of_many_ranks_takes_its_terms_from_the_file():
     slower = [
         {**row, "median_us": str(2 * float(row["median_us"]))} if row["bench"] == "collective" else row for row in rows
     ]
-    terms, halved = (tables.model_terms(each, (256, 8, 7168, 1024)) for each in (rows, slower))
+    terms, halved = (tables_parallel.model_terms(each, (256, 8, 7168, 1024)) for each in (rows, slower))
     assert halved.exchange_rate == terms.exchange_rate / 2
     assert halved.flop_rate == terms.flop_rate
     assert 1e5 < terms.reduce_rate < 1e6  # bytes a microsecond: what NVLink reaches
-    assert tables.parallel_model(slower) != tables.parallel_model(rows)
+    assert tables_parallel.parallel_model(slower) != tables_parallel.parallel_model(rows)
 
 
 def test_many_nodes_do_not_make_the_exchange_in_a_node_free():
     rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h200.csv")
-    terms = tables.model_terms(rows, (256, 8, 7168, 1024))
-    for line in tables.parallel_model(rows).splitlines():
+    terms = tables_parallel.model_terms(rows, (256, 8, 7168, 1024))
+    for line in tables_parallel.parallel_model(rows).splitlines():
         cells = [cell.strip().replace(",", "") for cell in line.strip("|").split("|")]
         if not cells[0].isdigit():
             continue
         ranks, tokens, _, replicated = map(int, cells[:4])
         in_a_node = 2 * ranks * tokens * 7168 * 2 * 7 / 8 / terms.reduce_rate
         assert replicated >= in_a_node, (ranks, tokens)
+
+
+def test_goals_of_an_exchange_are_told_from_the_file():
+    rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h100.csv")
+    said = tables_parallel.goals(rows)
+    assert "1.46x at 1 of 128, 8, 2048, 768" in said
+    assert "missed; the exchange takes 1.56x" in said
+    fast = [{**row, "median_us": "1.0"} if row["impl"].startswith("dispatched") else row for row in rows]
+    better = tables_parallel.goals(fast)
+    assert "missed" not in better
+    assert "met at 18 of 18 sizes." in better
 
 
 def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
@@ -494,3 +506,4 @@ def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     impls = {row["impl"] for row in figures.read(out)}
     assert {"one-gpu", "replicated", "dispatched", "dispatched-capacity", "exchange-dispatched", "all-to-all"} <= impls
+    assert {"dispatched-capacity-1.25", "dispatched-capacity-fp8"} <= impls

@@ -38,6 +38,7 @@ from moealign.parallel import (
     ExpertExchange,
     ExpertPlacement,
     batched_moe,
+    beside,
     contiguous_moe,
     dispatched_moe,
     move_experts,
@@ -281,6 +282,40 @@ def check_expected_capacity(rank: int, ranks: int) -> None:
         assert bool(exchange.overflow(way).sum()) == loses
         out = exchange(hidden, *own, weights, ids, activation="relu")
         assert torch.equal(out, fused_moe(hidden, *experts, weights, ids, activation="relu")) != loses
+
+
+def check_beside(rank: int, ranks: int) -> None:
+    """Shared experts and the next router beside an exchange: the bits of one after the other, in a graph too."""
+    placement = placements(ranks)["linear"]
+    parts, experts = whole_numbers(17, [6] * ranks, "uniform")
+    (hidden, weights, ids), own = parts[rank], [placement.shard(each, rank) for each in experts]
+    exchange = ExpertExchange(placement, capacity=6 * TOP_K, device=DEVICE)
+    shared, router = own[0][0, :HIDDEN], own[0][0].T
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        with_shared = beside(lambda x: x @ shared.T, hidden)
+        following = beside(lambda x: (x @ router).topk(2), hidden)
+        routed = exchange(hidden, *own, weights, ids, activation="relu")
+        return routed + with_shared.wait(), following.wait().indices
+
+    expected = fused_moe(hidden, *experts, weights, ids, activation="relu") + hidden @ shared.T
+    chosen = (hidden @ router).topk(2).indices
+    with torch.no_grad():
+        for _ in range(3):
+            out, next_ids = step()
+            assert torch.equal(out, expected)
+            assert torch.equal(next_ids, chosen)
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out, next_ids = step()
+            graph.replay()
+            assert torch.equal(out, expected)
+            assert torch.equal(next_ids, chosen)
+    x = hidden.clone().requires_grad_()  # gradients as well
+    (beside(lambda x: x @ shared.T, x).wait() + x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(hidden) @ shared + 1)
 
 
 def check_capacity(rank: int, ranks: int) -> None:

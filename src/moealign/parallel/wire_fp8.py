@@ -54,8 +54,10 @@ def _new_wire(rows: Tensor, positions: Tensor, offsets: Tensor, span: int) -> tu
 
 def _pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
-        out = _new_wire(rows, args[3], args[4], args[6] + args[7])
-        launch.run([pack_launch(rows, *args[:5], args[5:], out, error_word)], rows.device)
+        ids, slots, order, positions, offsets, *sizes = args
+        out = _new_wire(rows, positions, offsets, sizes[1] + sizes[2])
+        one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word)
+        launch.run([one], rows.device)
         return out
     note_overflow(error_word, args[4], args[6])
     return pack_in_torch(rows, *args)
