@@ -53,8 +53,8 @@ ONLY_SGLANG = {
     "dill", "gguf", "scipy", "sentencepiece",
 }  # fmt: skip
 OF_BASE = (
-    "annotated-doc", "annotated-types", "anyio", "attrs", "h11", "idna", "pydantic", "pydantic-core", "sniffio",
-    "typing-extensions", "typing-inspection",
+    "annotated-doc", "annotated-types", "anyio", "attrs", "certifi", "h11", "httpcore2", "httpx2", "idna", "pydantic",
+    "pydantic-core", "sniffio", "truststore", "typing-extensions", "typing-inspection",
 )  # fmt: skip
 #: What is put where vLLM's compiled libraries would be; its Python files import them on a GPU.
 STAND_INS = {

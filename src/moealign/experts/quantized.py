@@ -1,6 +1,6 @@
 """Weights in FP8: what they consist of, and their arithmetic in torch.
 
-The arithmetic is that of ``docs/contract.md``: rows are quantised on the way, products of e4m3 values are summed in
+The arithmetic is that of ``docs/contract.md``: rows are quantised first, products of e4m3 values are summed in
 float32, and scales are applied to the sums.  e4m3 holds ``+-448``, NaN and no infinity.
 """
 

@@ -11,11 +11,7 @@ from .quantized import GROUP, SCHEMES
 from .records import Product
 from .tiles import Target
 
-__all__ = ["PASS_FROM", "Scaling", "needs_pass", "scaling"]
-
-#: Rows per tile from which a pass quantises rows by groups.  Below, every tile quantises what it loads: that is less
-#: work than another launch.
-PASS_FROM = 16
+__all__ = ["Scaling", "needs_pass", "scaling"]
 
 
 class Scaling(NamedTuple):
@@ -39,7 +35,7 @@ def scaling(target: Target, product: Product, width: int, halves: bool, row_scal
     Args:
         width: columns of a product of tiles.
         halves: whether a tile is multiplied with two parts of an expert's weights, the gate's and the up part's.
-        row_scales: those of a pass, ``[rows, cdiv(K, 128)]`` or ``[rows, 1]``; None without one, and for a static scale.
+        row_scales: those of a pass, ``[rows, cdiv(K, 128)]`` or ``[rows, 1]``; None without one or with a static scale.
     """
     quantized = product.quantized
     if quantized is None:

@@ -157,7 +157,7 @@ def _fp8_tiles(hopper: bool, rows: float, no_layout: bool, inner: int) -> LayerT
     are of 128, the inputs that share a scale.  A tile of a gate keeps three sums: two, and that of a step."""
     if not hopper:  # tiles that fit any shared memory, without TMA
         m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
-        tile = Tile(m, 32, 128, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
+        tile = Tile(m, 32, 128, 8 if rows > 128 else 2, 4 if m == 16 else 8, 2)
         return LayerTiles(0 if no_layout else m, tile, tile._replace(n=64))
     if no_layout:
         return LayerTiles(0, Tile(16, 64, 128, 1, 4, 4, 1, 0, 1), Tile(16, 128, 128, 1, 4, 4, 1, 0, 1))
