@@ -158,7 +158,8 @@ def _fp8_tiles(hopper: bool, rows: float, no_layout: bool, inner: int) -> LayerT
     if not hopper:  # tiles that fit any shared memory, without TMA
         m = 16 if no_layout else next((size for size in BLOCK_SIZES if rows <= size * 0.75), 128)
         tile = Tile(m, 32, 128, 8 if rows > 128 else 2, 4 if m == 16 else 8, 2)
-        return LayerTiles(0 if no_layout else m, tile, tile._replace(n=64))
+        # Warps are those without spilled registers where products are of float16.
+        return LayerTiles(0 if no_layout else m, tile, tile._replace(n=64, warps=4 if m <= 32 else 8))
     if no_layout:
         return LayerTiles(0, Tile(16, 64, 128, 1, 4, 4, 1, 0, 1), Tile(16, 128, 128, 1, 4, 4, 1, 0, 1))
     if rows <= 24:
