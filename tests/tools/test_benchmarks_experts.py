@@ -171,7 +171,7 @@ def test_layers_in_fp8_are_compared_with_the_arithmetic_in_torch():
     calls = {
         experts.OURS: experts.moealign_layer(layer, True),
         experts.BF16: experts.moealign_layer(layer),
-        "wrong": lambda slot: 1.02 * experts.moealign_layer(layer, True)(slot),
+        "wrong": lambda slot: 1.1 * experts.moealign_layer(layer, True)(slot),
         experts.HF: experts.moealign_layer(layer),  # another's limit is too narrow for what quantising costs
     }
     assert list(experts.verified(layer, calls, failures, True)) == [experts.OURS, experts.BF16]
