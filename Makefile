@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-engines test-versions lint docs figures dist bench-cpu fuzz clean
+.PHONY: setup demo test test-targets test-engines test-versions lint docs figures dist bench-cpu fuzz clean
 
 setup: $(READY)
 
@@ -21,6 +21,10 @@ demo: $(READY)
 # ARGS="--order 1" shuffles the tests.
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Compile every kernel for every architecture; `make test` does so for that of the measured GPUs.
+test-targets: $(READY)
+	MOEALIGN_TARGETS=all $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m targets
 
 # Run the drop-ins inside the real vLLM and SGLang; downloads the Python files of their wheels.
 test-engines: $(READY)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import EVERY_TARGET, run_python
 from sass import disassembler, touched_before_the_wait
 
 import moealign
@@ -44,6 +44,7 @@ def missing() -> str | None:
 needs_nvrtc = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+COMPILED = ARCHITECTURES if EVERY_TARGET else ("sm_90",)
 SMALL = 'extern "C" __global__ void k(long long* a) { a[threadIdx.x] = VALUE; }'
 
 
@@ -115,7 +116,8 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.targets
+@pytest.mark.parametrize("arch", COMPILED)
 def test_every_specialisation_compiles_and_spills_nothing(arch):
     few = 16  # bytes, of a kernel that keeps 64-bit ids and every extra in 64 registers
     wrong = []

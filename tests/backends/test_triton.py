@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import WORKERS, assert_passes, compile_ahead, cut, kind_of, releases, signature_of, specialisation
+from helpers import WORKERS, assert_passes, compile_ahead, cut, kind_of, signature_of, specialisation
 
 from moealign.layout import EXTRAS, BlockLayout, capacity, capacity_batched
 from moealign.problem import AlignProblem
@@ -17,14 +17,13 @@ backend = importlib.import_module("moealign.backend.triton.align")
 launching = importlib.import_module("moealign.backend.triton.launch")
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_it_equals_the_oracle(release):
-    assert_passes(WORKERS / "triton_interpret.py", release, interpreted=True)
+def test_interpreted_it_equals_the_oracle():
+    assert_passes(WORKERS / "triton_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize("release", releases())
-def test_compiles_ahead_within_every_targets_shared_memory(release):
-    assert_passes(__file__, release, interpreted=False)
+@pytest.mark.targets
+def test_compiles_ahead_within_every_targets_shared_memory():
+    assert_passes(__file__, interpreted=False)
 
 
 def test_says_why_it_is_unavailable(monkeypatch):

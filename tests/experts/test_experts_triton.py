@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from helpers import TARGETS, WORKERS, assert_passes, compile_launch, cut, kind_of, releases, specialisation
+from helpers import TARGETS, WORKERS, assert_passes, compile_launch, cut, kind_of, specialisation
 from sass import disassembler, touched_before_the_wait
 
 from moealign import Gate
@@ -29,24 +29,21 @@ SHAPES = [(128, 8, 2048, 768), (8, 2, 4096, 14336), (32, 4, 2880, 2880)]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_they_equal_plain_loops(release):
-    assert_passes(WORKERS / "experts_interpret.py", release, interpreted=True)
+def test_interpreted_they_equal_plain_loops():
+    assert_passes(WORKERS / "experts_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_gradients_equal_those_of_plain_loops(release):
-    assert_passes(WORKERS / "gradients_interpret.py", release, interpreted=True)
+def test_interpreted_gradients_equal_those_of_plain_loops():
+    assert_passes(WORKERS / "gradients_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_in_every_mode_of_pytorch(release):
-    assert_passes(WORKERS / "modes_interpret.py", release, interpreted=True)
+def test_interpreted_in_every_mode_of_pytorch():
+    assert_passes(WORKERS / "modes_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize("release", releases())
-def test_compile_ahead_within_every_targets_shared_memory(release):
-    assert_passes(__file__, release, interpreted=False)
+@pytest.mark.targets
+def test_compile_ahead_within_every_targets_shared_memory():
+    assert_passes(__file__, interpreted=False)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -375,7 +372,7 @@ def compile_one(number):
 
 
 def compile_all():
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
         list(pool.map(compile_one, range(len(distinct()))))
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from cases.experts import SCHEMES, quantized_loop, random_layer, random_quantized, relative_error
-from helpers import KIB, TARGETS, WORKERS, assert_passes, compile_launch, kind_of, releases
+from helpers import TARGETS, WORKERS, assert_passes, compile_launch, kind_of
 from sass import disassembler, spilled, touched_before_the_wait
 
 import moealign
@@ -35,14 +35,13 @@ MAX_ERROR = 2e-2
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_they_equal_plain_loops(release):
-    assert_passes(WORKERS / "quantized_interpret.py", release, interpreted=True)
+def test_interpreted_they_equal_plain_loops():
+    assert_passes(WORKERS / "quantized_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize("release", releases())
-def test_compile_ahead_without_spills_on_every_target(release):
-    assert_passes(__file__, release, interpreted=False)
+@pytest.mark.targets
+def test_compile_ahead_without_spills_on_every_target():
+    assert_passes(__file__, interpreted=False)
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ def compile_one(number):
     targets = {
         HOPPER: [each for each in TARGETS if each[1] == 90 or (each[1] == 100 and NEW_TRITON)],
         B200: [each for each in TARGETS if each[1] == 100],
-        ADA: [("cuda", 89, 32, 99 * KIB)],
+        ADA: [each for each in TARGETS if each[1] == 89],
         A100: [each for each in TARGETS if each[1] in (80, "gfx942")],
     }[target]
     for arch, binary in compile_launch(function, one, targets):
@@ -169,7 +168,7 @@ def compile_one(number):
 
 
 def compile_all():
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
         list(pool.map(compile_one, range(len(distinct()))))
 
 

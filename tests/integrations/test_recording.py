@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import textwrap
 import types
 
+import processes
 import pytest
 import torch
 from helpers import ROOT, draw, in_threads
@@ -376,7 +376,7 @@ def in_process(tmp_path, body, **variables):
     found = {name: value for name, value in os.environ.items() if not name.startswith("MOEALIGN_TRACE")}
     found |= {"PYTHONPATH": os.pathsep.join(path), "MOEALIGN_BACKEND": "reference", **variables}
     code = textwrap.dedent(PROCESS) + textwrap.dedent(body)
-    done = subprocess.run([sys.executable, "-c", code], env=found, capture_output=True, text=True, cwd=tmp_path)
+    done = processes.run("-c", code, env=found, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

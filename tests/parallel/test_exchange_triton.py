@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, releases, signature_of
+from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, signature_of
 
 from moealign.parallel import wire, wire_fp8
 
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_they_equal_torch(release):
-    assert_passes(WORKERS / "exchange_interpret.py", release, interpreted=True)
+def test_interpreted_they_equal_torch():
+    assert_passes(WORKERS / "exchange_interpret.py", interpreted=True)
 
 
 def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
@@ -35,6 +34,7 @@ def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
     yield wire.combine_launch(out[0], weights, out[2], new(tokens, hidden, dtype=dtype))
 
 
+@pytest.mark.targets
 @pytest.mark.parametrize("target", TARGETS, ids=[str(each[1]) for each in TARGETS])
 @pytest.mark.parametrize(
     ("hidden", "dtype", "ids_dtype"),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import WORKERS, environment
+from helpers import WORKERS
+from processes import Process, environment
 
 from moealign import InvalidInput, InvalidType, QuantizedWeights
 from moealign.parallel import ExpertPlacement, dispatched_moe, replicated_moe
@@ -36,53 +35,24 @@ def outcomes(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> li
         variables |= {"NCCL_NVLS_ENABLE": "0"}
         if name == "check_a_rank_that_never_comes":  # an error, where NCCL's watchdog would end the process
             variables |= {"TORCH_NCCL_BLOCKING_WAIT": "1"}
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(WORKERS / "parallel_worker.py"),
-                str(rank),
-                str(ranks),
-                str(tmp_path / "store"),
-                name,
-                backend,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=variables,
-        )
-        for rank in range(ranks)
-    ]
+    script, store = WORKERS / "parallel_worker.py", tmp_path / "store"
+    group = [Process(script, rank, ranks, store, name, backend, env=variables) for rank in range(ranks)]
     try:
-        said = [process.communicate(timeout=240 if backend == "gloo" else 90)[0] for process in processes]
+        done = [each.finish(240 if backend == "gloo" else 90) for each in group]
     finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+        for each in group:
+            each.kill()
+    return [(each.returncode, each.stdout + each.stderr) for each in done]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_both_modes_are_the_single_layer(ranks, tmp_path):
-    run(ranks, CHECKS, tmp_path)
+@pytest.mark.parametrize(("ranks", "more"), [(2, ",check_deepep"), (4, "")])
+def test_modes_exchanges_and_layouts_are_the_single_layer(ranks, more, tmp_path):
+    """In the processes of one group, for starting them takes as long as most checks."""
+    run(ranks, f"{CHECKS},{EXCHANGE},{WIRE}{more}", tmp_path)
 
 
 def test_the_modes_of_pytorch_and_data_parallel_with_a_rank_without_tokens(tmp_path):
     run(2, "check_modes,check_exchange_in_every_mode,check_data_parallel", tmp_path)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_an_exchange_of_fixed_size_is_the_single_layer_bit_for_bit(ranks, tmp_path):
-    run(ranks, EXCHANGE, tmp_path)
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_rows_travel_in_fp8_with_capacities_by_load_and_work_beside(ranks, tmp_path):
-    run(ranks, WIRE, tmp_path)
-
-
-def test_the_layouts_of_deepep_are_taken_and_given(tmp_path):
-    run(2, "check_deepep", tmp_path)
 
 
 @pytest.mark.parametrize("check", ["check_a_rank_that_never_comes", "check_a_rank_that_leaves_an_exchange"])

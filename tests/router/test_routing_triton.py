@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from helpers import WORKERS, assert_passes, compile_ahead, releases, signature_of
+from helpers import WORKERS, assert_passes, compile_ahead, signature_of
 
 from moealign.problem import RouteProblem
 
@@ -14,14 +14,13 @@ pytest.importorskip("triton")
 routing = importlib.import_module("moealign.backend.triton.route")
 
 
-@pytest.mark.parametrize("release", releases())
-def test_interpreted_it_equals_the_loops(release):
-    assert_passes(WORKERS / "routing_interpret.py", release, interpreted=True)
+def test_interpreted_it_equals_the_loops():
+    assert_passes(WORKERS / "routing_interpret.py", interpreted=True)
 
 
-@pytest.mark.parametrize("release", releases())
-def test_compiles_ahead_within_every_targets_shared_memory(release):
-    assert_passes(__file__, release, interpreted=False)
+@pytest.mark.targets
+def test_compiles_ahead_within_every_targets_shared_memory():
+    assert_passes(__file__, interpreted=False)
 
 
 def configurations():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import random
-import subprocess
 import sys
 import types
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -79,7 +79,7 @@ def test_refusals_are_one_line(arguments, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_how_to_go_on():
-    done = subprocess.run([sys.executable, "-m", "moealign.bench", "--device", "cuda"], capture_output=True, text=True)
+    done = processes.run("-m", "moealign.bench", "--device", "cuda")
     assert done.returncode == 2
     assert done.stdout == "moealign.bench: expected a GPU that torch can use, found none; --device cpu needs none\n"
     result = run("--device", "cuda")
@@ -195,7 +195,7 @@ def test_columns_are_ours_then_the_peers_then_the_floors():
 
 def test_the_repository_s_script_is_the_package_s_benchmark():
     script = Path(__file__).parents[2] / "benchmarks" / "align.py"
-    helped = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    helped = processes.run(script, "--help")
     for option in ("--bench", "--quick", "--backends", "--peers", "--out", "--device", "--budget"):
         assert option in helped.stdout, option
 

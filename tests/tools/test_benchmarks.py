@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import figures
+import processes
 import pytest
 import tables
 import tables_parallel
@@ -200,7 +199,7 @@ def test_tracked_results_have_the_columns_and_one_row_a_measurement(path: Path) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run([sys.executable, BENCHMARKS / "align.py"], capture_output=True, text=True)
+    done = processes.run(BENCHMARKS / "align.py")
     assert done.returncode == 2
     assert done.stdout.count("\n") == 1
     assert "expected a GPU" in done.stdout
@@ -499,10 +498,7 @@ def test_goals_of_an_exchange_are_told_from_the_file():
 
 def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
     out = tmp_path / "parallel.csv"
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "parallel.py"), "--small", "--out", str(out), "--limit", "200"],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    run = processes.run(BENCHMARKS / "parallel.py", "--small", "--out", out, "--limit", "200")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     impls = {row["impl"] for row in figures.read(out)}
     assert {"one-gpu", "replicated", "dispatched", "dispatched-capacity", "exchange-dispatched", "all-to-all"} <= impls

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import common
 import experts
 import experts_cpu
+import processes
 import pytest
 import tables
 import torch
@@ -149,7 +148,7 @@ def test_runs_from_the_command_line(command, tmp_path):
     pytest.importorskip("transformers")
     root = BENCHMARKS.parent
     out = [] if command[0].startswith("examples") else ["--out", str(tmp_path / "out.csv")]
-    done = subprocess.run([sys.executable, *command, *out], cwd=root, capture_output=True, text=True, timeout=300)
+    done = processes.run(*command, *out, cwd=root)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     if out:
         assert (tmp_path / "out.csv").read_text().count("\n") > 2

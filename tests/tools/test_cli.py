@@ -11,9 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from helpers import ROOT, environment
+from helpers import ROOT
+from processes import environment
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -502,8 +504,7 @@ def test_without_the_extra_info_works_and_the_rest_is_one_line(tmp_path, missing
     env = environment(tmp_path)
 
     def bare(*arguments):
-        command = [sys.executable, "-m", "moealign", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=env, timeout=100)
+        return processes.run("-m", "moealign", *arguments, env=env)
 
     done = bare("inspect")
     assert (done.returncode, done.stdout) == (2, "")
