@@ -22,7 +22,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Compile every kernel for every architecture; `make test` does so for that of the measured GPUs.
+# Compile every configuration of the kernels for every architecture; `make test` compiles a part of them for one.
 test-targets: $(READY)
 	MOEALIGN_TARGETS=all $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m targets
 

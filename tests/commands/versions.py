@@ -167,13 +167,13 @@ def installed(python: Path) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def run(python: Path, tests: Iterable[str]) -> dict[str, int]:
+def run(python: Path, tests: Iterable[str], workers: int = min(os.cpu_count() or 1, 8)) -> dict[str, int]:
     """Run `tests` with `python`; how many passed, failed and were skipped.  A run that dies counts as one failure."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
-        command += ["-n", str(min(os.cpu_count() or 1, 8)), "--dist", "worksteal"]
+        command += ["-n", str(workers), "--dist", "worksteal"]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         died = status != 0 or not report.exists()
         total = failed = skipped = 0

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from cases.experts import SCHEMES, quantized_loop, random_layer, random_quantized, relative_error
-from helpers import TARGETS, WORKERS, assert_passes, compile_launch, kind_of
+from helpers import TARGETS, WORKERS, assert_passes, compile_launch, compiled_here, kind_of
 from sass import disassembler, spilled, touched_before_the_wait
 
 import moealign
@@ -143,7 +143,7 @@ def distinct():
     for target, one in every_configuration():
         kinds = tuple((kind_of(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
         seen[target, one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = target, one
-    return list(seen.values())
+    return compiled_here(list(seen.values()))
 
 
 def compile_one(number):

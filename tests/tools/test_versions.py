@@ -44,13 +44,13 @@ def test_every_test_of_every_row_is_there():
 
 def test_it_counts_what_pytest_counts(tmp_path):
     (tmp_path / "test_small.py").write_text(SUITE)
-    found = versions.run(Path(sys.executable), [str(tmp_path)])
+    found = versions.run(Path(sys.executable), [str(tmp_path)], 0)
     assert found == {"passed": 1, "failed": 2, "skipped": 1}
 
 
 def test_a_run_that_dies_is_a_failure(tmp_path):
     (tmp_path / "test_dies.py").write_text("import os\ndef test(): os._exit(0)\n")
-    assert versions.run(Path(sys.executable), [str(tmp_path)]) == {"passed": 0, "failed": 1, "skipped": 0}
+    assert versions.run(Path(sys.executable), [str(tmp_path)], 0) == {"passed": 0, "failed": 1, "skipped": 0}
 
 
 def line(name: str, passed: int = 1, failed: int = 0) -> dict[str, str]:
