@@ -271,11 +271,10 @@ def _scatter(
 
 @subroutine
 def _fill_bin(
-    e, count, first, blocks, block_size, routes, map_address, map_code, map_stride, experts,
+    e, count, block, blocks, block_size, routes, map_address, map_code, map_stride, experts,
     sorted_ids, expert_ids, block_rows,
 ):  # fmt: skip
-    """The blocks, and unless sorted_ids is 0 the padding, of a bin with `count` > 0 routes from row `first` on."""
-    block = first // block_size
+    """The blocks, and unless sorted_ids is 0 the padding, of a bin with `count` > 0 routes from `block` on."""
     name = e
     if map_address != 0:
         name = load_int(map_address, e * map_stride, map_code)
@@ -288,7 +287,7 @@ def _fill_bin(
         _fill(block_rows, block, block + blocks - 1, block_size)
         i32_ptr(block_rows)[block + blocks - 1] = np.int32(count - (blocks - 1) * block_size)
     if sorted_ids != 0:
-        _fill(sorted_ids, first + count, first + blocks * block_size, routes)
+        _fill(sorted_ids, block * block_size + count, (block + blocks) * block_size, routes)
 
 
 @subroutine
@@ -353,6 +352,7 @@ def _make_serial(width):
         names = np.int64(0) if mapped else map_address
         dropped = counters[experts] > 0
         first = np.int64(0)
+        block = np.int64(0)  # counted, for a division costs as much as ten routes
         end = np.int64(0)
         # With few routes per bin, one long fill of everything is cheaper than a short one behind each bin.
         filled = valid <= FILL_FIRST * min(experts, valid)
@@ -371,20 +371,20 @@ def _make_serial(width):
                 counters[e] = np.int32(first)
                 blocks = _blocks(count, block_size)
                 _fill_bin(
-                    np.int64(e), count, first, blocks, block_size, routes, names, map_code, map_stride, experts,
+                    np.int64(e), count, block, blocks, block_size, routes, names, map_code, map_stride, experts,
                     np.int64(0) if filled else sorted_ids, expert_ids, block_rows,
                 )  # fmt: skip
-                first += blocks * block_size
+                block += blocks
+                first = block * block_size
         counters[experts] = np.int32(first)
         if offsets_out != 0:
             i32_ptr(offsets_out)[experts] = np.int32(first)
         i32_ptr(total_out)[0] = np.int32(first)
         if not filled:
             _fill(sorted_ids, first, length, routes)
-        used = first // block_size
-        _fill(expert_ids, used, num_blocks, -1)
+        _fill(expert_ids, block, num_blocks, -1)
         if block_rows != 0:
-            _fill(block_rows, used, num_blocks, 0)
+            _fill(block_rows, block, num_blocks, 0)
 
         _scatter(
             ids, 0, valid, cols, row_stride, col_stride, bound, experts, mapped, table, counters,
@@ -494,8 +494,8 @@ def _make_shared(width):
                 count = np.int64(counts[e])
                 if count > 0:
                     _fill_bin(
-                        np.int64(e), count, np.int64(offsets[e]), _blocks(count, block_size), block_size, routes,
-                        names, map_code, map_stride, experts, sorted_ids, expert_ids, block_rows,
+                        np.int64(e), count, np.int64(offsets[e]) // block_size, _blocks(count, block_size), block_size,
+                        routes, names, map_code, map_stride, experts, sorted_ids, expert_ids, block_rows,
                     )  # fmt: skip
             total = np.int64(offsets[experts])
             _fill_rest(total, length, routes, chunk, chunks, sorted_ids)
@@ -574,7 +574,8 @@ def batched_fill(
             if count > 0:
                 none = np.int64(0)
                 _fill_bin(
-                    np.int64(b), count, first, _blocks(count, block_size), block_size, routes, none, none, none,
+                    np.int64(b), count, first // block_size, _blocks(count, block_size), block_size, routes,
+                    none, none, none,
                     batches, sorted_ids, expert_ids, block_rows,
                 )  # fmt: skip
         total = np.int64(table[2 * batches + 1])
