@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MoealignError
 from ..operators import replay
 from ..problem import SCORINGS
 from .router_tracing import (
@@ -130,12 +131,14 @@ def recognise(module: nn.Module, hidden_states: Tensor | None = None, more: tupl
         raise UnsupportedRouter("expected a weight of two dimensions, got none")
     experts, width = weights[0].shape
     dtype = weights[0].dtype if hidden_states is None else hidden_states.dtype
+    names = ""
     if hidden_states is None:
         required = [
             each for each in list(inspect.signature(type(module).forward).parameters.values())[2:]
             if each.default is each.empty and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
         ]  # fmt: skip
         more = tuple(torch.zeros(experts, device="cpu") for _ in required)
+        names = ", ".join(each.name for each in required)
     shapes = [(ROWS, width), (2, ROWS // 2, width)]
     if hidden_states is not None:
         shapes = [shapes[hidden_states.dim() == 3]]
@@ -148,8 +151,12 @@ def recognise(module: nn.Module, hidden_states: Tensor | None = None, more: tupl
                 return _recognise(module, rows, tuple(_random_argument(each, noise) for each in more))
         except UnsupportedRouter as error:
             errors.append(error)
-        except Exception as error:  # raised by the router's forward, or a refusal by route
-            errors.append(UnsupportedRouter(f"{type(error).__name__}: {error}".splitlines()[0]))
+        except MoealignError as error:  # a refusal by route
+            errors.append(UnsupportedRouter(f"{type(error).__name__}: {error}"))
+        except Exception as error:  # raised by the router's forward
+            given = f"random rows and a bias as its {names}" if names else "random rows"
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            errors.append(UnsupportedRouter(f"its forward did not run with {given} ({said})"))
     raise errors[0]
 
 
