@@ -165,12 +165,14 @@ def main() -> None:
     parser.add_argument("--few", type=int, default=0, metavar="N", help="combinations of E, B, dtypes, outputs; 0: any")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with Progress(disable=not sys.stdout.isatty()) as progress:
+    shown = sys.stdout.isatty()
+    with Progress(disable=not shown) as progress:
         for name in options.backend.split(","):
             here = "cuda" if name in ("cuda", "triton") else "cpu"
             device = torch.device(options.device or here)
             bar = progress.add_task(name, total=options.cases)
             start, done = time.monotonic(), 0
+            said = start
             for seed in range(options.seed, options.seed + -(-options.cases // (BATCH + WILD))):
                 sensible = 0 if options.few else BATCH
                 batch = list(check_backend(name, device, sensible, seed)) if sensible else []
@@ -179,12 +181,15 @@ def main() -> None:
                 ]
                 if seed % 2 == 0:
                     batch.append(large(name, device, seed))
-                for said, found in batch:
+                for case, found in batch:
                     if found is not None:
-                        print(f"{name}, seed {seed}: {said}: {found}")
+                        print(f"{name}, seed {seed}: {case}: {found}")
                         sys.exit(1)
                 done += len(batch) - (seed % 2 == 0)
                 progress.update(bar, completed=done)
+                if not shown and time.monotonic() - said > 20:
+                    said = time.monotonic()
+                    print(f"{name}: {done:,} of {options.cases:,} cases, {said - start:.0f} s", flush=True)
             print(f"{name} on {device}: {done:,} cases and no difference, {time.monotonic() - start:.0f} s")
 
 
