@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +124,20 @@ def graphs_in_turns(
 
 
 # ---- the host ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread for torch and for the cpu backend, whatever the environment says, and the former ones after."""
+    threads, variable = torch.get_num_threads(), os.environ.pop("MOEALIGN_NUM_THREADS", None)
+    torch.set_num_threads(1)  # the cpu backend takes as many as torch where the variable is not set
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if variable is not None:
+            os.environ["MOEALIGN_NUM_THREADS"] = variable
+
 
 NO_ARGUMENTS: tuple[tuple[Any, ...], ...] = ((),)  # one call without arguments
 

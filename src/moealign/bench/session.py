@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendUnavailable
-from ..timing import Times, graphs_in_turns, host_in_turns, host_us
+from ..timing import Times, graphs_in_turns, host_in_turns, host_us, one_thread
 from .candidates import Candidate
 from .cases import Case, Size, make_ids
 from .floors import Floors
@@ -144,11 +144,12 @@ def time_host(session: Session, candidates: Sequence[Candidate]) -> Times:
 
 
 def time_cpu(session: Session, candidates: Sequence[Candidate]) -> Times:
-    """Wall time of a call on the CPU, in loops of at least two milliseconds."""
+    """Wall time of a call on one CPU thread, in loops of at least two milliseconds."""
     calls = {candidate.impl: candidate.call for candidate in candidates}
     once = [(slot,) for slot in range(session.slots)]
     arguments = {}
-    for impl, call in calls.items():
-        count = max(session.slots, int(2e3 / host_us(call, once)))
-        arguments[impl] = [(i % session.slots,) for i in range(count)]
-    return host_in_turns(calls, arguments, min_turns=5 if session.quick else 15)
+    with one_thread():
+        for impl, call in calls.items():
+            count = max(session.slots, int(2e3 / host_us(call, once)))
+            arguments[impl] = [(i % session.slots,) for i in range(count)]
+        return host_in_turns(calls, arguments, min_turns=5 if session.quick else 15)

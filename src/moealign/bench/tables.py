@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..terminal import paragraph, table
@@ -52,11 +52,17 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
     for bench in reversed(BENCHES):
         if any(row["bench"] == bench for row in rows):
             header, lines = pivot(rows, bench)
-            log("\n" + table(header, lines, title=f"{bench}: microseconds a call, median"))
-    if any(row["impl"] == ARGSORT for row in rows):
-        log(paragraph(f"argsort: the same tensors by a stable argsort in torch. {RATIOS}"))
+            how = "median, one CPU thread" if rows[0]["gpu"] == "cpu" else "median"
+            log("\n" + table(header, lines, title=f"{bench}: microseconds per call, {how}"))
+    impls = {row["impl"] for row in rows}
+    legend = [text for text, shown in LEGEND if any(map(shown, impls))]
+    if legend:
+        log(paragraph(" ".join(legend)))
 
 
-RATIOS = (
-    "x argsort: its time over ours. x peer: the fastest peer's time over ours. reference: our backend in plain torch."
-)
+#: Sentences, and the implementations for which each is printed.
+LEGEND: list[tuple[str, Callable[[str], bool]]] = [
+    ("argsort: the same tensors by a stable argsort in torch. x argsort: its time over ours.", ARGSORT.__eq__),
+    ("x peer: the fastest peer's time over ours.", is_peer),
+    ("reference: our backend in plain torch.", "moealign-reference".__eq__),
+]

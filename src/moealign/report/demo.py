@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..alignment import align
-from ..timing import NO_ARGUMENTS, host_in_turns
+from ..timing import NO_ARGUMENTS, host_in_turns, one_thread
 
-__all__ = ["Spread", "expert_layer", "one_thread", "times_in_turns"]
+__all__ = ["Spread", "expert_layer", "times_in_turns"]
 
 
 class Spread(NamedTuple):
@@ -26,19 +24,6 @@ class Spread(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.min:,.0f}..{self.high:,.0f}"
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread for torch and for the cpu backend, whatever the environment says, and the former ones after."""
-    threads, variable = torch.get_num_threads(), os.environ.pop("MOEALIGN_NUM_THREADS", None)
-    torch.set_num_threads(1)  # the cpu backend takes as many as torch where the variable is not set
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        if variable is not None:
-            os.environ["MOEALIGN_NUM_THREADS"] = variable
 
 
 def times_in_turns(
