@@ -17,6 +17,7 @@ from moealign.errors import InvalidInput
 from moealign.parallel import ExpertPlacement
 from moealign.recorder import capture
 from moealign.report import engines, summary
+from moealign.report import page as pages
 from moealign.trace import Trace, example_trace, load_trace, save_trace
 
 PATH = str(example_trace())
@@ -294,3 +295,17 @@ def test_on_a_phone_scroll_areas_say_so(tmp_path):
     assert page.count("Swipe sideways") == areas
     assert "or tap it" in page
     assert '"pointerdown"' in page
+
+
+def test_a_page_draws_a_bounded_number_of_layers(tmp_path, monkeypatch):
+    assert pages._mapped(3, 1) == [0, 1, 2]
+    assert len(pages._mapped(100_000, 7)) <= pages.MAX_MAPS + 1
+    monkeypatch.setattr(pages, "MAX_MAPS", 2)
+    trace = Trace(torch.randint(0, 4, (9, 3, 2)), 4, "m", "s", "r")
+    save_trace(tmp_path / "t.safetensors", trace)
+    done = run(str(tmp_path / "t.safetensors"), "-o", str(tmp_path / "r.html"), "--layer", "4")
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "r.html").read_text()
+    assert re.findall(r'data-layer="(\d+)"( hidden)?', text) == [("0", " hidden"), ("4", ""), ("5", " hidden")]
+    assert "The page has 3 of 9 layers." in text
+    assert set(json.loads(re.search(r'id="data">(.*?)</script>', text)[1])["maps"]) == {"0", "4", "5"}

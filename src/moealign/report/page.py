@@ -78,6 +78,7 @@ show();
 """
 
 
+MAX_MAPS = 128  # layers whose blocks a page draws; each takes a third of a second
 _HINT = '<p class="hint" aria-hidden="true">Swipe sideways to see all of it &rarr;</p>'
 
 
@@ -115,19 +116,24 @@ def figure_section(study: Any, panel: Panel, text: str, table: str = "") -> str:
     )
 
 
+def _mapped(layers: int, layer: int) -> list[int]:
+    """The layers whose maps a page has: all of them, or `layer` and others at equal distances."""
+    step = -(-layers // MAX_MAPS)
+    return sorted({layer, *range(0, layers, step)})
+
+
 def _maps(study: Study, layer: int) -> str:
-    layers, axes = [], None
-    for number in range(len(study.loads)):
+    layers, axes, numbers = [], None, _mapped(len(study.loads), layer)
+    for number in numbers:
         panel = block_map(study, number)
         svg, axes = _svg(study, panel)
         hidden = "" if number == layer else " hidden"
         heading = f'<h3 class="muted" id="title-{panel.name}" hidden>{panel.title}</h3>'
         layers.append(f'<div{_WIDE} data-layer="{number}"{hidden}>{heading}{svg}</div>')
-    options = "".join(
-        f'<option value="{n}"{" selected" if n == layer else ""}>layer {n}</option>' for n in range(len(study.loads))
-    )
+    options = "".join(f'<option value="{n}"{" selected" if n == layer else ""}>layer {n}</option>' for n in numbers)
+    part = f" The page has {len(numbers)} of {len(study.loads)} layers." if len(numbers) < len(study.loads) else ""
     data = {
-        "maps": [map_cells(study, n) for n in range(len(study.loads))],
+        "maps": {n: map_cells(study, n) for n in numbers},
         "axes": axes,
         "across": MAP_COLUMNS,
         "lines": map_lines(study),
@@ -136,7 +142,8 @@ def _maps(study: Study, layer: int) -> str:
     return (
         f'<section id="map"><h2>Blocks of a layer: {map_text(study)}</h2>'
         "<p>A cell is a block, filled up to the routes it holds; each colour is an expert, "
-        '<span class="key"></span> is padding. Point at a cell, or tap it, to read its numbers.</p>'
+        '<span class="key"></span> is padding. Point at a cell, or tap it, to read its numbers.'
+        f"{part}</p>"
         f'<p><label>Show <select id="layer">{options}</select></label><output id="readout" for="layer"></output></p>'
         f"{_HINT}{''.join(layers)}</section>"
         f'<script type="application/json" id="data">{json.dumps(data, separators=(",", ":"))}</script>'
