@@ -59,7 +59,7 @@ def _threads(value: str) -> str | None:
         valid = int(value) >= 1
     except ValueError:
         valid = False
-    return None if valid else f"expected an int of at least 1, got {value!r}"
+    return None if valid else f"expected a whole number from 1 on, got {value!r}"
 
 
 def _trace(value: str) -> str | None:

@@ -379,8 +379,8 @@ def test_a_bad_argument_is_one_line_and_status_2(arguments, message, tmp_path, m
 
 VALUES = [
     ("MOEALIGN_BACKEND", "nonsense", "expected one of cuda, triton, cpu, reference, got 'nonsense'"),
-    ("MOEALIGN_NUM_THREADS", "nonsense", "expected an int of at least 1, got 'nonsense'"),
-    ("MOEALIGN_NUM_THREADS", "0", "expected an int of at least 1, got '0'"),
+    ("MOEALIGN_NUM_THREADS", "nonsense", "expected a whole number from 1 on, got 'nonsense'"),
+    ("MOEALIGN_NUM_THREADS", "0", "expected a whole number from 1 on, got '0'"),
     ("MOEALIGN_CACHE_DIR", __file__, "expected a folder, got the file"),
     ("MOEALIGN_TUNING", __file__, "expected a tuning file, got"),
     ("MOEALIGN_TUNING", os.path.dirname(__file__), "expected a tuning file, got the folder"),
