@@ -284,6 +284,16 @@ def test_traces_of_other_shapes_are_compared_as_far_as_they_go(tmp_path):
     for suffix in report.FORMATS:
         report.write_comparison(comparison, tmp_path / f"c{suffix}")
     assert report.comparison_json(comparison)["overlap"] is None
+    nothing = report.study(Trace(torch.full_like(TRACE.topk_ids[:, :9], -1), 64, "m", "s", "r"), SIZES, on_gpu=False)
+    for pair, said in (
+        ((study, nothing), "B has no routes"),
+        ((nothing, study), "A has no routes"),
+        ((nothing, nothing), "A and B have no routes"),
+    ):
+        comparison = report.compare(*pair)
+        assert comparison.notes() == [f"{said}: nothing to compare."]
+        assert (comparison.overlap, comparison.carried) == (None, None)
+    report.write_comparison(comparison, tmp_path / "nothing.html")
     with pytest.raises(InvalidInput, match=r"expected a path that ends in \.html, \.png, \.svg, got \.gif"):
         report.write_comparison(comparison, tmp_path / "c.gif")
 

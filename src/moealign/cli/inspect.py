@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import torch
+
 from .. import costs
 from ..report import terminal as tables
 from ..report.summary import advice_text, gaps_text
@@ -82,5 +84,6 @@ def inspect(
     print("Block size:")
     for each in advice:
         print(paragraph(f"  {advice_text(each)}", indent=4))
-    print(paragraph(f"By the cost model for {costs.H200.name}; experts of {experts}, {source}."))
+    here = "; `moealign report` measures on the GPU of this machine" if torch.cuda.is_available() else ""
+    print(paragraph(f"By the cost model for {costs.H200.name}{here}; experts of {experts}, {source}."))
     print(paragraph("Smaller blocks pad less, but every block reads its expert's weights once."))

@@ -42,6 +42,9 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What the traces have in common."""
+        empty = [name for name, study in zip("AB", self.studies, strict=True) if not study.loads.any()]
+        if empty:
+            return [f"{' and '.join(empty)} {'has' if len(empty) == 1 else 'have'} no routes: nothing to compare."]
         if self.overlap is None:
             return ["The traces have different numbers of layers or experts, so their experts are not compared."]
         notes = [
@@ -63,8 +66,8 @@ class Comparison:
 
 
 def compare(first: Study, second: Study) -> Comparison:
-    """Compare two studies; experts only if there are equally many of them in equally many layers."""
-    if first.loads.shape != second.loads.shape:
+    """Compare two studies; experts only if both have routes to equally many of them in equally many layers."""
+    if first.loads.shape != second.loads.shape or not (first.loads.any() and second.loads.any()):
         return Comparison((first, second), None, None, _RANKS)
     shares = [loads / np.maximum(loads.sum(axis=1, keepdims=True), 1) for loads in (first.loads, second.loads)]
     ranks = min(_RANKS, first.trace.num_experts)
