@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, overload
 
 import torch
 from torch.utils import _pytree
@@ -76,7 +76,8 @@ class BlockLayout:
     ``scatter_idx``             ``[n, 1]``      ``i`` if route ``i`` is kept, else ``-1``
     ==========================  ==============  =============================================================
 
-    Outputs that were not requested are None.  Iterating gives the first three, as vLLM's function returns them.
+    Outputs that were not requested are None.  Iterating, indices and ``len`` see the first three, as vLLM's
+    function returns them.
     A layout is immutable, a pytree node, and can be pickled and loaded by ``torch.load`` with ``weights_only=True``.
     For a batched layout a bin is a batch, ``E`` the number of batches and ``n = E * max_tokens_per_batch``.
     """
@@ -95,8 +96,21 @@ class BlockLayout:
     num_routes: int = 0  # the sentinel in sorted_token_ids
     mapped: bool = False  # expert_ids are values of an expert_map, so weights may be of fewer experts
 
+    def _required(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded
+
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter((self.sorted_token_ids, self.expert_ids, self.num_tokens_post_padded))
+        return iter(self._required())
+
+    def __len__(self) -> int:
+        return 3
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[torch.Tensor, ...]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return self._required()[index]
 
     def __repr__(self) -> str:
         sizes = f"block_size={self.block_size}, num_experts={self.num_experts}, num_routes={self.num_routes}"

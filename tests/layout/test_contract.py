@@ -325,6 +325,12 @@ def test_layout_unpacks_like_the_tuple(place):
     layout = align(ids, block_size=4, num_experts=6, positions=True, backend=name)
     three = moe_align_block_size(ids, 4, 6, backend=name)
     assert all(torch.equal(a, b) for a, b in zip(layout, three, strict=True))
+    assert len(layout) == 3
+    assert layout[0] is layout.sorted_token_ids
+    assert layout[-1] is layout.num_tokens_post_padded
+    assert layout[1:] == (layout.expert_ids, layout.num_tokens_post_padded)
+    with pytest.raises(IndexError):
+        layout[3]
     assert (layout.block_size, layout.num_experts, layout.num_routes) == (4, 6, 40)
 
 
