@@ -95,10 +95,10 @@ def fused_moe(
     both: Any = gate_up_proj, down_proj
     tensors = (hidden_states, *map(data_of, both), gate_up_bias, down_bias)
     x, gate_up, down, *biases = modes.in_autocast_dtype(*tensors)
-    weights = ExpertWeights(gate_up, down, biases[0], biases[1], transposed)
+    quantized = both if any(isinstance(each, QuantizedWeights) for each in both) else None
+    weights = ExpertWeights(gate_up, down, biases[0], biases[1], transposed, quantized)
     routes = Routes(topk_weights, topk_ids, expert_map, num_valid_tokens)
-    if any(isinstance(each, QuantizedWeights) for each in both):
-        weights = weights._replace(quantized=both)
+    if quantized is not None:
         options = (recompute, weight_grads, batch_invariant)
         return _quantized(hidden_states, x, weights, routes, activation, output_rows, block_size, options, out, backend)
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
