@@ -7,6 +7,7 @@ in one collective of a size that no value decides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ __all__ = [
     "combine",
     "combine_launch",
     "header_rows",
-    "new_maps",
+    "new_wire",
     "note_overflow",
     "pack",
     "pack_launch",
@@ -82,14 +83,16 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
     return _pack(rows, *args, error_word=error_word)
 
 
-def new_maps(positions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised maps of the way back, for a wire of `count` rows."""
-    return positions.new_empty(count, dtype=torch.int32), positions.new_empty(positions.shape[0], dtype=torch.int32)
+def new_wire(rows: Tensor, args: Sequence[Any], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of :func:`pack` for its arguments, uninitialised, with a wire of `width` columns of `dtype`."""
+    positions, offsets, _, capacity, header = args[3:]
+    count = (offsets.shape[0] - 1) * (capacity + header)
+    maps = (positions.new_empty(size, dtype=torch.int32) for size in (count, positions.shape[0]))
+    return rows.new_empty(count, width, dtype=dtype), *maps  # type: ignore[return-value]
 
 
-def _new_wire(rows: Tensor, positions: Tensor, offsets: Tensor, span: int) -> tuple[Tensor, Tensor, Tensor]:
-    count = (offsets.shape[0] - 1) * span
-    return rows.new_empty(count, rows.shape[1]), *new_maps(positions, count)
+def _new_wire(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return new_wire(rows, args, rows.shape[1], rows.dtype)
 
 
 def _pack(
@@ -103,7 +106,7 @@ def _pack(
     error_word: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
-        out = _new_wire(rows, positions, offsets, sizes[1] + sizes[2])
+        out = _new_wire(rows, ids, slots, order, positions, offsets, *sizes)
         launch.run([pack_launch(rows, ids, slots, order, positions, offsets, sizes, out, error_word)], rows.device)
         return out
     note_overflow(error_word, offsets, sizes[1])
@@ -207,10 +210,6 @@ def routes_in_torch(
     return listed, filled, routes.view(-1), places
 
 
-def _pack_fake(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_wire(rows, args[3], args[4], args[6] + args[7])
-
-
 def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.top_k = inputs[6]
     ctx.mark_non_differentiable(*output[1:])
@@ -224,7 +223,7 @@ def _pack_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 
 
 _library.impl("pack_wire", _pack, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::pack_wire", _pack_fake, lib=_library)
+torch.library.register_fake("moealign::pack_wire", _new_wire, lib=_library)
 modes.differentiable(_library, "pack_wire", pack_in_torch, _pack_save, _pack_backward)
 
 

@@ -15,7 +15,7 @@ from .. import modes
 from ..experts import launch
 from ..experts.quantized import GROUP, quantize_rows
 from ..layout import cdiv, power_of_two
-from .wire import new_maps, note_overflow, routes_in_torch
+from .wire import new_wire, note_overflow, routes_in_torch
 
 __all__ = ["pack", "pack_in_torch", "pack_launch", "pitch_of", "unpack", "unpack_in_torch", "unpack_launch"]
 
@@ -47,15 +47,14 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
     return _pack(rows, *args, error_word=error_word)
 
 
-def _new_wire(rows: Tensor, positions: Tensor, offsets: Tensor, span: int) -> tuple[Tensor, Tensor, Tensor]:
-    count = (offsets.shape[0] - 1) * span
-    return rows.new_empty(count, pitch_of(rows.shape[1]), dtype=torch.uint8), *new_maps(positions, count)
+def _new_wire(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return new_wire(rows, args, pitch_of(rows.shape[1]), torch.uint8)
 
 
 def _pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
         ids, slots, order, positions, offsets, *sizes = args
-        out = _new_wire(rows, positions, offsets, sizes[1] + sizes[2])
+        out = _new_wire(rows, *args)
         one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word)
         launch.run([one], rows.device)
         return out
@@ -170,11 +169,7 @@ def _unpack_fake(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: to
     return wire.new_empty(count, hidden, dtype=dtype), wire.new_empty(count, 1, dtype=torch.int16)
 
 
-def _pack_fake(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _new_wire(rows, args[3], args[4], args[6] + args[7])
-
-
 _library.impl("pack_wire_fp8", _pack, "CompositeExplicitAutograd")
 _library.impl("unpack_wire_fp8", _unpack, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::pack_wire_fp8", _pack_fake, lib=_library)
+torch.library.register_fake("moealign::pack_wire_fp8", _new_wire, lib=_library)
 torch.library.register_fake("moealign::unpack_wire_fp8", _unpack_fake, lib=_library)
