@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..terminal import paragraph, table
@@ -54,15 +54,12 @@ def print_tables(rows: Sequence[dict[str, Any]]) -> None:
             header, lines = pivot(rows, bench)
             how = "median, one CPU thread" if rows[0]["gpu"] == "cpu" else "median"
             log("\n" + table(header, lines, title=f"{bench}: microseconds per call, {how}"))
-    impls = {row["impl"] for row in rows}
-    legend = [text for text, shown in LEGEND if any(map(shown, impls))]
+    impls, legend = {row["impl"] for row in rows}, []
+    if ARGSORT in impls:
+        legend.append("argsort: the same tensors by a stable argsort in torch. x argsort: its time over ours.")
+    if any(map(is_peer, impls)):
+        legend.append("x peer: the fastest peer's time over ours.")
+    if "moealign-reference" in impls:
+        legend.append("reference: our backend in plain torch.")
     if legend:
         log(paragraph(" ".join(legend)))
-
-
-#: Sentences, and the implementations for which each is printed.
-LEGEND: list[tuple[str, Callable[[str], bool]]] = [
-    ("argsort: the same tensors by a stable argsort in torch. x argsort: its time over ours.", ARGSORT.__eq__),
-    ("x peer: the fastest peer's time over ours.", is_peer),
-    ("reference: our backend in plain torch.", "moealign-reference".__eq__),
-]
