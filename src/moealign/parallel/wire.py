@@ -19,6 +19,7 @@ from ..layout import PAST_CAPACITY, cdiv, power_of_two
 
 __all__ = [
     "combine",
+    "combine_in_torch",
     "combine_launch",
     "header_rows",
     "new_wire",
@@ -54,6 +55,7 @@ _library.define(
     "pack_wire(Tensor rows, Tensor ids, Tensor slots, Tensor order, Tensor positions, Tensor offsets, SymInt top_k, "
     "SymInt capacity, SymInt header) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("combine_wire(Tensor wire, Tensor weights, Tensor routes, Tensor places) -> Tensor")
 
 
 def note_overflow(error_word: Tensor | None, offsets: Tensor, capacity: int) -> None:
@@ -241,12 +243,27 @@ def combine(wire: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Te
     Returns:
         ``[T, H]`` in the dtype of `wire`, summed in float32 at least.  Differentiable in `wire` and `weights`.
     """
-    followed = modes.watched(wire, weights, routes, places) or modes.wants_gradient(wire, weights)
-    if followed or launch.refuses(wire) is not None or weights.dtype is torch.float64 or not weights.numel():
-        return packed.weighted_sum(packed.scatter_rows(wire, routes, places), weights, places)
-    out = wire.new_empty(weights.shape[0], wire.shape[1])
+    if modes.watched(wire, weights, routes, places) or modes.wants_gradient(wire, weights):
+        result: Tensor = modes.call(torch.ops.moealign.combine_wire, wire, weights, routes, places)
+        return result
+    return _combine(wire, weights, routes, places)
+
+
+def _combine(wire: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Tensor:
+    if launch.refuses(wire) is not None or weights.dtype is torch.float64 or not weights.numel():
+        return combine_in_torch(wire, weights, routes, places)
+    out = _new_sums(wire, weights)
     launch.run([combine_launch(wire, weights, places, out)], wire.device)
     return out
+
+
+def _new_sums(wire: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
+    return wire.new_empty(weights.shape[0], wire.shape[1])
+
+
+def combine_in_torch(wire: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Tensor:
+    """:func:`combine` in torch's operations."""
+    return packed.weighted_sum(packed.scatter_rows(wire, routes, places), weights, places)
 
 
 def combine_launch(wire: Tensor, weights: Tensor, places: Tensor, out: Tensor) -> launch.GemmLaunch:
@@ -263,3 +280,8 @@ def combine_launch(wire: Tensor, weights: Tensor, places: Tensor, out: Tensor) -
         False,
         "row_kernels",
     )
+
+
+_library.impl("combine_wire", _combine, "CompositeExplicitAutograd")
+torch.library.register_fake("moealign::combine_wire", _new_sums, lib=_library)
+modes.differentiable(_library, "combine_wire", combine_in_torch)
