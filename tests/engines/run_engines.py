@@ -49,8 +49,8 @@ NEEDS = [
 #: What only SGLang's modules bring, and what the base environment has that a machine for --pack may not.
 ONLY_SGLANG = {
     "asttokens", "executing", "ipython", "ipython_pygments_lexers", "jedi", "matplotlib-inline", "orjson", "parso",
-    "pexpect", "prompt_toolkit", "ptyprocess", "pure_eval", "stack-data", "traitlets", "wcwidth", "compressed-tensors",
-    "dill", "gguf", "scipy", "sentencepiece",
+    "pexpect", "prompt_toolkit", "ptyprocess", "pure_eval", "stack-data", "traitlets", "wcwidth", "dill", "gguf",
+    "scipy", "sentencepiece",
 }  # fmt: skip
 OF_BASE = (
     "annotated-doc", "annotated-types", "anyio", "attrs", "certifi", "h11", "httpcore2", "httpx2", "idna", "pydantic",

@@ -1,7 +1,7 @@
 """What vLLM's Python files need of its compiled libraries where only the MoE library is there.
 
 run_engines.py puts a file that imports this in the place of vLLM's main library, so that every process of vLLM on a GPU
-has it: the MoE library from MOEALIGN_VLLM_LIBRARY, and of the main one the two operators that its MoE layers call.
+has it: the MoE library from MOEALIGN_VLLM_LIBRARY, and of the main one what its MoE layers call, in torch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,39 @@ def silu_and_mul(result: torch.Tensor, given: torch.Tensor) -> None:
     torch.mul(torch.nn.functional.silu(gate), up, out=result)
 
 
+def per_token_group_fp8_quant(
+    rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, group: int, least: float, low: float, high: float,
+    ue8m0: bool, column_major: bool, tma_aligned: bool,
+) -> None:  # fmt: skip
+    assert not ue8m0
+    grouped = rows.float().unflatten(-1, (-1, group))
+    scales.copy_(grouped.abs().amax(-1).clamp(min=least) / high)
+    values.copy_((grouped / scales.unsqueeze(-1)).clamp(low, high).flatten(-2).to(values.dtype))
+
+
+def dynamic_per_token_scaled_fp8_quant(
+    values: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor | None
+) -> None:
+    assert bound is None
+    scale.copy_(rows.float().abs().amax(-1, keepdim=True).clamp(min=1 / (448 * 512)) / 448)
+    values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
+
+
 _C = torch.library.Library("_C", "FRAGMENT")
-_C.define("cutlass_scaled_mm_supports_block_fp8(int capability) -> bool")
-_C.impl("cutlass_scaled_mm_supports_block_fp8", lambda capability: False, "CompositeExplicitAutograd")
-_C.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
-_C.impl("silu_and_mul", silu_and_mul, "CompositeExplicitAutograd")
+for _name in ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8", "cutlass_group_gemm_supported"):
+    _C.define(f"{_name}(int capability) -> bool")
+    _C.impl(_name, lambda capability: False, "CompositeExplicitAutograd")
+for _schema, _stand_in in (
+    ("silu_and_mul(Tensor! result, Tensor input) -> ()", silu_and_mul),
+    (
+        "per_token_group_fp8_quant(Tensor input, Tensor! output_q, Tensor! output_s, int group_size, float eps, "
+        "float fp8_min, float fp8_max, bool scale_ue8m0, bool column_major, bool tma_aligned) -> ()",
+        per_token_group_fp8_quant,
+    ),
+    (
+        "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
+        dynamic_per_token_scaled_fp8_quant,
+    ),
+):
+    _C.define(_schema)
+    _C.impl(_stand_in.__name__, _stand_in, "CompositeExplicitAutograd")
