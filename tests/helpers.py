@@ -183,7 +183,8 @@ def patch_interpreter() -> None:
     FP8 multiply bytes, and casts to it do not round to even.
 
     The time goes into what is always the same: at every call of a function by a kernel the interpreter looks for the
-    language's operations and replaces them again, and every value describes its shape anew.
+    language's operations and replaces them again, every value describes its shape anew, operands of one type and shape
+    are compared in all their parts, and the check of a sum for overflow takes nine operations of the language.
     """
     import inspect
     import math
@@ -237,25 +238,53 @@ def patch_interpreter() -> None:
         return scope
 
     core = interpreter.tl.core
-    describe, facts = core.block_type.__init__, {}
+    describe, names, shapes = core.block_type.__init__, {}, {}
+
+    def described(shape):
+        """Of a shape: itself as block types have it, its number of elements, and both as tensors have them."""
+        if shape not in shapes:
+            numbers = core.tuple([core.constexpr(each) for each in shape])
+            shapes[shape] = None, None, core.constexpr(math.prod(shape)), numbers
+        return shapes[shape]
 
     def block_type(self, element_ty, shape):
-        key = (element_ty.name, *(each.value if isinstance(each, core.constexpr) else each for each in shape))
-        if key not in facts:
-            describe(self, element_ty, shape)
-            facts[key] = self.shape, self.numel, self.name
-        self.element_ty = element_ty
-        self.shape, self.numel, self.name = facts[key]
+        shape = *(each.value if isinstance(each, core.constexpr) else each for each in shape),
+        if (element_ty.name, shape) not in names:
+            describe(self, element_ty, list(shape))
+            names[element_ty.name, shape] = self.name
+            if described(shape)[0] is None:
+                shapes[shape] = self.shape, self.numel, *shapes[shape][2:]
+        self.element_ty, self.name, self.described = element_ty, names[element_ty.name, shape], shapes[shape]
+        self.shape, self.numel = self.described[:2]
 
-    sizes = {}
+    scalar = described(())
 
     def tensor(self, handle, type):
-        shape = type.shape if type.is_block() else ()
-        if shape not in sizes:
-            sizes[shape] = core.constexpr(math.prod(shape)), core.tuple([core.constexpr(each) for each in shape])
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = sizes[shape]
+        _, _, self.numel, self.shape = type.described if isinstance(type, core.block_type) else scalar
 
+    meaning = type(interpreter.interpreter_semantic)
+    check_types, broadcast = meaning.binary_op_type_checking_impl, meaning.broadcast_impl_value
+
+    def same_types(self, lhs, rhs, left_pointer=False, right_pointer=False, arithmetic=True, division=False):
+        alike = type(lhs) is core.tensor is type(rhs) and lhs.dtype == rhs.dtype and not lhs.dtype.is_ptr()
+        if alike and not division:
+            return self.broadcast_impl_value(lhs, rhs)
+        return check_types(self, lhs, rhs, left_pointer, right_pointer, arithmetic, division)
+
+    def same_shapes(self, lhs, rhs):
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def no_overflow(self, lhs, rhs, operation):
+        one, other = lhs.handle.data, rhs.handle.data
+        if one.dtype.kind in "iu" and one.dtype.itemsize < 8 and one.size:
+            found, bounds = exact[operation.__name__](one, other, dtype=np.int64), np.iinfo(one.dtype)
+            assert bounds.min <= found.min() and found.max() <= bounds.max, f"{lhs.dtype} overflows in {operation}"
+
+    meaning.binary_op_type_checking_impl, meaning.broadcast_impl_value = same_types, same_shapes
+    meaning.binary_op_sanitize_overflow_impl = no_overflow
     core.block_type.__init__, core.tensor.__init__ = block_type, tensor
     interpreter._get_np_dtype = np_dtype
     interpreter._patch_builtin, interpreter._patch_lang = patch_builtin, patch_once
