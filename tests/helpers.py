@@ -248,7 +248,7 @@ def patch_interpreter() -> None:
         return shapes[shape]
 
     def block_type(self, element_ty, shape):
-        shape = *(each.value if isinstance(each, core.constexpr) else each for each in shape),
+        shape = (*(each.value if isinstance(each, core.constexpr) else each for each in shape),)
         if (element_ty.name, shape) not in names:
             describe(self, element_ty, list(shape))
             names[element_ty.name, shape] = self.name
@@ -281,7 +281,8 @@ def patch_interpreter() -> None:
         one, other = lhs.handle.data, rhs.handle.data
         if one.dtype.kind in "iu" and one.dtype.itemsize < 8 and one.size:
             found, bounds = exact[operation.__name__](one, other, dtype=np.int64), np.iinfo(one.dtype)
-            assert bounds.min <= found.min() and found.max() <= bounds.max, f"{lhs.dtype} overflows in {operation}"
+            fits = bounds.min <= found.min() and found.max() <= bounds.max
+            assert fits, f"{lhs.dtype} overflows in {operation.__name__}"
 
     meaning.binary_op_type_checking_impl, meaning.broadcast_impl_value = same_types, same_shapes
     meaning.binary_op_sanitize_overflow_impl = no_overflow

@@ -7,6 +7,7 @@ follows (:mod:`moealign.modes`) becomes one of the operators ``torch.ops.moealig
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +32,27 @@ __all__ = [
 _followed, _watched, _cached, _strided = modes.followed, modes.watched, prepared.cached, torch.strided
 _new_tensors, _new_layout = prepared.new_tensors, prepared.new_layout
 _NO_EXTRAS: tuple[str, ...] = ()
+
+
+@overload
+def moe_align_block_size(
+    topk_ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None = ..., pad_sorted_ids: bool = ...,
+    ignore_invalid_experts: bool = ..., return_scatter_idx: Literal[False] = ..., *, backend: str | None = ...,
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def moe_align_block_size(
+    topk_ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None = ..., pad_sorted_ids: bool = ...,
+    ignore_invalid_experts: bool = ..., *, return_scatter_idx: Literal[True], backend: str | None = ...,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def moe_align_block_size(
+    topk_ids: Tensor, block_size: int, num_experts: int, expert_map: Tensor | None = ..., pad_sorted_ids: bool = ...,
+    ignore_invalid_experts: bool = ..., return_scatter_idx: bool = ..., *, backend: str | None = ...,
+) -> tuple[Tensor, ...]: ...  # fmt: skip
 
 
 def moe_align_block_size(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from moealign.testing import check_backend
 from moealign.trace import Trace, example_trace, save_trace
 
 TRACE = str(example_trace())
-COMMANDS = ("demo", "inspect", "report", "bench", "check", "tune", "info")
+COMMANDS = ("demo", "inspect", "report", "bench", "check", "tune", "info", "completion")
 
 
 def run(*arguments: str, **variables: str | None):
@@ -203,6 +205,38 @@ def test_help_cuts_nothing(name, columns):
     assert max(map(len, text.splitlines())) <= columns
     wide = run(*filter(None, [name]), "-h", COLUMNS="120").output
     assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", wide)) <= set(re.findall(r"--[a-z-]+", re.sub(r"-\n\s*", "-", text)))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        (("moealign", "in"), ["inspect", "info"]),
+        (("moealign", "report", "--pl"), ["--placement"]),
+        (("moealign", "bench", "--b"), ["--bench", "--backend", "--budget"]),
+        (("moealign", "completion", ""), ["bash", "zsh", "fish", "--help"]),
+        (("moealign", "inspect", "trace"), []),
+    ],
+)
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_bash_completes_commands_and_options(typed, offered):
+    script = f"""{run("completion", "bash").stdout}
+        COMP_WORDS=({" ".join(map(shlex.quote, typed))}); COMP_CWORD={len(typed) - 1}
+        _moealign; printf '%s\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "-u", "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == offered
+
+
+def test_completion_knows_every_option_of_every_command():
+    scripts = {shell: run("completion", shell).stdout for shell in ("bash", "zsh", "fish")}
+    assert scripts["bash"] == scripts["zsh"]
+    for name in COMMANDS:
+        options = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", run(name, "-h", COLUMNS="120").output)) - {"--no-gpu"}
+        (line,) = re.findall(rf"^ *{name}\) (.*)$", scripts["bash"], re.MULTILINE)
+        assert options <= set(re.findall(r"--[a-z-]+", line)), name
+        found = re.findall(rf"__fish_seen_subcommand_from {name}\" -l (.*)", scripts["fish"])
+        assert options <= {f"--{each}" for each in found}, name
 
 
 def test_options_have_the_same_names_everywhere():
@@ -390,7 +424,15 @@ VALUES = [
     ("MOEALIGN_VLLM", "yes", "expected 1, layer or 0, got 'yes'"),
     ("MOEALIGN_SGLANG", "on", "expected 1, layer or 0, got 'on'"),
 ]
-RUNNABLE = {"demo": (), "inspect": (), "report": (), "bench": (), "check": (), "tune": SIZED[1:]}
+RUNNABLE = {
+    "demo": (),
+    "inspect": (),
+    "report": (),
+    "bench": (),
+    "check": (),
+    "tune": SIZED[1:],
+    "completion": ("bash",),
+}
 
 
 @pytest.mark.parametrize("command", RUNNABLE)

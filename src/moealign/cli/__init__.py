@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, check, demo, info, inspect, report, tune
+from . import bench, check, completion, demo, info, inspect, report, tune
 from .group import Command, Group
 
 __all__ = ["app"]
@@ -40,5 +40,7 @@ def main(
         print(context.get_help())
 
 
-for _command in (demo.demo, inspect.inspect, report.report, bench.bench, check.check, tune.tune, info.info):
+for _command in (
+    demo.demo, inspect.inspect, report.report, bench.bench, check.check, tune.tune, info.info, completion.completion,
+):  # fmt: skip
     app.command(_command.__name__, cls=Command)(_command)
