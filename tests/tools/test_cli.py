@@ -207,6 +207,23 @@ def test_help_cuts_nothing(name, columns):
     assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", wide)) <= set(re.findall(r"--[a-z-]+", re.sub(r"-\n\s*", "-", text)))
 
 
+def test_check_finds_a_wrong_gradient_and_a_wrong_scale(monkeypatch):
+    right = moealign.fused_moe
+
+    def wrong(x, gate_up, down, weights, ids, **options):
+        out = right(x, gate_up, down, weights, ids, **options)
+        if isinstance(down, moealign.QuantizedWeights):
+            return 1.2 * out
+        return out + 0.01 * (weights.sum() - weights.detach().sum())  # the same value
+
+    monkeypatch.setattr("moealign.cli.check.fused_moe", wrong)
+    result = run("check", "--cases", "20", COLUMNS="200")
+    assert result.exit_code == 1
+    for function, problem in (("fused_moe", "gradient of topk_weights: relative error"), ("fp8", ": relative error ")):
+        (line,) = [each for each in result.output.splitlines() if each.startswith(f"WRONG: {function} packed on cpu")]
+        assert problem in line
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [

@@ -15,12 +15,13 @@ from ..calls.dispatch import backends
 from ..diagnosis import device_of
 from ..experts.launch import refuses
 from ..experts.layer import fused_moe
+from ..experts.quantized import QuantizedWeights
 from ..routing import route
 from ..terminal import escape, paragraph, table
 from ..testing import check_backend, oracle_route
 from . import checks
 
-__all__ = ["check", "check_experts", "check_route"]
+__all__ = ["check", "check_experts", "check_fp8", "check_route"]
 
 ROUTER_KINDS: tuple[dict[str, Any], ...] = (
     {},
@@ -30,7 +31,11 @@ ROUTER_KINDS: tuple[dict[str, Any], ...] = (
     {"bias": True, "num_groups": 4, "topk_groups": 2},
     {"bias": True, "scoring": "sqrtsoftplus"},
 )
-MAX_ERROR = 1e-4  # relative, of float32 experts
+RESULTS = (
+    "result",
+    *(f"gradient of {name}" for name in ("hidden_states", "gate_up_proj", "down_proj", "topk_weights")),
+)
+MAX_ERROR, MAX_ERROR_FP8 = 1e-4, 0.1  # relative: of float32 experts, and of those whose rows are rounded to e4m3
 
 
 def check_route(name: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
@@ -57,27 +62,63 @@ def check_route(name: str, device: torch.device, cases: int, seed: int = 0) -> I
 
 
 def check_experts(backend: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
-    """Random float32 layers of experts against one expert after the other in float64."""
-    draw = random.Random(seed)
-    generator = torch.Generator().manual_seed(seed)
+    """Random float32 layers of experts, and their gradients, against one expert after the other in float64."""
+    for name, arguments, ids in _layers(cases, seed):
+        toward = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(seed))
+        x, gate_up, down, weights = given = [each.to(device).requires_grad_() for each in arguments]
+        out = fused_moe(x, gate_up, down, weights, ids.to(device), backend=backend)
+        found = (out, *torch.autograd.grad(out, given, toward.to(device), materialize_grads=True))
+        x, gate_up, down, weights = exact = [each.double().requires_grad_() for each in arguments]
+        out = _loop(x, gate_up, down, weights, ids)
+        wanted = (out, *torch.autograd.grad(out, exact, toward.double(), materialize_grads=True))
+        errors = {what: _error(*both) for what, both in zip(RESULTS, zip(found, wanted, strict=True), strict=True)}
+        wrong = [f"{what}: relative error {error:.1e}" for what, error in errors.items() if not error < MAX_ERROR]
+        yield f"fused_moe: {name}", wrong[0] if wrong else None
+
+
+def check_fp8(backend: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
+    """The same layers with FP8 weights and blocks of scales, against the weights that these stand for."""
+    for name, (x, gate_up, down, weights), ids in _layers(cases, seed):
+        quantized = [_quantized(each) for each in (gate_up, down)]
+        one, two = (QuantizedWeights(each.data.to(device), each.scales.to(device)) for each in quantized)
+        gate_up, down = (each.data.double() * each.scales.double() for each in quantized)
+        with torch.no_grad():
+            out = fused_moe(x.to(device), one, two, weights.to(device), ids.to(device), backend=backend)
+        error = _error(out, _loop(x.double(), gate_up, down, weights.double(), ids))
+        yield f"fp8: {name}", None if error < MAX_ERROR_FP8 else f"relative error {error:.1e}"
+
+
+def _layers(cases: int, seed: int) -> Iterator[tuple[str, list[torch.Tensor], torch.Tensor]]:
+    """What a layer is, its tensors in float32, and ids with dropped routes."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     for _ in range(cases):
         tokens, top_k, experts = draw.choice((1, 7, 40)), draw.choice((1, 2, 4)), draw.choice((4, 16))
         hidden, inner = draw.choice((32, 64)), draw.choice((16, 48))
-        x, gate_up, down = (
-            torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
-            for shape in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
-        )
-        weights = torch.rand(tokens, top_k, generator=generator)
+        shapes = (tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner)
+        arguments = [torch.randn(*shape, generator=generator) * shape[-1] ** -0.5 for shape in shapes]
+        arguments.append(torch.rand(tokens, top_k, generator=generator))
         ids = torch.randint(-1, experts, (tokens, top_k), generator=generator)
-        want = torch.zeros(tokens, hidden, dtype=torch.float64)
-        for expert in range(experts):
-            gate, up = (x.double() @ gate_up[expert].double().T).chunk(2, dim=1)
-            share = (weights * (ids == expert)).double().sum(1, keepdim=True)
-            want += share * ((torch.nn.functional.silu(gate) * up) @ down[expert].double().T)
-        got = fused_moe(*(each.to(device) for each in (x, gate_up, down, weights, ids)), backend=backend).cpu().double()
-        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
-        problem = None if error < MAX_ERROR else f"relative error {error:.1e}"
-        yield f"fused_moe: {tokens} x {top_k} routes, {experts} experts of {inner}, width {hidden}", problem
+        yield f"{tokens} x {top_k} routes, {experts} experts of {inner}, width {hidden}", arguments, ids
+
+
+def _loop(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Any:
+    total = torch.zeros_like(x)
+    for expert in range(gate_up.shape[0]):
+        gate, up = (x @ gate_up[expert].T).chunk(2, dim=1)
+        share = (weights * (ids == expert)).sum(1, keepdim=True)
+        total = total + share * ((torch.nn.functional.silu(gate) * up) @ down[expert].T)
+    return total
+
+
+def _quantized(weights: torch.Tensor) -> QuantizedWeights:
+    """In e4m3, a scale for each expert's matrix, which is one block of 128 x 128 here."""
+    scale = weights.abs().amax((1, 2), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return QuantizedWeights((weights / scale).to(torch.float8_e4m3fn), scale)
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    found, wanted = found.detach().cpu().double(), wanted.detach()
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
 def check(
@@ -126,6 +167,7 @@ def check(
             for name in ("triton", "packed"):
                 if name == "packed" or refuses(torch.empty(0, device=device)) is None:
                     run("fused_moe", name, device, few, check_experts(name, device, few, seed))
+                    run("fp8", name, device, few, check_fp8(name, device, few, seed))
     failed = any(row["wrong"] for row in results)
     if as_json:
         answer = {
@@ -143,7 +185,8 @@ def check(
         print(
             paragraph(
                 "align: every output against the plain-loop oracle, element for element. route: the experts exactly, "
-                "their weights to 2e-6. fused_moe: float32 against float64, one expert after the other."
+                "their weights to 2e-6. fused_moe: float32 and its gradients against float64, one expert after the "
+                "other. fp8: experts with FP8 weights, to the rounding of their rows."
             )
         )
         for name, reason in unavailable.items():
