@@ -246,7 +246,7 @@ def run_model(session: bench.Session, model: Model, tokens: list[int]) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    bench.log(f"{'microseconds a layer':34} {'vLLM':>9} {'moealign':>9}")
+    bench.log(f"{'microseconds per layer':34} {'vLLM':>9} {'moealign':>9}")
     gains = []
     for row, times in bench.cases_of(rows, BENCH):
         if {VLLM, OURS} <= set(times):

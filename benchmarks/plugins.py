@@ -166,7 +166,7 @@ def bench_layer(session: bench.Session, functions: Functions, fused: types.Modul
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    bench.log(f"{'microseconds a call':46} {'without':>9} {'with':>9}")
+    bench.log(f"{'microseconds per call':46} {'without':>9} {'with':>9}")
     for name in dict.fromkeys(row["bench"] for row in rows):
         for row, times in bench.cases_of(rows, name):
             without, drop = times.get(VLLM, float("nan")), times.get(OURS, float("nan"))

@@ -1,4 +1,4 @@
-"""Timers: CUDA-graph replay for the device, loops of calls for the host.  All times are in microseconds a call."""
+"""Timers: CUDA-graph replay for the device, loops of calls for the host.  All times are in microseconds per call."""
 
 from __future__ import annotations
 

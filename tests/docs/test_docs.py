@@ -57,7 +57,7 @@ def test_commands_parse_and_their_files_exist(page):
     """The command line parses every `moealign` command, and every script that a command names is in the repository."""
     group = typer.main.get_command(app)
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
-        for command, arguments in re.findall(r"^(?:[A-Z_]+=\S+ )*moealign ([\w-]+)([^#\n]*)", block, re.M):
+        for command, arguments in re.findall(r"^(?:[A-Z_]+=\S+ )*moealign ([\w-]+)([^#>\n]*)", block, re.M):
             group.commands[command].make_context(command, shlex.split(arguments))
         for script in re.findall(r"(?:benchmarks|docs|examples|tests)/[\w/]+\.(?:py|sh)", block):
             assert (ROOT / script).is_file(), script

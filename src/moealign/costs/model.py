@@ -146,7 +146,7 @@ class Recommendation:
     """The cost and the padding of each block size for a number of tokens, and the cheapest size."""
 
     tokens: int
-    costs: list[float]  #: microseconds a layer by the model, one for each block size
+    costs: list[float]  #: microseconds per layer by the model, one for each block size
     wasted: list[float]  #: fraction of the rows that is padding
     block_size: int  #: the cheapest; the larger one where two cost the same
     observed: bool = False  #: whether these are whole calls of the model, not runs of neighbouring tokens
