@@ -7,7 +7,8 @@ The shapes and token counts of the experts' benchmark, in bfloat16.  `tokens` is
 as has each rank of `replicated`; `dispatched` splits it.  Times are wall times of eager calls after a barrier, of the
 slowest rank; `-graph` is a CUDA graph replay, for calls that never wait for the device.  `dispatched-capacity` and
 `dispatched-graph` are an ExpertExchange whose capacity is never exceeded; `dispatched-graph-1.25` has room for 1.25
-times the mean from 256 tokens on, `dispatched-graph-fp8` rows in FP8 on the way there.  `exchange-...` are the
+times the mean from 256 tokens on, `dispatched-graph-fp8` rows in FP8 on the way there, `dispatched-graph-tokens` one
+row for each token and rank, and `dispatched-capacity-tokens` the same called eagerly.  `exchange-...` are the
 collectives of a mode alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
 """
 
@@ -95,11 +96,14 @@ def layer_times(
     first, last = tokens * here.rank // here.ranks, tokens * (here.rank + 1) // here.ranks
     inputs = (x[first:last], *own, weights[first:last], ids[first:last])
     part = (*inputs, placement)
-    capacity = ExpertExchange.max_capacity(placement, -(-tokens // here.ranks), top_k)
+    of_rank = -(-tokens // here.ranks)
+    capacity = ExpertExchange.max_capacity(placement, of_rank, top_k)
     fixed = ExpertExchange(placement, capacity=capacity, device=here.device)
     variants = {"fp8": ExpertExchange(placement, capacity=capacity, device=here.device, wire="fp8")}
+    most = ExpertExchange.max_capacity(placement, of_rank, top_k, rows="token")
+    variants["tokens"] = ExpertExchange(placement, capacity=most, device=here.device, rows="token")
     if tokens >= 256 or not here.cuda:
-        expected_capacity = ExpertExchange.expected_capacity(placement, -(-tokens // here.ranks), top_k, factor=1.25)
+        expected_capacity = ExpertExchange.expected_capacity(placement, of_rank, top_k, factor=1.25)
         variants["1.25"] = ExpertExchange(placement, capacity=expected_capacity, device=here.device)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "one-gpu": lambda: fused_moe(x, *whole, weights, ids),
@@ -118,7 +122,8 @@ def layer_times(
         if not error < 1e-2:
             raise AssertionError(f"{name}, {tokens} tokens: relative error {error:.3g}")
     for name, call in others.items():
-        _, way = variants[name].dispatch(inputs[0], inputs[4])
+        of_tokens = {"topk_weights": inputs[3]} if name == "tokens" else {}
+        _, way = variants[name].dispatch(inputs[0], inputs[4], **of_tokens)
         dropped = variants[name].overflow(way).sum()
         dist.all_reduce(dropped)
         error = float((call().double() - expected[first:last]).norm() / expected.norm())
@@ -141,7 +146,7 @@ def layer_times(
     def exchange_of(fixed: ExpertExchange) -> Callable[[], None]:
         """Both collectives of a call."""
         there, back = (
-            torch.empty(2, fixed.wire_bytes(hidden, dtype, way), dtype=torch.uint8, device=here.device)
+            torch.empty(2, fixed.wire_bytes(hidden, dtype, way, top_k=top_k), dtype=torch.uint8, device=here.device)
             for way in (False, True)
         )
 
@@ -172,6 +177,7 @@ def layer_times(
         for name, call in others.items():
             times[f"dispatched-graph-{name}"] = here.replays(call)
             times[f"exchange-capacity-{name}-graph"] = here.replays(exchange_of(variants[name]))
+        times["dispatched-capacity-tokens"] = here.wall(others["tokens"])
     else:
         times |= {f"dispatched-capacity-{name}": here.wall(call) for name, call in others.items()}
     return times

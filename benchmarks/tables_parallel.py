@@ -37,45 +37,55 @@ def layers_of(rows: Sequence[Row]) -> list[tuple[Row, Case]]:
     return [(row, times) for row, times in cases_of(rows, "parallel") if "dispatched-graph" in times]
 
 
+def measured(cases: list[tuple[Row, Case]], columns: dict[str, str]) -> dict[str, str]:
+    """Those of the `columns`, an implementation and its title, that a file has."""
+    return {name: title for name, title in columns.items() if any(name in times for _, times in cases)}
+
+
 def graph_table(rows: Sequence[Row], source: str) -> str:
     """All modes in CUDA graphs."""
     cases, lines = layers_of(rows), []
-    tight = f"dispatched-graph-{SPARE}"
-    some = any(tight in times for _, times in cases)
+    extra = measured(
+        cases,
+        {f"dispatched-graph-{SPARE}": f"exchange, {SPARE} x mean", "dispatched-graph-tokens": "one row a token"},
+    )
+    names = ("one-gpu-graph", "replicated-graph", "dispatched-graph", *extra)
     for row, times in cases:
         shape, tokens = sizes(row)
-        names = ("one-gpu-graph", "replicated-graph", "dispatched-graph", *([tight] if some else []))
         lines.append([
             shape, f"{tokens:,}", *(microseconds(times.get(name)) for name in names),
             f"{over_goal(times):.2f}x", f"{times['replicated-graph'] / times['dispatched-graph']:.2f}x",
         ])  # fmt: skip
-    extra = [f"exchange, {SPARE} x mean"] if some else []
-    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "exchange", *extra, "of half and exchange",
+    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "exchange", *extra.values(), "of half and exchange",
               "replicated / exchange"]  # fmt: skip
     return f"{caption(rows, 'CUDA graph replay', source)}\n\n{markdown(header, lines)}"
 
 
 def eager_table(rows: Sequence[Row], source: str) -> str:
     """All modes called eagerly."""
-    names = ("one-gpu", "replicated", "dispatched", "dispatched-capacity")
-    lines = []
-    for row, times in layers_of(rows):
+    cases, lines = layers_of(rows), []
+    extra = measured(cases, {"dispatched-capacity-tokens": "one row a token"})
+    names = ("one-gpu", "replicated", "dispatched", "dispatched-capacity", *extra)
+    for row, times in cases:
         shape, tokens = sizes(row)
         ratio = times["dispatched-capacity"] / times["replicated"]
-        lines.append([shape, f"{tokens:,}", *(microseconds(times[name]) for name in names), f"{ratio:.2f}x"])
-    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "dispatched", "exchange", "exchange / replicated"]
+        lines.append([shape, f"{tokens:,}", *(microseconds(times.get(name)) for name in names), f"{ratio:.2f}x"])
+    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "dispatched", "exchange", *extra.values(),
+              "exchange / replicated"]  # fmt: skip
     return f"{caption(rows, 'wall time of eager calls after a barrier', source)}\n\n{markdown(header, lines)}"
 
 
 def exchange_table(rows: Sequence[Row], source: str) -> str:
     """The collectives of the modes alone."""
-    names = ("exchange-replicated-graph", "exchange-dispatched-graph", "exchange-capacity-graph")
-    lines = []
-    for row, times in layers_of(rows):
+    cases, lines = layers_of(rows), []
+    extra = measured(cases, {"exchange-capacity-tokens-graph": "one row a token"})
+    names = ("exchange-replicated-graph", "exchange-dispatched-graph", "exchange-capacity-graph", *extra)
+    for row, times in cases:
         shape, tokens = sizes(row)
         share = times[names[2]] / times["dispatched-graph"]
-        lines.append([shape, f"{tokens:,}", *(microseconds(times[name]) for name in names), f"{share:.0%}"])
-    header = ["E, k, H, I", "tokens", "all-reduce", "counts and rows", "fixed size", "of the exchange's call"]
+        lines.append([shape, f"{tokens:,}", *(microseconds(times.get(name)) for name in names), f"{share:.0%}"])
+    header = ["E, k, H, I", "tokens", "all-reduce", "counts and rows", "fixed size", *extra.values(),
+              "of the exchange's call"]  # fmt: skip
     return f"{caption(rows, 'CUDA graph replay', source)}\n\n{markdown(header, lines)}"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import TARGETS, WORKERS, assert_passes, compile_ahead, signature_of
 
-from moealign.parallel import wire, wire_fp8
+from moealign.parallel import wire, wire_fp8, wire_tokens
 
 pytest.importorskip("triton")
 
@@ -31,6 +31,18 @@ def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
     arrived = (new(ranks * span, hidden, dtype=dtype), new(ranks * span, 1, dtype=torch.int16))
     yield wire_fp8.unpack_launch(packed[0], ranks, capacity, arrived)
     weights = new(tokens, top_k, dtype=torch.float32)
+    ranks_of = new(ranks * slots)
+    yield wire_tokens.first_launch(ids, ranks_of, new(tokens, top_k))
+    call = (rows, weights, ids, ranks_of, table, new(count), new(count), new(ranks + 1), capacity)
+    for fp8 in (False, True):
+        pitch = wire_tokens.format_of(hidden, dtype, top_k, fp8).pitch
+        packed = (new(ranks * capacity, pitch, dtype=torch.uint8), new(ranks * capacity), new(count))
+        yield wire_tokens.pack_launch(*call, fp8, out=packed, error_word=new(1))
+    arrived = [
+        new(ranks * capacity, columns, dtype=kind)
+        for columns, kind in ((hidden, dtype), (top_k, torch.float32), (top_k, torch.int16))
+    ]
+    yield wire_tokens.unpack_launch(packed[0], arrived)
     yield wire.combine_launch(out[0], weights, out[2], new(tokens, hidden, dtype=dtype))
 
 

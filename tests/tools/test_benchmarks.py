@@ -496,10 +496,26 @@ def test_goals_of_an_exchange_are_told_from_the_file():
     assert "met at 18 of 18 sizes." in better
 
 
+def test_one_row_a_token_is_a_column_where_it_was_measured():
+    rows = figures.read(ROOT / "benchmarks" / "results" / "parallel_h100.csv")
+    for table, impl, measured in (
+        (tables_parallel.graph_table, "dispatched-graph", "dispatched-graph-tokens"),
+        (tables_parallel.eager_table, "dispatched-capacity", "dispatched-capacity-tokens"),
+        (tables_parallel.exchange_table, "exchange-capacity-graph", "exchange-capacity-tokens-graph"),
+    ):
+        rows = [row for row in rows if row["impl"] != measured]
+        assert "one row a token" not in table(rows, "")
+        known = [{**row, "impl": measured, "median_us": "12345.0"} for row in rows if row["impl"] == impl][1:]
+        head, *lines = (line for line in table([*rows, *known], "").splitlines() if line.startswith("| "))
+        column = head.split(" | ").index("one row a token")
+        cells = [line.split(" | ")[column] for line in lines if "---" not in line]
+        assert sorted(cells) == ["-", *["12,345"] * len(known)][: len(cells)]
+
+
 def test_the_parallel_benchmark_runs_on_two_processes(tmp_path):
     out = tmp_path / "parallel.csv"
     run = processes.run(BENCHMARKS / "parallel.py", "--small", "--out", out, "--limit", "200")
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     impls = {row["impl"] for row in figures.read(out)}
     assert {"one-gpu", "replicated", "dispatched", "dispatched-capacity", "exchange-dispatched", "all-to-all"} <= impls
-    assert {"dispatched-capacity-1.25", "dispatched-capacity-fp8"} <= impls
+    assert {"dispatched-capacity-1.25", "dispatched-capacity-fp8", "dispatched-capacity-tokens"} <= impls

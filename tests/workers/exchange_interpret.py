@@ -5,6 +5,7 @@ TRITON_INTERPRET=1 PYTHONPATH=src:tests python tests/workers/exchange_interpret.
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -12,8 +13,8 @@ import torch.distributed as dist
 from helpers import failures, patch_interpreter
 
 import moealign
-from moealign.experts import packed
-from moealign.parallel import ExpertExchange, ExpertPlacement, wire, wire_fp8
+from moealign.experts import launch, packed
+from moealign.parallel import ExpertExchange, ExpertPlacement, wire, wire_fp8, wire_tokens
 
 
 def cases():
@@ -86,6 +87,63 @@ def fp8(rows: torch.Tensor, call: tuple[torch.Tensor, ...], top_k: int, capacity
     return differ + int((slots != of).sum()) + int((steps > last_bit).sum()) + int((headers[0] != headers[1]).sum())
 
 
+def tokens_to_ranks():
+    """(what, what differs or None) of one row for each token and rank."""
+    generator = torch.Generator().manual_seed(3)
+    for tokens, top_k, ranks, slots, hidden, capacity, dtype, ids_dtype in (
+        (5, 3, 2, 4, 7, 5, torch.float32, torch.int64),
+        (9, 8, 4, 3, 5, 4, torch.float16, torch.int32),  # overflow
+        (70, 1, 3, 5, 300, 40, torch.bfloat16, torch.int16),  # three groups of columns
+        (300, 3, 3, 2, 2, 40, torch.bfloat16, torch.uint8),  # four programs of places
+        (2, 8, 1, 8, 2100, 1, torch.bfloat16, torch.int64),  # two blocks of columns
+        (0, 2, 2, 2, 8, 4, torch.float32, torch.int64),
+    ):
+        what = f"{tokens} tokens of {top_k} to {ranks} ranks, {capacity} rows each, {dtype}"
+        rows = torch.randn(tokens, 2 * hidden, generator=generator).to(dtype)[:, :hidden]
+        low = -2 if ids_dtype.is_signed else 0
+        ids = torch.randint(low, ranks * slots + 2, (top_k, tokens), generator=generator).to(ids_dtype).T
+        weights = torch.rand(tokens, 2 * top_k, generator=generator)[:, ::2]
+        weights = weights.masked_fill((ids < 0) | (ids >= ranks * slots), float("nan"))  # must not be read
+        experts = torch.arange(ranks * slots)
+        of, table = (experts // slots).to(torch.int32), (experts % slots).to(torch.int16)
+        table[-1] = of[-1] = -1  # an empty slot
+        first = wire_tokens.first_of_ranks(ids, of)
+        yield f"first: {what}", wrong(int((first != wire_tokens.first_in_torch(ids, of)).sum()))
+        layout = moealign.align(
+            first, block_size=1, num_experts=ranks, ignore_invalid_experts=True, expert_offsets=True, positions=True,
+            backend="reference",
+        )  # fmt: skip
+        call = (weights, ids, of, table, layout.sorted_token_ids, layout.positions, layout.expert_offsets, capacity)
+        over = int((call[6][1:] - call[6][:-1]).max()) > capacity
+        for fp8 in (False, True):
+            wanted = wire_tokens.pack_in_torch(rows, *call, fp8)
+            got, word = tuple(poisoned(each) for each in wanted), moealign.new_error_word("cpu")
+            one = wire_tokens.pack_launch(rows, *call, fp8, out=got, error_word=word)
+            launch.run([one], rows.device)
+            parts = [wire_tokens._parts(each[0], hidden, dtype, top_k, fp8) for each in (got, wanted)]
+            pairs = [*zip(*parts, strict=True), *zip(got[1:], wanted[1:], strict=True)]
+            if fp8:  # but the bytes between values and scales
+                gap = slice(hidden, 4 * -(-hidden // 4))
+                pairs[0] = tuple(each.clone() for each in pairs[0])
+                pairs[0][0][:, gap] = pairs[0][1][:, gap]
+            bad = sum(int((one != other).sum()) for one, other in pairs) + (int(word) != 16 * over)
+            yield f"{'FP8' if fp8 else 'same'}: {what}", wrong(bad)
+        out, expected = (
+            each(wanted[0], hidden, dtype, top_k) for each in (wire_tokens._unpack, wire_tokens.unpack_in_torch)
+        )
+        there = (expected[2] >= 0).any(1)
+        bits = torch.int32 if dtype.itemsize == 4 else torch.int16
+        steps = (out[0][there].view(bits).int() - expected[0][there].view(bits).int()).abs()
+        bad = int((steps > (dtype is torch.bfloat16)).sum())  # whose last bit the interpreter cuts off
+        bad += sum(int((one != other).sum()) for one, other in zip(out[1:], expected[1:], strict=True))
+        yield f"unpacking {what}", wrong(bad)
+
+
+def poisoned(like: torch.Tensor) -> torch.Tensor:
+    """Memory whose values no result has."""
+    return torch.zeros_like(like).view(torch.uint8).fill_(1).view(like.dtype)
+
+
 def layers():
     """A whole exchange of one rank, again after what its first call checked."""
     generator = torch.Generator().manual_seed(1)
@@ -95,11 +153,12 @@ def layers():
     ids = torch.rand(5, 4, generator=generator).topk(2).indices
     want = moealign.fused_moe(x, up, down, weights, ids)
     placement = ExpertPlacement.linear(4, 1)
-    for kind in ("same", "fp8"):  # whole numbers below 16 travel in e4m3 without loss, but for the scale
-        exchange = ExpertExchange(placement, capacity=10, wire=kind)
+    # Whole numbers below 16 travel in e4m3 without loss, but for the scale.
+    for kind, rows in itertools.product(("same", "fp8"), ("route", "token")):
+        exchange = ExpertExchange(placement, capacity=10, wire=kind, rows=rows)
         first, again = exchange(x, up, down, weights, ids), exchange(x, up, down, weights, ids)
-        yield f"{kind}: the first call", wrong(int((~torch.isclose(first, want, rtol=1e-5)).sum()))
-        yield f"{kind}: a call without checks", wrong(int((first != again).sum()) + (not exchange._passed))
+        yield f"{kind}, {rows}: the first call", wrong(int((~torch.isclose(first, want, rtol=1e-5)).sum()))
+        yield f"{kind}, {rows}: a call without checks", wrong(int((first != again).sum()) + (not exchange._passed))
     dist.destroy_process_group()
 
 
@@ -109,4 +168,4 @@ def wrong(elements: int) -> str | None:
 
 if __name__ == "__main__":
     patch_interpreter()
-    sys.exit(failures([*cases(), *layers()]))
+    sys.exit(failures([*cases(), *tokens_to_ranks(), *layers()]))

@@ -257,6 +257,132 @@ def check_fp8_on_the_wire(rank: int, ranks: int) -> None:
         assert float((got - want).norm()) <= 3e-2 * float(want.norm()) + 1e-9, each.wire
 
 
+def check_one_row_per_token(rank: int, ranks: int) -> None:
+    """The single layer, with a row for each token and rank: uneven counts, a rank without tokens, all to one rank."""
+    counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]
+    for name, placement in placements(ranks).items():
+        capacity = ExpertExchange.max_capacity(placement, max(counts), TOP_K, rows="token")
+        assert capacity == max(counts)
+        exchange = ExpertExchange(placement, capacity=capacity, device=DEVICE, rows="token")
+        own = shards(placement, rank, False)
+        for kind in ("uniform", "one expert", "dropped", "nothing"):  # the ids of a token may be equal
+            hidden, weights, ids = tokens_of(11 + rank, counts[rank], kind)
+            word = new_error_word(DEVICE)
+            out = exchange(hidden, *own, weights, ids, error_word=word)
+            raise_for_errors(word)
+            close(out, fused_moe(hidden, *layer(), weights, ids))
+            assert torch.equal(exchange(hidden, *own, weights, ids), out), (name, kind)
+            if kind == "dropped" and placement.replicated:
+                compiled = torch.compile(exchange, backend="aot_eager", fullgraph=True)
+                assert torch.equal(compiled(hidden, *own, weights, ids), out)
+        lame = ids.clone().fill_(EXPERTS)  # names no expert, and has a weight that must not count
+        assert not exchange(hidden, *own, weights * float("nan"), lame).any()
+        few, word = torch.tensor([2], dtype=torch.int32, device=DEVICE), new_error_word(DEVICE)
+        hidden, weights, ids = tokens_of(5 + rank, 4 + rank, "uniform")
+        biases = {
+            "gate_up_bias": torch.ones(placement.slots, 2 * INNER),
+            "down_bias": torch.ones(placement.slots, HIDDEN),
+        }
+        biases = {each: bias.to(DEVICE, torch.float64) for each, bias in biases.items()}
+        alone = {each: bias[:1].expand(EXPERTS, -1) for each, bias in biases.items()}
+        valid = {"num_valid_tokens": few, "activation": "gelu"}
+        out = exchange(hidden, *own, weights, ids, error_word=word, **biases, **valid)
+        close(out, fused_moe(hidden, *layer(), weights, ids, **alone, **valid))
+        assert not out[2:].any()
+        ids[0, 1] = 2**40
+        out = exchange(hidden, *own, weights, ids, error_word=word)
+        close(out, fused_moe(hidden, *layer(), weights, ids))
+        if not placement.replicated:  # whose copies are looked up before
+            with pytest.raises(InvalidInput, match="topk_ids held an id outside"):
+                raise_for_errors(word)
+        check_a_token_too_many(placement, rank, ranks)
+    check_tokens_in_fp8(rank, ranks)
+
+
+def check_a_token_too_many(placement: ExpertPlacement, rank: int, ranks: int) -> None:
+    """Each rank keeps its first tokens for each rank; others lose their experts there, and the error word says so."""
+    hidden, weights, ids = tokens_of(3 + rank, 9 - rank, "dropped")
+    own = shards(placement, rank, False)
+    bins = placement.bins(ids)
+    goes_to = torch.where(bins < 0, -1, bins // placement.slots)
+    for capacity in (1, 4):
+        fits, lost = torch.zeros_like(goes_to, dtype=torch.bool), []
+        for other in range(ranks):
+            there = goes_to == other
+            late = there.any(1).cumsum(0) > capacity
+            fits |= there & ~late.unsqueeze(1)
+            lost.append(int((there.any(1) & late).sum()))
+        expected = fused_moe(hidden, *layer(), weights, ids.where(fits, -1))
+        exchange = ExpertExchange(placement, capacity=capacity, device=DEVICE, rows="token")
+        word = new_error_word(DEVICE)
+        close(exchange(hidden, *own, weights, ids, error_word=word), expected)
+        if any(lost):
+            with pytest.raises(InvalidInput, match="more routes went to a rank than the exchange has capacity for"):
+                raise_for_errors(word)
+        raise_for_errors(word)
+        arrived, way = exchange.dispatch(hidden, ids, topk_weights=weights)  # by hand
+        assert arrived.topk_ids.shape == arrived.topk_weights.shape == (ranks * capacity, TOP_K)
+        assert exchange.overflow(way).tolist() == lost
+        rows = fused_moe(arrived.hidden_states, *own, *arrived[1:])
+        close(exchange.combine(rows, weights, way), expected)
+    for call, message in (
+        (lambda: exchange.dispatch(hidden, ids), "topk_weights: expected those of the tokens"),
+        (lambda: exchange.wire_bytes(8, torch.bfloat16), "top_k: expected the number of choices"),
+        (lambda: exchange(hidden.clone().requires_grad_(), *own, weights, ids),
+         "rows: expected route where gradients are needed, got token, which has none; call it under"),
+        (lambda: exchange(hidden, *own, weights.clone().requires_grad_(), ids), "rows: expected route where gradients"),
+        (lambda: ExpertExchange(placement, capacity=1, rows="expert"), "rows: expected route or token, got 'expert'"),
+        (lambda: ExpertExchange.max_capacity(placement, 1, 1, rows="all"), "rows: expected route or token, got 'all'"),
+        (lambda: ExpertExchange(placement, capacity=1, device=DEVICE).dispatch(hidden, ids, topk_weights=weights),
+         "topk_weights: expected None where rows are routes, got a tensor; combine takes it"),
+    ):  # fmt: skip
+        with pytest.raises(InvalidInput, match=message):
+            call()
+
+
+def check_tokens_in_fp8(rank: int, ranks: int) -> None:
+    """The exchange of rows that were quantised and dequantised, in other dtypes and with the bytes that it tells."""
+    placement, hidden, count = placements(ranks)["replicated"], 300, 6 + rank
+    kinds = {"capacity": 6 + ranks, "device": DEVICE, "rows": "token"}
+    exchange, plain = ExpertExchange(placement, wire="fp8", **kinds), ExpertExchange(placement, **kinds)
+    rows = ranks * exchange.capacity
+    assert plain.wire_bytes(hidden, torch.bfloat16, top_k=8) == rows * 704  # 600 + 8 * 4 + 8 * 2 bytes
+    assert exchange.wire_bytes(hidden, torch.bfloat16, top_k=8) == rows * 384  # 300 + 3 * 4 + 8 * 4 + 8 * 2 bytes
+    assert exchange.wire_bytes(hidden, torch.bfloat16, back=True) == rows * 600
+    generator = torch.Generator().manual_seed(2)
+    experts = [
+        torch.randn(*size, generator=generator).to(DEVICE)
+        for size in ((EXPERTS, 2 * INNER, hidden), (EXPERTS, hidden, INNER))
+    ]
+    generator.manual_seed(rank)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(count, hidden, generator=generator).to(DEVICE, dtype)
+        weights = torch.rand(count, TOP_K, generator=generator).to(DEVICE)
+        ids = torch.rand(count, EXPERTS, generator=generator).topk(TOP_K).indices.to(DEVICE)
+        whole = [each.to(dtype) for each in experts]
+        own = [placement.shard(each, rank) for each in whole]
+        values, scales = quantize_rows(x, "group")
+        rounded = (values.float() * scales.repeat_interleave(128, 1)[:, :hidden]).to(dtype)
+        most = 1e-4 if dtype is torch.float32 else 2e-2
+        with torch.no_grad():
+            out, expected = exchange(x, *own, weights, ids), plain(rounded, *own, weights, ids)
+            if DEVICE.type == "cpu":
+                assert torch.equal(out, expected), dtype
+            assert float((out - expected).norm()) <= most * float(expected.norm())
+            exact = fused_moe(x, *whole, weights, ids)
+            for each, error in ((plain, most), (exchange, 0.08)):
+                out = each(x, *own, weights, ids)
+                assert out.dtype is dtype
+                assert float((out - exact).norm()) <= error * float(exact.norm())
+                with torch.autocast(DEVICE.type, torch.bfloat16):
+                    low = each(x, *own, weights, ids)
+                assert low.dtype is dtype
+                assert float((low - out).norm()) <= 0.03 * float(out.norm())
+    with torch.no_grad():
+        compiled = torch.compile(exchange, backend="aot_eager", fullgraph=True)
+        assert torch.equal(out, compiled(x, *own, weights, ids))
+
+
 def check_expected_capacity(rank: int, ranks: int) -> None:
     """What even routing needs, times a factor; a busy rank needs more, and none more than never exceeds."""
     placement = ExpertPlacement.linear(EXPERTS, ranks)
@@ -271,6 +397,12 @@ def check_expected_capacity(rank: int, ranks: int) -> None:
     assert ExpertExchange.expected_capacity(placement, 0, TOP_K) == 1
     with pytest.raises(InvalidInput, match="factor: expected a positive number, got 0"):
         ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=0)
+    share = imbalance / ranks
+    options = {"factor": 1.0, "rows": "token"}
+    tokens = ExpertExchange.expected_capacity(placement, 64, TOP_K, loads=[1.0] * EXPERTS, **options)
+    assert tokens == -int(-64 * (1 - (1 - share) ** TOP_K) // 1)
+    assert tokens < ExpertExchange.expected_capacity(placement, 64, TOP_K, loads=busy, **options) <= 64
+    assert ExpertExchange.expected_capacity(placement, 64, TOP_K, factor=100.0, rows="token") == 64
     # Routes of 64 tokens that are even but for chance: 1.5 times the mean loses none here, half the mean does.
     parts, experts = whole_numbers(21, [64] * ranks, "uniform")
     hidden, weights, ids = parts[rank]
@@ -754,9 +886,11 @@ def check_exchange_in_a_graph(rank: int, ranks: int) -> None:
         return (torch.randn(size, generator=generator) * size[-1] ** -0.5).to(DEVICE, torch.bfloat16)
 
     up, down = randn(experts, 2 * inner, hidden), randn(experts, hidden, inner)
-    for placement in (ExpertPlacement.linear(experts, ranks), ExpertPlacement.balanced([3.0, *[1.0] * 15], ranks, 2)):
+    both = ExpertPlacement.linear(experts, ranks), ExpertPlacement.balanced([3.0, *[1.0] * 15], ranks, 2)
+    for placement, rows in itertools.product(both, ("route", "token")):
         mine = (placement.shard(up, rank), placement.shard(down, rank))
-        exchange = ExpertExchange(placement, capacity=ExpertExchange.max_capacity(placement, tokens, top_k))
+        capacity = ExpertExchange.max_capacity(placement, tokens, top_k, rows=rows)
+        exchange = ExpertExchange(placement, capacity=capacity, rows=rows)
         x, weights = randn(tokens, hidden), torch.rand(tokens, top_k, generator=generator).to(DEVICE)
         ids = torch.zeros(tokens, top_k, dtype=torch.int64, device=DEVICE)
         valid = torch.full((1,), tokens, dtype=torch.int32, device=DEVICE)

@@ -29,6 +29,7 @@ __all__ = [
     "precision",
     "product_launches",
     "refuses",
+    "refuses_device",
     "row_major",
     "row_stride",
     "run",
@@ -79,10 +80,16 @@ class GemmLaunch(NamedTuple):
 
 def refuses(rows: Tensor) -> str | None:
     """Why the kernels do not take these rows; None if they do.  While tracing, the machine is not inspected."""
-    if rows.device.type not in ("cuda", "xpu") and not (interpreted() and rows.device.type == "cpu"):
-        return f"expected tensors on a GPU, got tensors on {rows.device}"
-    if rows.dtype not in _DTYPES:
+    refusal = refuses_device(rows.device)
+    if refusal is None and rows.dtype not in _DTYPES:
         return f"expected bfloat16, float16 or float32, got {rows.dtype}"
+    return refusal
+
+
+def refuses_device(device: torch.device) -> str | None:
+    """:func:`refuses`, whatever the dtype."""
+    if device.type not in ("cuda", "xpu") and not (interpreted() and device.type == "cpu"):
+        return f"expected tensors on a GPU, got tensors on {device}"
     return None if torch.compiler.is_compiling() else unavailable()
 
 

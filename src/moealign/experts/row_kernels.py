@@ -4,10 +4,14 @@
 `pack_wire`        rows and slots of routes into the buffer of an exchange, a fixed number of rows for each rank.
 `pack_wire_fp8`    the same with rows in e4m3 and a scale for each 128 columns behind them.
 `unpack_wire_fp8`  rows and slots of such a buffer that has arrived.
+`first_of_ranks`   which routes are the first of their token to a rank.
+`pack_tokens`      rows, weights and slots of tokens into the buffer of an exchange with one row for a token and rank.
+`unpack_tokens`    the same of such a buffer that has arrived, with rows in e4m3.
 `combine_wire`     the weighted sum of each token's rows from the buffer that came back, over ``top_k`` in order.
 
-A *wire* is ``[ranks * span, words]`` with ``span = capacity + header``: of each rank `capacity` rows, then `header`
-rows that hold the slot of every row as int16, -1 where there is no route.
+A *wire* of routes is ``[ranks * span, words]`` with ``span = capacity + header``: of each rank `capacity` rows, then
+`header` rows that hold the slot of every row as int16, -1 where there is no route.  A wire of tokens has no header:
+each row ends with its weights and slots.
 """
 
 from __future__ import annotations
@@ -17,10 +21,24 @@ import triton.language as tl
 
 from .quantized_kernels import quantize, scale_of, widen
 
-__all__ = ["combine_wire", "pack_wire", "pack_wire_fp8", "unpack_wire_fp8"]
+__all__ = [
+    "combine_wire",
+    "first_of_ranks",
+    "pack_tokens",
+    "pack_wire",
+    "pack_wire_fp8",
+    "unpack_tokens",
+    "unpack_wire_fp8",
+]
 
 PAST_CAPACITY = tl.constexpr(16)  # the bit of an error word
 WIDTH = tl.constexpr(128)  # columns that share a scale
+
+
+@triton.jit
+def span_of(offsets, rank, num_routes):
+    """Where the routes to a rank start in their order, and where they end."""
+    return tl.maximum(tl.load(offsets + rank), 0), tl.minimum(tl.load(offsets + rank + 1), num_routes)
 
 
 @triton.jit
@@ -28,6 +46,35 @@ def route_of(order, at, end, num_routes):
     """The route that `order` lists at `at`, and whether there is one before `end`."""
     route = tl.load(order + at, mask=at < end, other=num_routes)
     return route, (route >= 0) & (route < num_routes)
+
+
+@triton.jit
+def copy_row(row, out, filled, words, BLOCK: tl.constexpr):
+    """A row of int16 words; zeros if it is not `filled`."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + columns, tl.load(row + columns, mask=filled & (columns < words), other=0), mask=columns < words)
+
+
+@triton.jit
+def narrow_row(row, data, scales, filled, hidden, GROUPS: tl.constexpr):
+    """A row in e4m3, and its scales behind it; of zeros if it is not `filled`."""
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    x = tl.load(row + columns, mask=filled & (columns < hidden), other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.abs(x), 1))
+    scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
+    tl.store(data + columns, e4m3_bytes(x, scale[:, None]), mask=columns < hidden)
+    tl.store(scales + tl.cdiv(hidden, 4) + group, scale, mask=group * WIDTH < hidden)
+
+
+@triton.jit
+def widen_row(data, scales, out, hidden, GROUPS: tl.constexpr):
+    """What :func:`narrow_row` stored, in the dtype of `out`."""
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    scale = tl.load(scales + tl.cdiv(hidden, 4) + group, mask=group * WIDTH < hidden, other=0.0)
+    values = widen(tl.load(data + columns, mask=columns < hidden, other=0)).to(tl.float32)
+    tl.store(out + columns, (values * scale[:, None]).to(out.dtype.element_ty), mask=columns < hidden)
 
 
 @triton.jit
@@ -84,22 +131,22 @@ def pack_wire(
     row = tl.program_id(0)
     if row < num_ranks * span:
         rank, j = row // span, row % span
-        start = tl.maximum(tl.load(offsets + rank), 0)
-        end = tl.minimum(tl.load(offsets + rank + 1), num_routes)
-        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        out = wire + row.to(tl.int64) * words + columns
+        start, end = span_of(offsets, rank, num_routes)
+        out = wire + row.to(tl.int64) * words
         if j < capacity:
             route, filled = route_of(order, start + j, end, num_routes)
             token = tl.where(filled, route // top_k, 0).to(tl.int64)
-            values = tl.load(rows + token * stride + columns, mask=filled & (columns < words), other=0)
-            tl.store(out, values, mask=columns < words)
+            copy_row(rows + token * stride, out, filled, words, BLOCK)
             if tl.program_id(1) == 0:
                 tl.store(routes + row, tl.where(filled, route, num_routes))
                 if j == 0:
                     note_overflow(error_word, end - start, capacity)
         else:
+            columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
             of = (j - capacity) * words + columns
-            store_slots(out, columns, of, ids, slots, order, start, end, num_routes, num_slots, capacity, words)
+            store_slots(
+                out + columns, columns, of, ids, slots, order, start, end, num_routes, num_slots, capacity, words
+            )
             if tl.program_id(1) == 0:
                 tl.store(routes + row, num_routes)
     elif tl.program_id(1) == 0:
@@ -122,19 +169,12 @@ def pack_wire_fp8(
     row = tl.program_id(0)
     if row < num_ranks * span:
         rank, j = row // span, row % span
-        start = tl.maximum(tl.load(offsets + rank), 0)
-        end = tl.minimum(tl.load(offsets + rank + 1), num_routes)
+        start, end = span_of(offsets, rank, num_routes)
         first = row.to(tl.int64) * words
         if j < capacity:
             route, filled = route_of(order, start + j, end, num_routes)
             token = tl.where(filled, route // top_k, 0).to(tl.int64)
-            group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-            columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-            x = tl.load(rows + token * stride + columns, mask=filled & (columns < hidden), other=0.0).to(tl.float32)
-            scale = scale_of(tl.max(tl.abs(x), 1))
-            scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
-            tl.store(data + first * 2 + columns, e4m3_bytes(x, scale[:, None]), mask=columns < hidden)
-            tl.store(scales + first // 2 + tl.cdiv(hidden, 4) + group, scale, mask=group * WIDTH < hidden)
+            narrow_row(rows + token * stride, data + first * 2, scales + first // 2, filled, hidden, GROUPS)
             if tl.program_id(1) == 0:
                 tl.store(routes + row, tl.where(filled, route, num_routes))
                 if j == 0:
@@ -177,15 +217,112 @@ def unpack_wire_fp8(
     if tl.program_id(1) == 0:
         tl.store(slots + row, slot)
     if slot >= 0:
-        group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-        columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        scale = tl.load(
-            scales + row * (words // 2) + tl.cdiv(hidden, 4) + group, mask=group * WIDTH < hidden, other=0.0
-        )
-        values = widen(tl.load(data + row * words * 2 + columns, mask=columns < hidden, other=0)).to(tl.float32)
-        tl.store(
-            out + row * hidden + columns, (values * scale[:, None]).to(out.dtype.element_ty), mask=columns < hidden
-        )
+        widen_row(data + row * words * 2, scales + row * (words // 2), out + row * hidden, hidden, GROUPS)
+
+
+@triton.jit
+def rank_at(ids, rank_of, at, inside, num_ids):
+    """The rank of the expert of the routes `at`, -1 for none; and whether its id is -1 or known."""
+    expert = tl.load(ids + at, mask=inside, other=-1).to(tl.int64)
+    known = (expert >= 0) & (expert < num_ids)
+    return tl.load(rank_of + tl.where(known, expert, 0), mask=known, other=-1), known | (expert == -1)
+
+
+@triton.jit
+def first_of_ranks(
+    ids, rank_of, out,
+    tokens, top_k, num_ids, CHOICES: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Launched over blocks of TOKENS tokens.
+
+    inputs      ids [tokens, top_k]; rank_of [num_ids] int32, the rank of each id or -1
+    output      out [tokens, top_k] int32, the rank of a route if no earlier one of its token has it, else -1; -2 where
+                the id is neither -1 nor below num_ids
+    tunable     TOKENS per program; CHOICES >= top_k
+    """
+    token, choice = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, CHOICES)
+    start = token.to(tl.int64) * top_k
+    at = start[:, None] + choice[None, :]
+    inside = (token < tokens)[:, None] & (choice < top_k)[None, :]
+    rank, valid = rank_at(ids, rank_of, at, inside, num_ids)
+    first = rank >= 0
+    for j in range(top_k):
+        earlier, _ = rank_at(ids, rank_of, start + j, token < tokens, num_ids)
+        first = first & ((earlier[:, None] != rank) | (choice <= j)[None, :])
+    tl.store(out + at, tl.where(valid, tl.where(first, rank, -1), -2), mask=inside)
+
+
+@triton.jit
+def pack_tokens(
+    rows, factors, ids, rank_of, slots, order, positions, offsets, wire, data, floats, routes, places, error_word,
+    num_routes, top_k, width, words, stride, factor_stride, factor_step, num_ids, capacity, num_ranks,
+    factors_at, slots_at,
+    FP8: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    """Launched over (rows of the wire, then blocks of PLACES routes; blocks of columns).
+
+    inputs      rows [tokens, width] of `stride` elements, int16 words unless FP8; factors [tokens, top_k] of two
+                strides; ids [num_routes]; rank_of [num_ids] int32 and slots [num_ids] int16, of each id; order,
+                positions [num_routes], offsets [num_ranks + 1]: the first routes of tokens by rank, a layout with
+                blocks of one
+    outputs     wire, data and floats are one memory [num_ranks * capacity]: rows of `words` int16, twice as many bytes,
+                half as many floats; in each the row of a token (FP8: in e4m3, with scales), from the float `factors_at`
+                on its factors, from the word `slots_at` on its slots, -1 of a choice that is not on the rank; routes
+                [num_ranks * capacity], the first route of each row or num_routes; places, error_word: of pack_wire
+    tunable     BLOCK columns, PLACES routes per program; RANKS >= num_ranks; CHOICES >= top_k
+    """
+    row = tl.program_id(0)
+    if row < num_ranks * capacity:
+        rank, j = row // capacity, row % capacity
+        start, end = span_of(offsets, rank, num_routes)
+        route, filled = route_of(order, start + j, end, num_routes)
+        token = tl.where(filled, route // top_k, 0).to(tl.int64)
+        out = row.to(tl.int64) * words
+        if FP8:
+            narrow_row(rows + token * stride, data + out * 2, floats + out // 2, filled, width, BLOCK // WIDTH)
+        else:
+            copy_row(rows + token * stride, wire + out, filled, width, BLOCK)
+        if tl.program_id(1) == 0:
+            choice = tl.arange(0, CHOICES)
+            inside = choice < top_k
+            expert = tl.load(ids + token * top_k + choice, mask=filled & inside, other=-1).to(tl.int64)
+            here = (expert >= 0) & (expert < num_ids)
+            expert = tl.where(here, expert, 0)
+            here = here & (tl.load(rank_of + expert, mask=here, other=-1) == rank)
+            slot = tl.load(slots + expert, mask=here, other=-1)
+            factor = tl.load(factors + token * factor_stride + choice * factor_step, mask=here, other=0.0)
+            tl.store(floats + out // 2 + factors_at + choice, factor.to(tl.float32), mask=inside)
+            tl.store(wire + out + slots_at + choice, slot.to(tl.int16), mask=inside)
+            tl.store(routes + row, tl.where(filled, route, num_routes))
+            if j == 0:
+                note_overflow(error_word, end - start, capacity)
+    elif tl.program_id(1) == 0:
+        block = row - num_ranks * capacity
+        store_places(positions, offsets, places, block, num_routes, num_ranks, capacity, capacity, RANKS, PLACES)
+
+
+@triton.jit
+def unpack_tokens(
+    wire, data, floats, out, factors, slots,
+    hidden, words, top_k, factors_at, slots_at, GROUPS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Launched over (rows of the wire, blocks of GROUPS * WIDTH columns).
+
+    inputs      wire, data, floats: the memory that pack_tokens filled in FP8, on the rank where it arrived
+    outputs     out [rows, hidden], undefined where there is no token; factors [rows, top_k] float32; slots
+                [rows, top_k] int16, -1 of a choice that is not on this rank
+    tunable     GROUPS of WIDTH columns per program; CHOICES >= top_k
+    """
+    row = tl.program_id(0).to(tl.int64)
+    choice = tl.arange(0, CHOICES)
+    inside = choice < top_k
+    slot = tl.load(wire + row * words + slots_at + choice, mask=inside, other=-1)
+    if tl.program_id(1) == 0:
+        factor = tl.load(floats + row * (words // 2) + factors_at + choice, mask=inside, other=0.0)
+        tl.store(factors + row * top_k + choice, factor, mask=inside)
+        tl.store(slots + row * top_k + choice, slot, mask=inside)
+    if tl.max(slot.to(tl.int32), 0) >= 0:
+        widen_row(data + row * words * 2, floats + row * (words // 2), out + row * hidden, hidden, GROUPS)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from ..experts.layer import fused_moe
 from ..experts.quantized import data_of
 from ..experts.records import ExpertWeights, Routes
 from ..layout import INT32_MAX
-from . import wire, wire_fp8
+from . import wire, wire_fp8, wire_tokens
 from .collectives import Group, group_of, refuse_tracing, swap
 from .experts import ExpertPlacement, bins_of
 
@@ -30,17 +30,17 @@ __all__ = ["Arrived", "ExpertExchange", "Way"]
 class Arrived(NamedTuple):
     """The rows that came to a rank: arguments of :func:`fused_moe`."""
 
-    hidden_states: Tensor  #: ``[rows, H]``; undefined where the id is -1
-    topk_weights: Tensor  #: float32 ``[rows, 1]``, ones: the router's weights are applied at home
-    topk_ids: Tensor  #: int16 ``[rows, 1]``, the slot of each row; -1 where no route came
+    hidden_states: Tensor  #: ``[rows, H]``; undefined where all ids are -1
+    topk_weights: Tensor  #: float32 ``[rows, 1]``, ones: the router's weights are applied at home; else ``[rows, k]``
+    topk_ids: Tensor  #: int16 ``[rows, 1]`` or ``[rows, k]``: slots here; -1 for other ranks, and where nothing came
 
 
 class Way(NamedTuple):
-    """The way back of a rank's routes."""
+    """The way back of a rank's routes, or of the first route of each token to each rank."""
 
     routes: Tensor  #: int32 ``[rows]``, the route in each row of the buffer, ``T * k`` where there is none
-    places: Tensor  #: int32 ``[T * k]``, the row of each route in the buffer, -1 for a dropped one
-    wanted: Tensor  #: int32 ``[ranks]``, routes to each rank, more than its capacity if some were dropped
+    places: Tensor  #: int32 ``[T * k]``, the row of each route in the buffer, -1 for one without
+    wanted: Tensor  #: int32 ``[ranks]``, rows for each rank, more than its capacity if some were dropped
 
 
 class ExpertExchange:
@@ -58,10 +58,13 @@ class ExpertExchange:
         wire: how rows travel to the experts.  ``same``: as they are.  ``fp8``: in e4m3 with a scale for each 128
             columns, rounded as FP8 layers round them, in about half the bytes of bfloat16; without gradients.  Results
             travel back as they are.
+        rows: what a row is.  ``route``: one choice of a token, whose weight is applied at home.  ``token``: a token,
+            once for each rank with any of its experts, together with its weights and slots there; that rank sums its
+            experts, and home the ranks.  Fewer rows, of the same `k` and dtype on every rank; without gradients.
 
     Raises:
         InvalidInput: no process group, a placement of another number of ranks, a capacity below 1, more rows than int32
-            numbers, more than 32,767 experts a rank, or another wire.
+            numbers, more than 32,767 experts a rank, or another `wire` or `rows`.
     """
 
     def __init__(
@@ -72,9 +75,11 @@ class ExpertExchange:
         group: Group = None,
         device: torch.device | str | None = None,
         wire: str = "same",
+        rows: str = "route",
     ) -> None:
         if wire not in ("same", "fp8"):
             raise InvalidInput(f"wire: expected same or fp8, got {wire!r}")
+        self._by_token = _by_token(rows)
         group, self.rank = group_of(placement, group)
         if type(capacity) is not int or capacity < 1:
             raise InvalidInput(
@@ -92,7 +97,7 @@ class ExpertExchange:
             nccl = "nccl" in dist.get_backend(group)
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
         self.placement, self.capacity, self.ranks, self.slots = placement, capacity, placement.ranks, placement.slots
-        self.wire = wire
+        self.wire, self.rows = wire, rows
         self._passed: set[Any] = set()  # signatures of calls that need no more checks
         self.group = (group or dist.distributed_c10d._get_default_group()).group_name
         self.device = torch.device(device)
@@ -106,7 +111,7 @@ class ExpertExchange:
         self._rank_of = (bins // placement.slots).to(torch.int32).to(self.device)
         self._slot_of = torch.where(bins < 0, -1, bins % placement.slots).to(torch.int16).to(self.device)
         # One for each row: a header has at most `capacity` rows.
-        self._ones = torch.ones(2 * self.ranks * capacity, 1, device=self.device)
+        self._ones = torch.ones(1 if self._by_token else 2 * self.ranks * capacity, 1, device=self.device)
         self.device = self._ones.device  # with its index
 
     @classmethod
@@ -122,35 +127,63 @@ class ExpertExchange:
         )
 
     @staticmethod
-    def max_capacity(placement: ExpertPlacement, max_tokens: int, top_k: int) -> int:
-        """Rows that `max_tokens` tokens of a rank can send to another: ``max_tokens * min(top_k, slots)``.
+    def max_capacity(placement: ExpertPlacement, max_tokens: int, top_k: int, *, rows: str = "route") -> int:
+        """Rows that `max_tokens` tokens of a rank can send to another: ``max_tokens * min(top_k, slots)`` routes, or
+        `max_tokens` tokens.
 
-        It is never exceeded as long as the ids of a token differ, as those of a router do.
+        It is never exceeded; by routes as long as the ids of a token differ, as those of a router do.
         """
-        return max(max_tokens * min(top_k, placement.slots), 1)
+        return max(max_tokens * (1 if _by_token(rows) else min(top_k, placement.slots)), 1)
 
     @staticmethod
     def expected_capacity(
-        placement: ExpertPlacement, max_tokens: int, top_k: int, *, factor: float = 1.25, loads: Any = None
+        placement: ExpertPlacement,
+        max_tokens: int,
+        top_k: int,
+        *,
+        factor: float = 1.25,
+        loads: Any = None,
+        rows: str = "route",
     ) -> int:
         """Rows that `max_tokens` tokens of a rank send to the busiest other, times `factor`; never above
         :meth:`max_capacity`.
 
+        With the busiest rank's share `p` of all routes, these are ``max_tokens * top_k * p`` routes, or
+        ``max_tokens * (1 - (1 - p) ** top_k)`` tokens, as if each choice were drawn by itself.
+
         Args:
-            factor: room for batches that are less even; routes past it are dropped, which an error word reports.
+            factor: room for batches that are less even; rows past it are dropped, which an error word reports.
             loads: routes per expert, ``[num_experts]``, of a trace or ``expert_counts``; by default equal ones.
+            rows: of the exchange.
 
         Raises:
-            InvalidInput: a factor that is not positive.
+            InvalidInput: a factor that is not positive, or other `rows`.
         """
         if not factor > 0:
             raise InvalidInput(f"factor: expected a positive number, got {factor!r}")
         imbalance = placement.imbalance([1.0] * placement.num_experts if loads is None else loads)
-        expected = math.ceil(factor * imbalance * max_tokens * top_k / placement.ranks)
-        return min(max(expected, 1), ExpertExchange.max_capacity(placement, max_tokens, top_k))
+        expected = factor * imbalance * max_tokens * top_k / placement.ranks
+        if _by_token(rows):
+            expected = factor * max_tokens * (1 - (1 - imbalance / placement.ranks) ** top_k)
+        most = ExpertExchange.max_capacity(placement, max_tokens, top_k, rows=rows)
+        return min(max(math.ceil(expected), 1), most)
 
-    def wire_bytes(self, hidden: int, dtype: torch.dtype, back: bool = False) -> int:
-        """Bytes that a rank passes to the first collective of a call, or to the one `back`: rows and their slots."""
+    def wire_bytes(self, hidden: int, dtype: torch.dtype, back: bool = False, *, top_k: int | None = None) -> int:
+        """Bytes that a rank passes to the first collective of a call, or to the one `back`: rows and their slots.
+
+        With rows of tokens, `top_k` weights and slots travel there with each.
+
+        Raises:
+            InvalidInput: no `top_k` where it is needed.
+        """
+        if self._by_token:
+            if back:
+                return self.ranks * self.capacity * hidden * dtype.itemsize
+            if top_k is None:
+                raise InvalidInput(
+                    "top_k: expected the number of choices, whose weights and slots travel with a token, got None"
+                )
+            return self.ranks * self.capacity * wire_tokens.format_of(hidden, dtype, top_k, self.wire == "fp8").pitch
         pitch = wire_fp8.pitch_of(hidden) if self.wire == "fp8" and not back else hidden * dtype.itemsize
         return self.ranks * (self.capacity + self._header(hidden, dtype)) * pitch
 
@@ -173,11 +206,12 @@ class ExpertExchange:
                 ids; ``T`` may differ from rank to rank, and be 0.
             gate_up_proj, down_proj: this rank's experts, ``[slots, ...]``.
             num_valid_tokens: int32, one element, on the device; later tokens send nothing and give zeros.
-            error_word: as of :func:`align`; a bit says that routes were dropped for want of capacity.
+            error_word: as of :func:`align`; a bit says that rows were dropped for want of capacity.
             options: further arguments of :func:`fused_moe`, except those about ids.
 
         Returns:
-            ``[T, H]``.  Differentiable; the same tensors must require gradients on every rank.
+            ``[T, H]``.  Differentiable with ``wire="same"`` and ``rows="route"``; the same tensors must require
+            gradients on every rank.
 
         Raises:
             InvalidInput, InvalidType: sizes, dtypes or devices that do not match.
@@ -190,12 +224,13 @@ class ExpertExchange:
             refusal = modes.checked(self._check, *sizes)
             if isinstance(refusal, modes.Refusal):
                 return modes.refuse(refusal)[0]
-        (rows, ones, slots), way = self._dispatch(hidden_states, topk_ids, num_valid_tokens, error_word)
+        call = (hidden_states, topk_ids, topk_weights, num_valid_tokens, error_word)
+        (rows, factors, slots), way = self._dispatch(*call)
         if known:  # what fused_moe comes to for these tensors
             weights = ExpertWeights(gate_up_proj, down_proj)
-            result = operators.run_layer(rows, weights, Routes(ones, slots), "silu", None)
+            result = operators.run_layer(rows, weights, Routes(factors, slots), "silu", None)
         else:
-            result = fused_moe(rows, gate_up_proj, down_proj, ones, slots, **options)
+            result = fused_moe(rows, gate_up_proj, down_proj, factors, slots, **options)
             if signature is not None:
                 self._passed.add(signature)
         return self._combine(result, topk_weights, way)
@@ -205,10 +240,14 @@ class ExpertExchange:
         hidden_states: Tensor,
         topk_ids: Tensor,
         *,
+        topk_weights: Tensor | None = None,
         num_valid_tokens: Tensor | None = None,
         error_word: Tensor | None = None,
     ) -> tuple[Arrived, Way]:
-        """Send the rows of all routes to the ranks of their experts: the first half of a call, with its arguments.
+        """Send rows to the ranks of their experts: the first half of a call, with its arguments.
+
+        Args:
+            topk_weights: for rows of tokens, with which they travel.
 
         Returns:
             What came to this rank, and the way back for :meth:`combine`.  ``align(arrived.topk_ids, ...)`` or
@@ -217,22 +256,23 @@ class ExpertExchange:
         Raises:
             InvalidInput, InvalidType, RankFailed: as the whole call.
         """
-        refusal = modes.checked(self._check, hidden_states, topk_ids)
+        refusal = modes.checked(self._check_dispatch, hidden_states, topk_ids, topk_weights)
         if isinstance(refusal, modes.Refusal):
             results = modes.refuse(refusal, 6)
             return Arrived(*results[:3]), Way(*results[3:])
-        return self._dispatch(hidden_states, topk_ids, num_valid_tokens, error_word)
+        return self._dispatch(hidden_states, topk_ids, topk_weights, num_valid_tokens, error_word)
 
     def combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
         """Bring results back and sum them: the second half of a call.
 
         Args:
             rows: ``[rows, H]``, the result of each row that came.
-            topk_weights: ``[T, k]`` of this rank's tokens.
+            topk_weights: ``[T, k]`` of this rank's tokens; of rows of tokens, which have them, only the shape counts.
             way: of :meth:`dispatch`.
 
         Returns:
-            ``[T, H]``, ``sum_j topk_weights[t, j] * result(t, j)`` over ``j`` in order; a dropped route adds zero.
+            ``[T, H]``, ``sum_j topk_weights[t, j] * result(t, j)`` over ``j`` in order, or the sum of each token's rows
+            in the order of their first ``j``; a dropped row adds zero.
 
         Raises:
             InvalidInput, InvalidType, RankFailed: as the whole call.
@@ -243,20 +283,25 @@ class ExpertExchange:
         return self._combine(rows, topk_weights, way)
 
     def overflow(self, way: Way) -> Tensor:
-        """int32 ``[ranks]``: the routes to each rank that were dropped because its capacity was full."""
+        """int32 ``[ranks]``: the rows for each rank that were dropped because its capacity was full."""
         return (way.wanted - self.capacity).clamp(min=0)
 
     # ---- after the checks --------------------------------------------------------------------------------------------
 
     def _dispatch(
-        self, hidden_states: Tensor, topk_ids: Tensor, num_valid_tokens: Tensor | None, error_word: Tensor | None
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        num_valid_tokens: Tensor | None,
+        error_word: Tensor | None,
     ) -> tuple[Arrived, Way]:
         ids = topk_ids if self._copies is None else bins_of(topk_ids, self._copies)
         layout = align(
-            ids,
+            wire_tokens.first_of_ranks(ids, self._rank_of) if self._by_token else ids,
             block_size=1,
-            num_experts=self._rank_of.shape[0],
-            expert_map=self._rank_of,
+            num_experts=self.ranks if self._by_token else self._rank_of.shape[0],
+            expert_map=None if self._by_token else self._rank_of,
             ignore_invalid_experts=True,
             num_valid_tokens=num_valid_tokens,
             expert_counts=True,
@@ -269,28 +314,41 @@ class ExpertExchange:
         assert offsets is not None
         assert layout.expert_counts is not None
         wanted = layout.expert_counts[: self.ranks]
-        hidden, dtype = hidden_states.shape[1], hidden_states.dtype
-        call = (
-            hidden_states, ids, self._slot_of, order, positions, offsets[: self.ranks + 1],
-            ids.shape[1], self.capacity, self._header(hidden, dtype),
-        )  # fmt: skip
-        if self.wire == "fp8":
-            sent, routes, places = wire_fp8.pack(*call, error_word=error_word)
-            rows, slots = wire_fp8.unpack(swap(sent, self.group), self.ranks, self.capacity, hidden, dtype)
+        hidden, dtype, fp8 = hidden_states.shape[1], hidden_states.dtype, self.wire == "fp8"
+        by_rank = (order, positions, offsets[: self.ranks + 1])
+        if self._by_token:
+            assert topk_weights is not None
+            call = (hidden_states, topk_weights, ids, self._rank_of, self._slot_of, *by_rank, self.capacity, fp8)
+            sent, routes, places = wire_tokens.pack(*call, error_word=error_word)
+            arrived = wire_tokens.unpack(swap(sent, self.group), hidden, dtype, ids.shape[1], fp8)
+            return Arrived(*arrived), Way(routes, places, wanted)
+        sizes = (ids.shape[1], self.capacity, self._header(hidden, dtype))
+        sent, routes, places = (wire_fp8 if fp8 else wire).pack(
+            hidden_states, ids, self._slot_of, *by_rank, *sizes, error_word=error_word
+        )
+        rows = swap(sent, self.group)
+        if fp8:
+            rows, slots = wire_fp8.unpack(rows, self.ranks, self.capacity, hidden, dtype)
         else:
-            sent, routes, places = wire.pack(*call, error_word=error_word)
-            rows = swap(sent, self.group)
             slots = wire.slots_of(rows, self.ranks, self.capacity)
-        return Arrived(rows, self._ones[: routes.shape[0]], slots), Way(routes, places, wanted)
+        return Arrived(rows, self._ones[: rows.shape[0]], slots), Way(routes, places, wanted)
 
     def _combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
-        return wire.combine(swap(rows, self.group), topk_weights, way.routes, way.places)
+        weights = self._ones.expand(topk_weights.shape) if self._by_token else topk_weights
+        return wire.combine(swap(rows, self.group), weights, way.routes, way.places)
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
     def _header(self, hidden: int, dtype: torch.dtype) -> int:
         words = wire_fp8.pitch_of(hidden) // 2 if self.wire == "fp8" else wire.words_of(hidden, dtype.itemsize)
         return wire.header_rows(self.capacity, words)
+
+    def _check_dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> None:
+        if self._by_token and topk_weights is None:
+            raise InvalidInput("topk_weights: expected those of the tokens, with whose rows they travel, got None")
+        if not self._by_token and topk_weights is not None:
+            raise InvalidInput("topk_weights: expected None where rows are routes, got a tensor; combine takes it")
+        self._check(hidden_states, topk_ids, None, topk_weights)
 
     def _check(
         self,
@@ -315,8 +373,9 @@ class ExpertExchange:
                 f"topk_ids: expected [{hidden_states.shape[0]}, k] with at least one choice a token, got "
                 f"{list(topk_ids.shape)}"
             )
-        for name, tensor in (("hidden_states", hidden_states), ("topk_ids", topk_ids)):
-            if tensor.device != self.device:
+        named = (("hidden_states", hidden_states), ("topk_ids", topk_ids), ("topk_weights", topk_weights))
+        for name, tensor in named:
+            if tensor is not None and tensor.device != self.device:
                 raise InvalidInput(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
         experts = self.slots if gate_up_proj is None else data_of(gate_up_proj).shape[0]
         if experts != self.slots:
@@ -329,13 +388,13 @@ class ExpertExchange:
                 f"topk_weights: expected a floating {list(topk_ids.shape)} like topk_ids, got {topk_weights.dtype} "
                 f"{list(topk_weights.shape)}"
             )
-
         given = (hidden_states, data_of(gate_up_proj), data_of(down_proj), topk_weights)
-        if self.wire == "fp8" and modes.wants_gradient(*given):
-            raise InvalidInput(
-                "wire: expected same where gradients are needed, got fp8, whose rounding has none; call it under "
-                "torch.no_grad() or prepare another exchange"
-            )
+        for name, other, got in (("wire", "same", self.wire), ("rows", "route", self.rows)):
+            if got != other and modes.wants_gradient(*given):
+                raise InvalidInput(
+                    f"{name}: expected {other} where gradients are needed, got {got}, which has none; call it under "
+                    "torch.no_grad() or prepare another exchange"
+                )
 
     def _check_back(self, rows: Tensor, topk_weights: Tensor, way: Way) -> None:
         refuse_tracing("ExpertExchange", rows, topk_weights)
@@ -353,6 +412,13 @@ class ExpertExchange:
                 f"topk_weights: expected a floating [T, k] of {way.places.shape[0]} routes, got {topk_weights.dtype} "
                 f"{list(topk_weights.shape)}"
             )
+
+
+def _by_token(rows: str) -> bool:
+    """Whether `rows` of an exchange are tokens."""
+    if rows not in ("route", "token"):
+        raise InvalidInput(f"rows: expected route or token, got {rows!r}")
+    return rows == "token"
 
 
 def _signature(*tensors: Any) -> Any:

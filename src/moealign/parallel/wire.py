@@ -7,7 +7,6 @@ in one collective of a size that no value decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,9 @@ __all__ = [
     "note_overflow",
     "pack",
     "pack_launch",
+    "picked_in_torch",
     "routes_in_torch",
+    "rows_in_torch",
     "slots_of",
 ]
 
@@ -85,16 +86,17 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
     return _pack(rows, *args, error_word=error_word)
 
 
-def new_wire(rows: Tensor, args: Sequence[Any], width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of :func:`pack` for its arguments, uninitialised, with a wire of `width` columns of `dtype`."""
-    positions, offsets, _, capacity, header = args[3:]
-    count = (offsets.shape[0] - 1) * (capacity + header)
+def new_wire(
+    rows: Tensor, positions: Tensor, offsets: Tensor, span: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three results of :func:`pack`, uninitialised, with a wire of `width` columns of `dtype`."""
+    count = (offsets.shape[0] - 1) * span
     maps = (positions.new_empty(size, dtype=torch.int32) for size in (count, positions.shape[0]))
     return rows.new_empty(count, width, dtype=dtype), *maps  # type: ignore[return-value]
 
 
 def _new_wire(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return new_wire(rows, args, rows.shape[1], rows.dtype)
+    return new_wire(rows, args[3], args[4], args[6] + args[7], rows.shape[1], rows.dtype)
 
 
 def _pack(
@@ -165,10 +167,16 @@ def pack_in_torch(
     listed, filled, routes, places = routes_in_torch(
         words, ids, slots, order, positions, offsets, top_k, capacity, header
     )
-    if positions.shape[0]:
-        picked = rows.index_select(0, (listed // top_k).reshape(-1)).view(ranks, capacity, -1)
-        wire[:, :capacity] = picked.masked_fill_(~filled.unsqueeze(2), 0)
+    wire[:, :capacity] = picked_in_torch(rows, listed // top_k, filled)
     return wire.view(-1, rows.shape[1]), routes, places
+
+
+def picked_in_torch(rows: Tensor, tokens: Tensor, filled: Tensor) -> Tensor:
+    """``rows[tokens]``, zeros where not `filled`: ``[*tokens.shape, columns]``."""
+    if not rows.shape[0]:
+        return rows.new_zeros(*tokens.shape, rows.shape[1])
+    picked = rows.index_select(0, tokens.reshape(-1)).view(*tokens.shape, rows.shape[1])
+    return picked.masked_fill_(~filled.unsqueeze(-1), 0)
 
 
 def routes_in_torch(
@@ -191,9 +199,21 @@ def routes_in_torch(
         int64 ``[ranks, capacity]``, the route of each row that may be sent, 0 where bool ``[ranks, capacity]`` tells
         that there is none; both maps of :func:`pack`.
     """
+    listed, filled, routes, places = rows_in_torch(order, positions, offsets, capacity, header)
+    words.fill_(-1)
+    if positions.shape[0]:
+        expert = ids.reshape(-1)[listed].long()
+        known = filled & (expert >= 0) & (expert < slots.shape[0])
+        words[:, :capacity] = torch.where(known, slots[torch.where(known, expert, 0)], -1)
+    return listed, filled, routes, places
+
+
+def rows_in_torch(
+    order: Tensor, positions: Tensor, offsets: Tensor, capacity: int, header: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The results of :func:`routes_in_torch`."""
     count, ranks, span = positions.shape[0], offsets.shape[0] - 1, capacity + header
     routes = torch.full((ranks, span), count, dtype=torch.int32, device=positions.device)
-    words.fill_(-1)
     starts, ends = offsets[:-1].unsqueeze(1), offsets[1:].unsqueeze(1)
     at = starts + torch.arange(capacity, device=positions.device, dtype=torch.int32)
     listed, filled = torch.zeros_like(at, dtype=torch.int64), torch.zeros_like(at, dtype=torch.bool)
@@ -202,9 +222,6 @@ def routes_in_torch(
         filled = (at < ends) & (listed >= 0) & (listed < count)
         listed = torch.where(filled, listed, 0).long()
         routes[:, :capacity] = torch.where(filled, listed, count)
-        expert = ids.reshape(-1)[listed].long()
-        known = filled & (expert >= 0) & (expert < slots.shape[0])
-        words[:, :capacity] = torch.where(known, slots[torch.where(known, expert, 0)], -1)
     rank = torch.searchsorted(offsets[1:].contiguous(), positions, right=True).clamp(max=ranks - 1)
     within = positions - offsets[rank]
     kept = (positions >= 0) & (positions < offsets[-1]) & (within >= 0) & (within < capacity)

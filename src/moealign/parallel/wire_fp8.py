@@ -10,19 +10,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import modes
 from ..experts import launch
 from ..experts.quantized import GROUP, quantize_rows
 from ..layout import cdiv, power_of_two
-from .wire import new_wire, note_overflow, routes_in_torch
+from .wire import new_wire, note_overflow, picked_in_torch, routes_in_torch
 
-__all__ = ["pack", "pack_in_torch", "pack_launch", "pitch_of", "unpack", "unpack_in_torch", "unpack_launch"]
+__all__ = [
+    "groups_of",
+    "narrow_in_torch",
+    "pack",
+    "pack_in_torch",
+    "pack_launch",
+    "pitch_of",
+    "size_of",
+    "unpack",
+    "unpack_in_torch",
+    "unpack_launch",
+    "widen_in_torch",
+]
+
+
+def size_of(hidden: int) -> int:
+    """Bytes of `hidden` values and their scales."""
+    return 4 * (cdiv(hidden, 4) + cdiv(hidden, GROUP))
 
 
 def pitch_of(hidden: int) -> int:
     """Bytes of a row of `hidden` columns: a multiple of 16."""
-    return 16 * cdiv(4 * (cdiv(hidden, 4) + cdiv(hidden, GROUP)), 16)
+    return 16 * cdiv(size_of(hidden), 16)
+
+
+def groups_of(hidden: int) -> int:
+    """Groups of columns for each program of a kernel."""
+    return min(16, power_of_two(cdiv(hidden, GROUP)))
+
+
+def narrow_in_torch(rows: Tensor) -> Tensor:
+    """Rows ``[n, H]`` as bytes ``[n, size_of(H)]``, in torch's operations."""
+    values, scales = quantize_rows(rows, "group")
+    padded = F.pad(values.view(torch.uint8), (0, -values.shape[1] % 4))
+    return torch.cat([padded, scales.contiguous().view(torch.uint8)], 1)
+
+
+def widen_in_torch(data: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """What :func:`narrow_in_torch` gave, as rows of `dtype`; `data` may have more columns."""
+    values = data[:, :hidden].contiguous().view(torch.float8_e4m3fn).to(torch.float32)
+    scales = data[:, 4 * cdiv(hidden, 4) : size_of(hidden)].contiguous().view(torch.float32)
+    return (values * scales.repeat_interleave(GROUP, 1)[:, :hidden]).to(dtype)
 
 
 _library = torch.library.Library("moealign", "FRAGMENT")
@@ -48,7 +85,7 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
 
 
 def _new_wire(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return new_wire(rows, args, pitch_of(rows.shape[1]), torch.uint8)
+    return new_wire(rows, args[3], args[4], args[6] + args[7], pitch_of(rows.shape[1]), torch.uint8)
 
 
 def _pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +115,7 @@ def pack_launch(
     rows, wire = launch.row_major(rows), out[0]
     words, hidden = wire.view(torch.int16), rows.shape[1]
     routes, ranks, places = positions.shape[0], offsets.shape[0] - 1, 256
-    groups = min(16, power_of_two(cdiv(hidden, GROUP)))
+    groups = groups_of(hidden)
     return launch.GemmLaunch(
         "pack_wire_fp8",
         (ranks * (capacity + header) + cdiv(routes, places), cdiv(hidden, groups * GROUP)),
@@ -97,20 +134,13 @@ def pack_launch(
 
 def pack_in_torch(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`pack` in torch's operations."""
-    positions, offsets, top_k, capacity, header = args[3:]
+    offsets, top_k, capacity, header = args[4:]
     ranks, span, hidden = offsets.shape[0] - 1, capacity + header, rows.shape[1]
     wire = rows.new_zeros(ranks, span, pitch_of(hidden), dtype=torch.uint8)
     words = wire[:, capacity:].view(torch.int16).view(ranks, -1)
     listed, filled, routes, places = routes_in_torch(words, *args)
-    if positions.shape[0]:
-        picked = rows.index_select(0, (listed // top_k).reshape(-1)).masked_fill_(~filled.view(-1, 1), 0)
-    else:
-        picked = rows.new_zeros(ranks * capacity, hidden)
-    values, scales = quantize_rows(picked, "group")
-    first = 4 * cdiv(hidden, 4)
-    wire[:, :capacity, :hidden] = values.view(torch.uint8).view(ranks, capacity, hidden)
-    scales = scales.contiguous().view(torch.uint8).view(ranks, capacity, -1)
-    wire[:, :capacity, first : first + scales.shape[2]] = scales
+    picked = picked_in_torch(rows, listed // top_k, filled).flatten(0, 1)
+    wire[:, :capacity, : size_of(hidden)] = narrow_in_torch(picked).view(ranks, capacity, -1)
     return wire.view(-1, wire.shape[2]), routes, places
 
 
@@ -141,7 +171,7 @@ def _unpack(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.d
 def unpack_launch(wire: Tensor, ranks: int, capacity: int, out: tuple[Tensor, ...]) -> launch.GemmLaunch:
     """The launch that fills `out`, both results of :func:`unpack`."""
     words, hidden = wire.view(torch.int16), out[0].shape[1]
-    groups = min(16, power_of_two(cdiv(hidden, GROUP)))
+    groups = groups_of(hidden)
     return launch.GemmLaunch(
         "unpack_wire_fp8",
         (wire.shape[0], cdiv(hidden, groups * GROUP)),
@@ -156,12 +186,9 @@ def unpack_launch(wire: Tensor, ranks: int, capacity: int, out: tuple[Tensor, ..
 
 def unpack_in_torch(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """:func:`unpack` in torch's operations."""
-    span, first, groups = wire.shape[0] // ranks, 4 * cdiv(hidden, 4), cdiv(hidden, GROUP)
+    span = wire.shape[0] // ranks
     words = wire.view(torch.int16).view(ranks, -1)[:, capacity * wire.shape[1] // 2 :]
-    values = wire[:, :hidden].contiguous().view(torch.float8_e4m3fn).to(torch.float32)
-    scales = wire[:, first : first + 4 * groups].contiguous().view(torch.float32)
-    rows = values * scales.repeat_interleave(GROUP, 1)[:, :hidden]
-    return rows.to(dtype), words[:, :span].reshape(-1, 1)
+    return widen_in_torch(wire, hidden, dtype), words[:, :span].reshape(-1, 1)
 
 
 def _unpack_fake(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
