@@ -157,7 +157,8 @@ def publish(session: Session, out: Path | None, figure: Path | None = None) -> i
         1 if an implementation was wrong, else 0.
     """
     print_tables(session.rows)
-    log(f"{session.gpu}, torch {torch.__version__}, {time.perf_counter() - session.started:.0f} s; microseconds per call")
+    seconds = time.perf_counter() - session.started
+    log(f"{session.gpu}, torch {torch.__version__}, {seconds:.0f} s; microseconds per call")
     if out is not None:
         write_csv(session.rows, out)
     if figure is not None and session.rows:
