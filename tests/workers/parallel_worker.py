@@ -420,7 +420,10 @@ def check_beside(rank: int, ranks: int) -> None:
     """Shared experts and the next router beside an exchange: the bits of one after the other, in a graph too."""
     placement = placements(ranks)["linear"]
     parts, experts = whole_numbers(17, [6] * ranks, "uniform")
-    (hidden, weights, ids), own = parts[rank], [placement.shard(each, rank) for each in experts]
+    hidden, weights, ids = parts[rank]
+    if DEVICE.type == "cuda":  # a dtype that the kernels take, for a graph; whole numbers are exact in it
+        hidden, weights, *experts = (each.float() for each in (hidden, weights, *experts))
+    own = [placement.shard(each, rank) for each in experts]
     exchange = ExpertExchange(placement, capacity=6 * TOP_K, device=DEVICE)
     shared, router = own[0][0, :HIDDEN], own[0][0].T
 
