@@ -18,7 +18,7 @@ import types
 
 import pytest
 import torch
-from cases.experts import quantized_loop
+from cases.experts import quantized_loop, relative_error
 from engine_checks import DEVICE, GPU, on_gpu
 
 from moealign import QuantizedWeights
@@ -214,10 +214,6 @@ def reference(layer, activate, x, weights, ids):
         rows = rows + wide["w2_bias"][local] if "w2_bias" in wide else rows
         out.index_add_(0, token, rows * weights[token, choice, None].double())
     return out
-
-
-def relative_error(found, wanted):
-    return ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
 
 
 # ---- what is computed ------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import types
 
 import pytest
 import torch
-from cases.experts import SCHEMES, quantized_loop, random_quantized
+from cases.experts import SCHEMES, quantized_loop, random_quantized, relative_error
 
 from moealign.integrations import engines
 from moealign.integrations import sglang as drop_in
@@ -100,10 +100,6 @@ def loop(activate, w13, w2, x, weights, ids):
         rows = activate(x[token].double() @ w13[expert].double().T) @ w2[expert].double().T
         out.index_add_(0, token, rows * weights[token, choice, None].double())
     return out
-
-
-def relative_error(found, wanted):
-    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -37,6 +37,18 @@ def dynamic_per_token_scaled_fp8_quant(
     values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
 
 
+def dynamic_scaled_fp8_quant(values: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
+    scale.copy_(rows.float().abs().amax() / 448)
+    values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
+
+
+def static_scaled_fp8_quant(
+    values: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None
+) -> None:
+    assert scale.numel() == 1
+    values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
+
+
 _C = torch.library.Library("_C", "FRAGMENT")
 for _name in ("cutlass_scaled_mm_supports_fp8", "cutlass_scaled_mm_supports_block_fp8", "cutlass_group_gemm_supported"):
     _C.define(f"{_name}(int capability) -> bool")
@@ -51,6 +63,11 @@ for _schema, _stand_in in (
     (
         "dynamic_per_token_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale, Tensor? scale_ub) -> ()",
         dynamic_per_token_scaled_fp8_quant,
+    ),
+    ("dynamic_scaled_fp8_quant(Tensor! result, Tensor input, Tensor! scale) -> ()", dynamic_scaled_fp8_quant),
+    (
+        "static_scaled_fp8_quant(Tensor! result, Tensor input, Tensor scale, int[]? group_shape) -> ()",
+        static_scaled_fp8_quant,
     ),
 ):
     _C.define(_schema)
