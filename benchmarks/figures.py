@@ -69,12 +69,14 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
     ],
     "docs/parallel.md": [
         ("parallel", "results/parallel_{gpu}", tables_parallel.graph_table),
-        ("parallel-goals", "results/parallel_{gpu}", tables_parallel.goals),
         ("parallel-exchange", "results/parallel_{gpu}", tables_parallel.exchange_table),
         ("parallel-eager", "results/parallel_{gpu}", tables_parallel.eager_table),
         ("parallel-model", "results/parallel_{gpu}", tables_parallel.parallel_model),
     ],
-    "docs/developers/experiments.md": trials("cuda", "triton", "router", "cpu", "host", "experts"),
+    "docs/developers/experiments.md": [
+        *trials("cuda", "triton", "router", "cpu", "host", "experts", "parallel"),
+        ("parallel-goals", "results/parallel_{gpu}", tables_parallel.goals),
+    ],
 }
 
 
