@@ -57,7 +57,7 @@ def graph_table(rows: Sequence[Row], source: str) -> str:
             shape, f"{tokens:,}", *(microseconds(times.get(name)) for name in names),
             f"{over_goal(times):.2f}x",
         ])  # fmt: skip
-    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "exchange", *extra.values(), "of half and exchange"]  # fmt: skip
+    header = ["E, k, H, I", "tokens", "one GPU", "replicated", "exchange", *extra.values(), "of half and exchange"]
     return f"{caption(rows, 'CUDA graph replay', source)}\n\n{markdown(header, lines)}"
 
 
