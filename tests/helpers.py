@@ -296,7 +296,18 @@ def patch_interpreter() -> None:
         data = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn)
         return interpreter.TensorHandle(data.view(torch.uint8).numpy(), dst_type.scalar)
 
-    to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
-    interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    def with_bool_mask(operation, at):
+        """3.9 refuses a mask of a block and a scalar, whose data are int32."""
+
+        def masked(self, *args):
+            mask = interpreter.TensorHandle(args[at].data.astype(bool), args[at].dtype.scalar)
+            return operation(self, *args[:at], mask, *args[at + 1 :])
+
+        return masked
+
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = with_bool_mask(builder.create_masked_load, 1)
+    builder.create_masked_store = with_bool_mask(builder.create_masked_store, 2)
+    to_fp = builder.create_fp_to_fp
+    builder.create_fp_to_fp, builder.create_dot = create_fp_to_fp, create_dot
     interpreter._patch_lang_tensor = patched
-    interpreter.InterpreterBuilder.create_dot = create_dot
