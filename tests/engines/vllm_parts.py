@@ -19,14 +19,19 @@ def silu_and_mul(result: torch.Tensor, given: torch.Tensor) -> None:
     torch.mul(torch.nn.functional.silu(gate), up, out=result)
 
 
+def quantize(values: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
+    values.copy_((rows.float() / scale).clamp(-448, 448).view_as(values).to(values.dtype))
+
+
 def per_token_group_fp8_quant(
     rows: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, group: int, least: float, low: float, high: float,
     ue8m0: bool, column_major: bool, tma_aligned: bool,
 ) -> None:  # fmt: skip
     assert not ue8m0
+    assert (low, high) == (-448, 448)
     grouped = rows.float().unflatten(-1, (-1, group))
     scales.copy_(grouped.abs().amax(-1).clamp(min=least) / high)
-    values.copy_((grouped / scales.unsqueeze(-1)).clamp(low, high).flatten(-2).to(values.dtype))
+    quantize(values, grouped, scales.unsqueeze(-1))
 
 
 def dynamic_per_token_scaled_fp8_quant(
@@ -34,19 +39,19 @@ def dynamic_per_token_scaled_fp8_quant(
 ) -> None:
     assert bound is None
     scale.copy_(rows.float().abs().amax(-1, keepdim=True).clamp(min=1 / (448 * 512)) / 448)
-    values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
+    quantize(values, rows, scale)
 
 
 def dynamic_scaled_fp8_quant(values: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
     scale.copy_(rows.float().abs().amax() / 448)
-    values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
+    quantize(values, rows, scale)
 
 
 def static_scaled_fp8_quant(
     values: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None
 ) -> None:
     assert scale.numel() == 1
-    values.copy_((rows.float() / scale).clamp(-448, 448).to(values.dtype))
+    quantize(values, rows, scale)
 
 
 _C = torch.library.Library("_C", "FRAGMENT")

@@ -200,6 +200,12 @@ def check_exchange(rank: int, ranks: int) -> None:
                 assert torch.equal(dispatched_moe(*kept, capacity=exchange.capacity, activation="relu"), out)
 
 
+def as_fp8(rows: torch.Tensor) -> torch.Tensor:
+    """Rows as they arrive over a wire of FP8."""
+    values, scales = quantize_rows(rows, "group")
+    return (values.float() * scales.repeat_interleave(128, 1)[:, : rows.shape[1]]).to(rows.dtype)
+
+
 def check_fp8_on_the_wire(rank: int, ranks: int) -> None:
     """Bit for bit the single layer of rows that were quantised and dequantised; the results travel as they are."""
     counts = [0 if r == ranks - 1 else 5 + 8 * r for r in range(ranks)]
@@ -222,12 +228,10 @@ def check_fp8_on_the_wire(rank: int, ranks: int) -> None:
         ids = torch.rand(len(x), EXPERTS, generator=generator.manual_seed(rank)).topk(TOP_K).indices.to(DEVICE)
         whole = [each.to(dtype) for each in experts]
         own = [placement.shard(each, rank) for each in whole]
-        values, scales = quantize_rows(x, "group")
-        rounded = (values.float() * scales.repeat_interleave(128, 1)[:, :hidden]).to(dtype)
         most = 1e-4 if dtype is torch.float32 else 2e-2
         with torch.no_grad():
             out = exchange(x, *own, weights, ids)
-            expected = plain(rounded, *own, weights, ids)
+            expected = plain(as_fp8(x), *own, weights, ids)
             if DEVICE.type == "cpu":  # the same rows in the same order: the same bits
                 assert torch.equal(out, expected), dtype
             assert float((out - expected).norm()) <= most * float(expected.norm()) + 1e-9
@@ -361,11 +365,9 @@ def check_tokens_in_fp8(rank: int, ranks: int) -> None:
         ids = torch.rand(count, EXPERTS, generator=generator).topk(TOP_K).indices.to(DEVICE)
         whole = [each.to(dtype) for each in experts]
         own = [placement.shard(each, rank) for each in whole]
-        values, scales = quantize_rows(x, "group")
-        rounded = (values.float() * scales.repeat_interleave(128, 1)[:, :hidden]).to(dtype)
         most = 1e-4 if dtype is torch.float32 else 2e-2
         with torch.no_grad():
-            out, expected = exchange(x, *own, weights, ids), plain(rounded, *own, weights, ids)
+            out, expected = exchange(x, *own, weights, ids), plain(as_fp8(x), *own, weights, ids)
             if DEVICE.type == "cpu":
                 assert torch.equal(out, expected), dtype
             assert float((out - expected).norm()) <= most * float(expected.norm())
