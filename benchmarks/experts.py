@@ -13,7 +13,8 @@ Each implementation is compared with float64 on some tokens before it is timed. 
 inputs are replayed in turns.
 
 Rows `experts-fp8` are the same layers with FP8 weights in blocks of 128 x 128 and FP8 rows: ours, ours in bfloat16, and
-vLLM's kernel with its own quantising of rows.  They are compared with the arithmetic in torch.
+vLLM's kernel with its own quantising of rows.  They are compared with the arithmetic in torch.  Rows
+`experts-invariant` are bfloat16 with and without `batch_invariant`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ OURS, VLLM, TUNED, HF = "moealign", "vllm-0.33.0", "vllm-0.33.0-tuned", "transfo
 IMPLS = [OURS, VLLM, TUNED, HF, "floor"]
 BF16 = "moealign-bfloat16"
 FP8_IMPLS = [OURS, BF16, VLLM, TUNED, "floor"]
+INVARIANT = "moealign-invariant"
+#: What `--formats` takes: the bench of each and its implementations.
+FORMATS = {
+    "bf16": ("experts", IMPLS),
+    "fp8": ("experts-fp8", FP8_IMPLS),
+    "invariant": ("experts-invariant", [OURS, INVARIANT]),
+}
 #: Relative errors that are accepted: with bfloat16 weights; in FP8, where rounding activated rows to bfloat16 moves
 #: some of their e4m3 values by a step; and of bfloat16 weights against FP8's, which is what quantising costs.
 MAX_ERROR, MAX_FP8_ERROR, MAX_BF16_ERROR = 1e-2, 3e-2, 0.1
@@ -108,10 +116,11 @@ def layers(shapes: list[Shape], tokens: list[int], fp8: bool) -> Iterator[Layer]
         torch.cuda.empty_cache()
 
 
-def moealign_layer(layer: Layer, fp8: bool = False) -> Callable[[int], torch.Tensor]:
+def moealign_layer(layer: Layer, fp8: bool = False, batch_invariant: bool = False) -> Callable[[int], torch.Tensor]:
     def call(slot: int) -> torch.Tensor:
         x, weights, ids = layer.inputs[slot]
-        return fused_moe(x, *(layer.quantized if fp8 else layer.weights), weights, ids)
+        experts = layer.quantized if fp8 else layer.weights
+        return fused_moe(x, *experts, weights, ids, batch_invariant=batch_invariant)
 
     return call
 
@@ -143,7 +152,7 @@ def compile_case(job: tuple[str, Shape, int, str, Path, bool]) -> str | None:
     torch.set_num_threads(1)
     experts, top_k, hidden, inner = shape
     try:
-        if impl == OURS:
+        if impl in (OURS, INVARIANT):
             x, gate_up, down = (
                 torch.empty(size, dtype=torch.bfloat16)
                 for size in ((tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner))
@@ -157,7 +166,7 @@ def compile_case(job: tuple[str, Shape, int, str, Path, bool]) -> str | None:
                 Routes(weights, ids),
                 target_of(torch.device("cuda", 0)),
             )
-            tiles = select_tiles(x, layer, routes, target=target)
+            tiles = select_tiles(x, layer, routes, target=target, batch_invariant=impl == INVARIANT)
             layout = empty_layout(tokens, top_k, experts, tiles.block_size) if tiles.block_size else None
             launches, _ = launch.layer_launches(tiles, x, layer, routes, layout, "silu", target)
             compile_launches(launches)
@@ -209,21 +218,22 @@ def verified(
     return right
 
 
-def add(session: bench.Session, layer: Layer, times: dict[str, list[float]], fp8: bool) -> None:
+def add(session: bench.Session, layer: Layer, times: dict[str, list[float]], format_name: str) -> None:
     """Add the rows of one case to the session."""
+    name, impls = FORMATS[format_name]
     x, weights, ids = layer.inputs[0]
     records = ExpertWeights(*layer.weights)
-    if fp8:
+    if format_name == "fp8":
         records = records._replace(quantized=(layer.quantized[0], layer.quantized[1]))
     size = (layer.tokens, layer.shape[1], layer.shape[0], select_tiles(x, records, Routes(weights, ids)).block_size)
-    case = bench.Case("experts-fp8" if fp8 else "experts", layer_name(layer.shape, layer.tokens), size, [ids])
-    for impl in FP8_IMPLS if fp8 else IMPLS:
+    case = bench.Case(name, layer_name(layer.shape, layer.tokens), size, [ids])
+    for impl in impls:
         if impl in times:
             session.add(case, impl, times[impl])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    for name, impls in (("experts", IMPLS), ("experts-fp8", FP8_IMPLS)):
+    for name, impls in FORMATS.values():
         bench.log(f"{name:30} {'us: ' + ', '.join(impls)}; of each the time over ours")
         for row, times in bench.cases_of(rows, name):
             own = times.get(OURS, float("nan"))
@@ -239,7 +249,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, default=PEERS)
     parser.add_argument("--shapes", type=integers, default=[0, 1, 2])
     parser.add_argument("--tokens", type=integers, default=TOKENS)
-    parser.add_argument("--formats", default="bf16,fp8", help="of the weights: bf16, fp8 or both")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="of the weights, or invariant")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(arguments)
 
@@ -256,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = [SHAPES[index] for index in args.shapes]
     gpu = torch.cuda.get_device_name()
     module = vllm_layer.load_kernel(args.peers)
-    formats = [name for name in ("bf16", "fp8") if name in args.formats.split(",")]
+    formats = [name for name in FORMATS if name in args.formats.split(",")]
     if "fp8" in formats and torch.cuda.get_device_capability() < (8, 9):
         bench.log("experts-fp8: left out, this GPU has no FP8 products")
         formats.remove("fp8")
@@ -277,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name in formats
             for shape in shapes
             for count in args.tokens
-            for impl in (impls if name == "bf16" or quantising else [OURS])
+            for impl in (FORMATS[name][1] if name == "invariant" else impls if name == "bf16" or quantising else [OURS])
         ]
         failed = in_processes(compile_case, jobs)
         bench.log(f"{len(jobs)} cases compiled, {time.perf_counter() - started:.0f} s; failed: {failed[:3]}")
@@ -287,10 +297,13 @@ def main(arguments: list[str] | None = None) -> int:
         silu_mul = vllm_layer.silu_mul_kernel() if module is not None else None
         for layer in layers(shapes, args.tokens, "fp8" in formats):
             for name in formats:
-                fp8 = name == "fp8"
+                fp8, invariant = name == "fp8", name == "invariant"
                 calls: dict[str, Callable[[int], Any] | None] = {OURS: moealign_layer(layer, fp8)}
-                calls |= {BF16: moealign_layer(layer)} if fp8 else {HF: transformers_layer(layer)}
-                if module is not None and (quantising or not fp8):
+                if invariant:
+                    calls[INVARIANT] = moealign_layer(layer, batch_invariant=True)
+                else:
+                    calls |= {BF16: moealign_layer(layer)} if fp8 else {HF: transformers_layer(layer)}
+                if module is not None and not invariant and (quantising or not fp8):
                     for impl in (VLLM, TUNED):
                         config = vllm_layer.config_of(module, layer.shape, layer.tokens, gpu, impl == TUNED, fp8)
                         calls[impl] = vllm_layer.vllm_layer(layer, module, config, silu_mul, fp8) if config else None
@@ -304,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
                     on_failure=bench.log_capture_failure,
                 )
                 times["floor"] = [layer.floor_us(bytes_us, fp8_us if fp8 else flops_us, 1 if fp8 else 2)]
-                add(session, layer, times, fp8)
+                add(session, layer, times, name)
     print_table(session.rows)
     status = finish(session.rows, failures, args.out or RESULTS / f"experts_{session.gpu}.csv")
     bench.log(f"{time.perf_counter() - started:.0f} s")

@@ -60,6 +60,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
     ],
     "docs/routing.md": [
         ("routing", "results/routing_{gpu}", tables.routing_table),
+        ("routing-options", "results/routing_{gpu}", tables.routing_options_table),
         ("routing-cpu", "results/routing_cpu", tables.routing_cpu_table),
     ],
     "docs/integrations.md": [

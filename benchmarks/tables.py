@@ -254,6 +254,31 @@ def routing_table(rows: Sequence[Row], source: str) -> str:
     return "\n\n".join([caption(rows, "CUDA graph replay", source), *parts])
 
 
+#: Routers of the bench `routing-options`: what is added to the name of the first, and the column.
+ROUTERS = {
+    "bias": "bias",
+    "bias-groups": "bias, groups",
+    "sqrtsoftplus": "sqrtsoftplus",
+    "sqrtsoftplus-bias": "sqrtsoftplus, bias",
+    "expert-scale": "factors",
+    "shared-expert": "shared expert",
+    "replay": "replay",
+}
+
+
+def routing_options_table(rows: Sequence[Row], source: str) -> str:
+    """The time of softmax, and of each other router as a multiple of it."""
+    lines = []
+    for row, times in cases_of(rows, "routing-options"):
+        shared = {impl: us / times[CHAIN[0]] for impl, us in times.items()}
+        ratios = [shared.get(f"{CHAIN[0]}-{name}") for name in ROUTERS]
+        lines.append(
+            [sizes_of(row), microseconds(times[CHAIN[0]]), *(f"{each:.2f}x" if each else "-" for each in ratios)]
+        )
+    header = ["tokens x top-k, experts, block", "softmax", *ROUTERS.values()]
+    return f"{caption(rows, 'CUDA graph replay', source)} Float32 logits.\n\n{markdown(header, lines)}"
+
+
 def routing_cpu_table(rows: Sequence[Row], source: str) -> str:
     """`route` and the same steps in torch, on one thread and two."""
     lines = []

@@ -492,3 +492,38 @@ def test_a_failed_launch_says_what_failed():
         RuntimeError, match=r"batched_few on cuda:0 with 1 CTAs of 4096 threads.*CUDA_ERROR_INVALID_VALUE"
     ):
         kernel.launch(1, 4096, 0, *[0] * 15)
+
+
+# --------------------------------------------------------------------------------------------------- arithmetic alone
+
+_ARITHMETIC = """
+extern "C" __global__ void wrong(u64 *counts, i64 seed) {
+    // Every reciprocal and every root that a router may need; quotients of random numbers.
+    u32 reciprocals = 0, roots = 0, quotients = 0, random = (u32)seed + blockIdx.x * 1024u + threadIdx.x;
+    for (u64 i = blockIdx.x * 1024ull + threadIdx.x; i < 0x7f800000ull; i += gridDim.x * 1024ull) {
+        const float x = __uint_as_float((u32)i);
+        if (x >= 1.f && x < __uint_as_float((127 + 126) << 23))
+            reciprocals += __float_as_uint(reciprocal(x)) != __float_as_uint(__fdiv_rn(1.f, x));
+        if (i >= 0x00800000ull) roots += __float_as_uint(root(x)) != __float_as_uint(__fsqrt_rn(x));
+        random = random * 747796405u + 2891336453u;
+        const u32 word = ((random >> ((random >> 28) + 4)) ^ random) * 277803737u;
+        const float y = __uint_as_float((127u + (word >> 28) % 13u) << 23 | (word & 0x7fffff));
+        if (x >= __uint_as_float((127 - 100) << 23) && x <= 1.f && y <= 4096.f)
+            quotients += __float_as_uint(quotient(x, y, reciprocal(y))) != __float_as_uint(__fdiv_rn(x, y));
+        const float t = exp32(-x), d = __fadd_rn(t, 2.f);
+        quotients += __float_as_uint(quotient(t, d, reciprocal(d))) != __float_as_uint(__fdiv_rn(t, d));
+    }
+    atomicAdd(counts, (u64)reciprocals), atomicAdd(counts + 1, (u64)roots), atomicAdd(counts + 2, (u64)quotients);
+}
+"""
+
+
+def test_the_router_divides_and_takes_roots_as_the_reference_does():
+    compiler = importlib.import_module("moealign.backend.cuda.compile")
+    launch = importlib.import_module("moealign.backend.cuda.launch")
+    _, _, defines = next(importlib.import_module("moealign.backend.cuda.route").specialisations(9))
+    major, minor = torch.cuda.get_device_capability(DEVICE)
+    code = compiler.build(compiler.source("router.cuh") + _ARITHMETIC, "wrong", defines, f"sm_{major}{minor}")
+    counts = torch.zeros(3, dtype=torch.int64, device=DEVICE)
+    launch.Kernel(code, "wrong", 0).launch(1024, 1024, 0, counts.data_ptr(), 1)
+    assert counts.tolist() == [0, 0, 0]

@@ -79,7 +79,7 @@ def _macros(routing: RouteProblem, vector: bool) -> Defines:
     return (
         ("TOP_K", routing.top_k),
         ("LOGITS", _LOGITS[routing.dtype]),
-        ("LOGITS_VECTOR", int(vector)),
+        ("VECTORS", int(vector)),
         ("SCORING", SCORINGS.index(routing.scoring)),
         ("RENORM", int(routing.renormalize)),
         ("BIAS", int(routing.has_bias)),
@@ -89,11 +89,13 @@ def _macros(routing: RouteProblem, vector: bool) -> Defines:
     )
 
 
-def _vector(routing: RouteProblem, logits: Tensor) -> bool:
-    """Whether each lane can read its logits as vectors."""
+def _vectors(routing: RouteProblem, logits: Tensor, bias: Tensor | None) -> bool:
+    """Whether each lane can read its logits, and its biases, as vectors."""
     size = routing.num_experts // 32 * logits.element_size()
     wide = 16 if size % 16 == 0 else 8 if size % 8 == 0 else 0
     pitch = logits.stride(0) * logits.element_size()
+    if bias is not None and bias.data_ptr() % 16:
+        return False
     return bool(wide) and routing.num_experts % 32 == 0 and not (logits.data_ptr() | pitch) % wide
 
 
@@ -116,7 +118,7 @@ class _Inputs:
     def __init__(self, routing: RouteProblem, logits: Tensor, bias: Tensor | None) -> None:
         self.logits = logits if logits.stride(1) == 1 or routing.num_experts == 1 else logits.contiguous()
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
-        self.vector = _vector(routing, self.logits)
+        self.vector = _vectors(routing, self.logits, self.bias)
 
 
 def _router(routing: RouteProblem, vector: bool, mean: bool, green: int, index: int) -> tuple[Launch, int]:

@@ -190,7 +190,6 @@ DEV void report_errors(
 
 // ---- small pieces ---------------------------------------------------------------------------------------------------
 
-DEV u32 lanes_below(u32 lane) { return (1u << lane) - 1u; }
 DEV u32 blocks_of(u32 routes) { return (routes + (B - 1u)) / B; }
 
 // The lanes of `active` whose bin, a number of NUM_BITS bits, equals mine.

@@ -21,7 +21,7 @@ struct Token {
     __device__ __forceinline__ void load(const raw_t *logits, i64 row_stride, u32 tokens) {
         number = ONE_TOKEN ? 0 : warp_id();
         row = logits + (i64)number * row_stride;
-        if (number < tokens) load_logits(row, lane_id(), raw);
+        if (number < tokens) load_row(row, lane_id(), raw);
     }
 
     // Its experts: lane j < TOP_K returns the j-th, and -1 from route `limit` on.

@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk(
     if (token >= tokens) return;
     const raw_t *row = logits + (i64)token * row_stride;
     __align__(16) raw_t raw[PER_LANE];
-    load_logits(row, lane, raw);
+    load_row(row, lane, raw);
     const Selected selected = select_experts(raw, bias, lane);
     if (!PDL_LAUNCH_EARLY) launch_dependents();
     float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), lane, nullptr);
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk_with_mean(
     for (u32 token = blockIdx.x * WARPS + warp; token < tokens; token += gridDim.x * WARPS) {
         const raw_t *row = logits + (i64)token * row_stride;
         __align__(16) raw_t raw[PER_LANE];
-        load_logits(row, lane, raw);
+        load_row(row, lane, raw);
         const Selected selected = select_experts(raw, bias, lane);
         float shares[PER_LANE];
         float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), lane, shares);

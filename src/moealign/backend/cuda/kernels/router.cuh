@@ -1,7 +1,7 @@
 // One warp chooses the experts of one token: scores, groups, top k, weights.  docs/routing.md has the equations.
 //
 //   EXPERTS, TOP_K  at most 2,048 and 32; expert e belongs to lane e / PER_LANE
-//   LOGITS  0 float32, 1 bfloat16, 2 float16      LOGITS_VECTOR  E = 32 * PER_LANE, and rows are aligned for vectors
+//   LOGITS  0 float32, 1 bfloat16, 2 float16      VECTORS  E = 32 * PER_LANE; rows and bias are aligned for vectors
 //   SCORING  0 softmax, 1 sigmoid, 2 sqrtsoftplus      RENORM  weights are divided by their sum      BIAS  0 none, 1 float32
 //   GROUPS, TOP_GROUPS  at most 32 groups
 //   EXP32_*, LOG1P_*, FLOAT_MAX, NEAR_ZERO, TINY  bits of the float32 constants in moealign.backend.reference.route
@@ -16,6 +16,12 @@
 #define GROUP_SIZE (EXPERTS / GROUPS)
 #define SOFTMAX (SCORING == 0)
 #define HIGHEST (SOFTMAX && (BIAS || GROUPS > 1))  // the highest logit may not be the first that is selected
+
+#if PER_LANE > 32
+typedef u64 bits_t;  // a bit for each expert of a lane
+#else
+typedef u32 bits_t;
+#endif
 
 #if LOGITS == 0
 typedef u32 raw_t;
@@ -67,9 +73,10 @@ DEV float short_key_to_float(u32 key) {
 #define FLOAT(bits) __int_as_float(bits)
 
 // moealign.backend.reference.route.exp32, sigmoid32, sqrtsoftplus32 and softmax32, operation for operation.
+// Without branches: the lanes of a warp stay together, and loads can move across.
 DEV float exp32(float x) {
-    if (x < -FLOAT(EXP32_FAR)) return 0.f;
-    x = fminf(x, FLOAT(EXP32_FAR));
+    const bool far = x < -FLOAT(EXP32_FAR);
+    x = fminf(fmaxf(x, -FLOAT(EXP32_FAR)), FLOAT(EXP32_FAR));
     const float n = floorf(__fadd_rn(__fmul_rn(x, FLOAT(EXP32_INVERSE_LN2)), .5f));
     float r = __fsub_rn(x, __fmul_rn(n, FLOAT(EXP32_LN2_HIGH)));
     r = __fsub_rn(r, __fmul_rn(n, FLOAT(EXP32_LN2_LOW)));
@@ -80,22 +87,50 @@ DEV float exp32(float x) {
     y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C4));
     y = __fadd_rn(__fmul_rn(y, r), FLOAT(EXP32_C5));
     y = __fadd_rn(__fadd_rn(__fmul_rn(y, __fmul_rn(r, r)), r), 1.f);
-    return __fmul_rn(y, __uint_as_float((u32)((int)n + 127) << 23));
+    y = __fmul_rn(y, __uint_as_float((u32)((int)n + 127) << 23));
+    return far ? 0.f : y;
+}
+
+// 1 / x to the bit for x in [1, 2**126).
+DEV float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return __fmaf_rn(__fmaf_rn(-x, r, 1.f), r, r);
+}
+
+// x / y to the bit, given 1 / y; y in [1, 2**12], x 0 or in [2**-126, 1], and 2**-100 <= x unless y is a power of two.
+// A quotient that is off by a unit at most is rounded right by one more step (Markstein), if the remainder is exact.
+DEV float quotient(float x, float y, float reciprocal_of_y) {
+    float q = __fmul_rn(x, reciprocal_of_y);
+    q = __fmaf_rn(__fmaf_rn(-y, q, x), reciprocal_of_y, q);
+    return __fmaf_rn(__fmaf_rn(-y, q, x), reciprocal_of_y, q);
+}
+
+// The square root to the bit, for positive numbers that are no subnormals.
+DEV float root(float x) {
+    const bool small = x < __int_as_float((127 - 60) << 23);  // whose remainder would be a subnormal
+    x = small ? __fmul_rn(x, __int_as_float((127 + 64) << 23)) : x;
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    float y = __fmul_rn(x, r);
+    y = __fmaf_rn(__fmaf_rn(-y, y, x), __fmul_rn(r, .5f), y);
+    return small ? __fmul_rn(y, __int_as_float((127 - 32) << 23)) : y;
 }
 
 DEV float sigmoid32(float x) {
-    return x >= -FLOAT(EXP32_FAR) ? __fdiv_rn(1.f, __fadd_rn(1.f, exp32(-x))) : 0.f;
+    const float y = reciprocal(__fadd_rn(1.f, exp32(-x)));
+    return x >= -FLOAT(EXP32_FAR) ? y : 0.f;
 }
 
 DEV float sqrtsoftplus32(float x) {
-    if (!(x >= -FLOAT(EXP32_FAR))) return 0.f;
+    const bool far = !(x >= -FLOAT(EXP32_FAR));
     x = fminf(x, FLOAT(FLOAT_MAX));
-    const float t = exp32(-fabsf(x)), z = __fdiv_rn(t, __fadd_rn(t, 2.f)), w = __fmul_rn(z, z);
+    const float t = exp32(-fabsf(x)), d = __fadd_rn(t, 2.f), z = quotient(t, d, reciprocal(d)), w = __fmul_rn(z, z);
     float y = __fadd_rn(__fmul_rn(FLOAT(LOG1P_0), w), FLOAT(LOG1P_1));
     y = __fadd_rn(__fmul_rn(y, w), FLOAT(LOG1P_2));
     y = __fadd_rn(__fmul_rn(y, w), FLOAT(LOG1P_3));
     y = __fadd_rn(__fadd_rn(z, z), __fmul_rn(z, __fmul_rn(w, y)));
-    return __fsqrt_rn(x > 0.f ? __fadd_rn(y, x) : y);
+    return far ? 0.f : root(x > 0.f ? __fadd_rn(y, x) : y);
 }
 
 // The numerator of a weight: of the softmax, or the score.
@@ -105,7 +140,8 @@ DEV float numerator(float x, float highest) {
 #elif SCORING == 2
     return sqrtsoftplus32(x);
 #else
-    return x != x ? 0.f : x == highest ? 1.f : exp32(__fsub_rn(x, highest));
+    const float y = exp32(__fsub_rn(x, highest));
+    return x != x ? 0.f : x == highest ? 1.f : y;
 #endif
 }
 
@@ -117,24 +153,24 @@ template <int LANES> DEV float sum_lanes(float x) {
 }
 static __device__ constexpr int power_of_two(int v) { return v <= 1 ? 1 : 2 * power_of_two((v + 1) / 2); }
 
-// Load the PER_LANE logits of lane `lane` into an array that is aligned to 16 bytes; entries past E are 0.
-DEV void load_logits(const raw_t *row, u32 lane, raw_t raw[PER_LANE]) {
-#if LOGITS_VECTOR
-    constexpr int BYTES = PER_LANE * sizeof(raw_t);
-    const raw_t *from = row + lane * PER_LANE;
+// Load the PER_LANE logits or biases of lane `lane` into an array that is aligned to 16 bytes; entries past E are 0.
+template <class T> DEV void load_row(const T *row, u32 lane, T to[PER_LANE]) {
+#if VECTORS
+    constexpr int BYTES = PER_LANE * sizeof(T);
+    const T *from = row + lane * PER_LANE;
     if (BYTES % 16 == 0) {
 #pragma unroll
-        for (int i = 0; i < BYTES / 16; i++) ((uint4 *)raw)[i] = ((const uint4 *)from)[i];
+        for (int i = 0; i < BYTES / 16; i++) ((uint4 *)to)[i] = ((const uint4 *)from)[i];
         return;
     }
     if (BYTES % 8 == 0) {
 #pragma unroll
-        for (int i = 0; i < BYTES / 8; i++) ((uint2 *)raw)[i] = ((const uint2 *)from)[i];
+        for (int i = 0; i < BYTES / 8; i++) ((uint2 *)to)[i] = ((const uint2 *)from)[i];
         return;
     }
 #endif
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) raw[i] = lane * PER_LANE + i < EXPERTS ? row[lane * PER_LANE + i] : (raw_t)0;
+    for (int i = 0; i < PER_LANE; i++) to[i] = lane * PER_LANE + i < EXPERTS ? row[lane * PER_LANE + i] : (T)0;
 }
 
 #if HIGHEST
@@ -164,9 +200,9 @@ DEV void probabilities(const raw_t raw[PER_LANE], float highest, u32 lane, float
         lower += __float2uint_rz(__fmul_rn(__fsub_rn(scaled, __uint2float_rn(whole)), 1048576.f));
     }
     const u64 sum = ((u64)__reduce_add_sync(FULL, upper) << 20) + __reduce_add_sync(FULL, lower);
-    const float total = __fmul_rn(__ull2float_rn(sum), __int_as_float((127 - 40) << 23));
+    const float total = __fmul_rn(__ull2float_rn(sum), __int_as_float((127 - 40) << 23)), inverse = reciprocal(total);
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) p[i] = p[i] >= FLOAT(NEAR_ZERO) ? __fdiv_rn(p[i], total) : 0.f;
+    for (int i = 0; i < PER_LANE; i++) p[i] = p[i] >= FLOAT(NEAR_ZERO) ? quotient(p[i], total, inverse) : 0.f;
 }
 #endif
 
@@ -213,28 +249,14 @@ DEV u32 best_groups(const float score[PER_LANE], u32 lane) {
 #define RUN (PER_LANE <= 1 ? 1 : PER_LANE == 2 ? 2 : PER_LANE <= 4 ? 4 : 8)
 #define RUNS ((PER_LANE + 7) / 8)
 
-struct Keys {
-    u32 key[RUNS * RUN];
-#if !SHORT_KEYS
-    u32 low[RUNS * RUN];  // FULL - expert: of equal keys the lower expert is better
-#endif
-};
-
 // Put the better of two keys at `i`.
-DEV void sort_pair(Keys &keys, int i, int j) {
-#if SHORT_KEYS
-    const u32 a = keys.key[i], b = keys.key[j];
-    keys.key[i] = max(a, b), keys.key[j] = min(a, b);
-#else
-    const u64 a = (u64)keys.key[i] << 32 | keys.low[i], b = (u64)keys.key[j] << 32 | keys.low[j];
-    const u64 first = a < b ? b : a, second = a < b ? a : b;
-    keys.key[i] = (u32)(first >> 32), keys.low[i] = (u32)first;
-    keys.key[j] = (u32)(second >> 32), keys.low[j] = (u32)second;
-#endif
+DEV void sort_pair(u32 keys[RUNS * RUN], int i, int j) {
+    const u32 a = keys[i], b = keys[j];
+    keys[i] = max(a, b), keys[j] = min(a, b);
 }
 
 // Sort the run that starts at `at`, best first: Batcher's odd-even merge sort.
-DEV void sort_run(Keys &keys, int at) {
+DEV void sort_run(u32 keys[RUNS * RUN], int at) {
 #define SORT(i, j) if (j < RUN) sort_pair(keys, at + (i < RUN ? i : 0), at + (j < RUN ? j : 0))
     SORT(0, 1); SORT(2, 3); SORT(4, 5); SORT(6, 7);
     SORT(0, 2); SORT(1, 3); SORT(4, 6); SORT(5, 7);
@@ -252,104 +274,109 @@ struct Selected {
     float highest;  // the highest logit, if HIGHEST
 };
 
-DEV void select_top_k(Keys &keys, u32 lane, Selected &selected) {
+// `given`: the lane's keys before they were sorted.
+DEV void select_top_k(u32 keys[RUNS * RUN], const u32 given[PER_LANE], u32 lane, Selected &selected) {
     selected.key = selected.expert = 0;
+    u32 holders = 0;  // the lanes that had the key: of equal keys the lowest lane has the lowest expert
 #pragma unroll (TOP_K <= 8 && RUNS <= 2 ? TOP_K : 1)
     for (u32 k = 0; k < TOP_K; k++) {
-        u32 top = keys.key[0];
+        u32 top = keys[0];
 #pragma unroll
-        for (int r = 1; r < RUNS; r++) top = max(top, keys.key[r * RUN]);
+        for (int r = 1; r < RUNS; r++) top = max(top, keys[r * RUN]);
         const u32 best = __reduce_max_sync(FULL, top);
 #if !SHORT_KEYS
-        // Of equal keys the lowest lane has the lowest expert, and within a lane the first run.
-        u32 low = 0;
-#pragma unroll
-        for (int r = RUNS - 1; r >= 0; r--)
-            if (keys.key[r * RUN] == best) low = keys.low[r * RUN];
-        const u32 winner = __ffs(__ballot_sync(FULL, top == best)) - 1;
-        const u32 best_low = __shfl_sync(FULL, low, winner);
+        const u32 equal = __ballot_sync(FULL, top == best);
+        bool mine = top == best && !(equal & lanes_below(lane));
+        if (lane == k) holders = equal;
 #endif
 #pragma unroll
         for (int r = 0; r < RUNS; r++) {
-#if SHORT_KEYS
-            if (keys.key[r * RUN] != best) continue;
-#else
-            if (lane != winner || keys.key[r * RUN] != best || keys.low[r * RUN] != low) continue;
+#if !SHORT_KEYS
+            if (!mine) continue;
+#endif
+            if (keys[r * RUN] != best) continue;
+#if !SHORT_KEYS
+            mine = false;
 #endif
 #pragma unroll
-            for (int i = r * RUN; i + 1 < (r + 1) * RUN; i++) {
-                keys.key[i] = keys.key[i + 1];
-#if !SHORT_KEYS
-                keys.low[i] = keys.low[i + 1];
-#endif
-            }
-            keys.key[(r + 1) * RUN - 1] = 0;
+            for (int i = r * RUN; i + 1 < (r + 1) * RUN; i++) keys[i] = keys[i + 1];
+            keys[(r + 1) * RUN - 1] = 0;
         }
         if (k == 0) selected.first = best;
-        if (lane == k) {
-            selected.key = best;
-#if SHORT_KEYS
-            selected.expert = 0xffffu - (best & 0xffffu);
-#else
-            selected.expert = FULL - best_low;
-#endif
-        }
+        if (lane == k) selected.key = best;
     }
+#if SHORT_KEYS
+    if (lane < TOP_K) selected.expert = 0xffffu - (selected.key & 0xffffu);
+#else
+    // Which expert of that lane?  Equal keys of a lane were taken one after the other: the n-th is its n-th such expert.
+    const u32 from = holders ? __ffs(holders) - 1 : 0;
+    const u32 key_before = __shfl_up_sync(FULL, selected.key, 1), from_before = __shfl_up_sync(FULL, from, 1);
+    const u32 again = __ballot_sync(FULL, lane > 0 && key_before == selected.key && from_before == from);
+    bits_t same = 0;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) same |= (bits_t)(__shfl_sync(FULL, given[i], from) == selected.key) << i;
+    const u32 first = 31 - __clz(~again & (FULL >> (31 - lane)));
+#pragma unroll 1
+    for (u32 n = lane < TOP_K ? lane - first : 0; n; n--) same &= same - 1;
+    if (lane < TOP_K) selected.expert = from * PER_LANE + __ffsll(same) - 1;
+#endif
 }
 
 // The experts of the row in `raw`.
 DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane) {
-    Keys keys;
+    u32 keys[RUNS * RUN];
     Selected selected;
+    float score[PER_LANE];  // by which experts are chosen
+#if BIAS
+    __align__(16) float correction[PER_LANE];
+    load_row(bias, lane, correction);  // early, for what it waits
+#if SOFTMAX
+    selected.highest = highest_logit(raw, lane);
+    probabilities(raw, selected.highest, lane, score);
+#else
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) score[i] = numerator(to_float(raw[i]), 0.f);
+#endif
+#endif
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) {
+        const float x = to_float(raw[i]);
+#if BIAS
+        score[i] = x == x ? __fadd_rn(score[i], correction[i]) : x;
+#else
+        score[i] = x;
+#endif
+    }
 #if SHORT_KEYS
     u32 pair = 0;
 #endif
-#if BIAS || GROUPS > 1
-    float score[PER_LANE];
-#endif
-#if SOFTMAX && BIAS
-    selected.highest = highest_logit(raw, lane);
-    probabilities(raw, selected.highest, lane, score);
-#endif
 #pragma unroll
     for (int i = 0; i < RUNS * RUN; i++) {
-        const u32 e = lane * PER_LANE + i;
+        const u32 e = lane * PER_LANE + i, at = i < PER_LANE ? i : 0;
         const bool exists = i < PER_LANE && (EXPERTS % 32 == 0 || e < EXPERTS);
-        const raw_t value = i < PER_LANE ? raw[i] : (raw_t)0;
-#if BIAS || GROUPS > 1
-        float x = to_float(value);
-#if SOFTMAX && BIAS
-        if (exists && x == x) x = __fadd_rn(score[i < PER_LANE ? i : 0], bias[e]);
-#elif BIAS
-        if (exists && x == x) x = __fadd_rn(numerator(x, 0.f), bias[e]);
-#endif
-        if (i < PER_LANE) score[i] = x;
-#endif
-#if BIAS
-        keys.key[i] = exists ? to_key(x) : 0;
-#elif !SHORT_KEYS
-        keys.key[i] = exists ? to_key(to_float(value)) : 0;
-#else
+#if SHORT_KEYS
         const u32 next = i + 1 < PER_LANE ? (u32)raw[i + 1] << 16 : 0;
-        if (i % 2 == 0) pair = short_keys(value | next);
-        keys.key[i] = exists ? __byte_perm(0xffffu - e, pair, i % 2 == 0 ? 0x5410 : 0x7610) : 0;
-#endif
-#if !SHORT_KEYS
-        keys.low[i] = FULL - e;
+        if (i % 2 == 0) pair = short_keys(raw[at] | next);
+        keys[i] = exists ? __byte_perm(0xffffu - e, pair, i % 2 == 0 ? 0x5410 : 0x7610) : 0;
+#else
+        keys[i] = exists ? to_key(score[at]) : 0;
 #endif
     }
 #if GROUPS > 1
     const u32 allowed = best_groups(score, lane);
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
-        if (!(allowed >> (lane * PER_LANE + i) / GROUP_SIZE % 32 & 1)) keys.key[i] = 0;
+        if (!(allowed >> (lane * PER_LANE + i) / GROUP_SIZE % 32 & 1)) keys[i] = 0;
 #if HIGHEST && !BIAS
     selected.highest = highest_logit(raw, lane);
 #endif
 #endif
+    u32 given[PER_LANE];
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) given[i] = keys[i];
 #pragma unroll
     for (int r = 0; r < RUNS; r++) sort_run(keys, r * RUN);
-    select_top_k(keys, lane, selected);
+    select_top_k(keys, given, lane, selected);
     return selected;
 }
 

@@ -14,5 +14,6 @@ typedef long long i64;
 
 DEV u32 lane_id() { return threadIdx.x & 31; }
 DEV u32 warp_id() { return threadIdx.x >> 5; }
+DEV u32 lanes_below(u32 lane) { return (1u << lane) - 1u; }
 
 #endif
