@@ -289,6 +289,21 @@ def test_launches_of_one_key_are_one_kernel_with_the_same_constants():
     assert len(compiled) > 100
 
 
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_a_batch_invariant_layer_varies_its_tiles_only_where_products_are_wgmma(itemsize):
+    hopper = H200._replace(fp8=True, wgmma=True)
+    for target in (hopper, H200, A100):
+        kept = [tiles.invariant_routes(target, 64 * rows, 64, itemsize) for rows in (0, 1, 48, 64, 500)]
+        chosen = {tiles.tiles_by_rule(target, routes, 0, 64, 2048, 768, itemsize) for routes in kept}
+        varies = target.wgmma and itemsize < 4
+        assert (len(chosen) > 1) is varies
+        assert all(layer.block_size for layer in chosen)
+        if varies:  # a left operand of at least 64 rows
+            assert all((tile.n if tile.swap else tile.m) >= 64 for layer in chosen for tile in layer[1:])
+        for_rows = {gradients.select_gradient_tiles(target, 64 * rows, 64, itemsize, True).rows.n for rows in (1, 500)}
+        assert len(for_rows) == 1  # as many partial sums for a routing weight
+
+
 def test_a_layer_without_experts_or_tokens_has_tiles():
     for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
         for target in (H200, A100):
@@ -602,11 +617,12 @@ def test_gpu_a_buffer_and_the_rows_in_place_get_the_same_bits(tokens):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gpu_a_token_does_not_depend_on_its_batch(dtype):
+@pytest.mark.parametrize("tokens", [500, 6000])  # tiles of 128 rows, halved and not, and of 64 for the parts
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gpu_a_token_does_not_depend_on_its_batch(dtype, tokens):
     from moealign import fused_moe
 
-    layer, ids, _ = layer_of(500, 4, 16, 256, 128)
+    layer, ids, _ = layer_of(tokens, 4, 16, 256, 600)
     x, gate_up, down, weights = (each.to(dtype) for each in layer)
     grad = torch.randn_like(x)
 
@@ -615,11 +631,29 @@ def test_gpu_a_token_does_not_depend_on_its_batch(dtype):
         out = fused_moe(leaves[0], gate_up, down, leaves[1], ids[rows], batch_invariant=True)
         return [out, *torch.autograd.grad(out, leaves, grad[rows])]
 
-    whole = step(torch.arange(500, device="cuda"))
+    whole = step(torch.arange(tokens, device="cuda"))
     for size in (1, 2, 9, 64, 300):
-        for rows in torch.randperm(500, device="cuda").split(size)[:5]:
+        for rows in torch.randperm(tokens, device="cuda").split(size)[:5]:
             for one, every in zip(step(rows), whole, strict=True):
                 assert torch.equal(one, every[rows])
+
+
+@gpu
+@pytest.mark.parametrize("shape", [(300, 8, 64, 2048, 768), (300, 2, 8, 4096, 2048), (100, 8, 16, 7168, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_every_tile_of_a_batch_invariant_layer_gives_the_same_bits(shape, dtype, monkeypatch):
+    from moealign import fused_moe
+    from moealign.experts import operators
+
+    layer, ids, _ = layer_of(*shape)
+    layer = [each.to(dtype) for each in layer]
+    whole = fused_moe(*layer, ids, batch_invariant=True)
+    target = tiles.target_of(whole.device)
+    for rows in (48, 60, 100, 150, 250, 1000):
+        routes = tiles.invariant_routes(target, rows * shape[2], shape[2], 2)
+        chosen = tiles.tiles_by_rule(target, routes, 0, *shape[2:], 2)
+        monkeypatch.setattr(operators, "select_tiles", lambda *_, chosen=chosen, **__: chosen)
+        assert torch.equal(fused_moe(*layer, ids), whole)
 
 
 @gpu

@@ -18,7 +18,7 @@ from ..layout import BlockLayout, cdiv
 from . import launch, packed
 from .launch import GemmLaunch
 from .records import ExpertWeights, Product, Routes
-from .tiles import BLOCK_SIZES, PINNED_ROWS, Target, Tile, target_of
+from .tiles import BLOCK_SIZES, Target, Tile, invariant_routes, target_of
 
 __all__ = ["GradientTiles", "LayerGradients", "layer_gradients", "product_gradients", "select_gradient_tiles"]
 
@@ -34,8 +34,12 @@ class GradientTiles(NamedTuple):
     weights: Tile
 
 
-def select_gradient_tiles(target: Target, routes: int, experts: int, itemsize: int) -> GradientTiles:
+def select_gradient_tiles(
+    target: Target, routes: int, experts: int, itemsize: int, batch_invariant: bool = False
+) -> GradientTiles:
     """Tiles by the rows per expert, measured on an H100."""
+    if batch_invariant:
+        routes = invariant_routes(target, routes, experts, itemsize)
     each = routes / max(experts, 1)
     m = next((size for size in BLOCK_SIZES if each <= size * 0.75), 128)
     warps = 8 if m == 128 else 4
@@ -45,6 +49,8 @@ def select_gradient_tiles(target: Target, routes: int, experts: int, itemsize: i
         return GradientTiles(rows, rows, Tile(64, 64, min(m, 32), 8, 4, 2))
     wide = m == 128
     rows = Tile(128, 256, 64, 4, 8, 4, 1, 1) if wide else Tile(m, 128, 64, 8, warps, 4, 1, 1)
+    if batch_invariant:  # a routing weight's gradient is summed by tiles of columns
+        rows = rows._replace(n=128)
     inputs = Tile(m, 256 if wide else 128, 64, 8, warps, 4, 2, 1)
     weights = Tile(128, 256, 64, 8, 8, 3, 1) if each > 900 else Tile(128, 128, min(m, 64), 8, 4, 2, 1)
     return GradientTiles(rows, inputs, weights)
@@ -83,15 +89,14 @@ def layer_gradients(
         before: what the forward kept, ``[T * k, 2I]`` or ``[T * k, I]``; None: computed again.
         needed: which gradients, in the order of the result.
         buffers: contiguous tensors, to which the gradients of the projections are added instead of being returned.
-        batch_invariant: take tiles that do not depend on the number of tokens.
+        batch_invariant: take tiles that give a token the same bits in every batch.
         tiles: those of the rule by default.
     """
     device, target = hidden_states.device, target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
     count, hidden, inner, experts = tokens * top_k, hidden_states.shape[1], weights.inner(), weights.experts()
     for_hidden, for_gate_up, for_down, for_routing, for_gate_up_bias, for_down_bias = needed
-    size = PINNED_ROWS * experts if batch_invariant else count
-    tiles = tiles or select_gradient_tiles(target, size, experts, hidden_states.element_size())
+    tiles = tiles or select_gradient_tiles(target, count, experts, hidden_states.element_size(), batch_invariant)
     layout = routes.layout(tiles.rows.m, experts, ranges=True)
     assert layout.positions is not None
     new = hidden_states.new_empty

@@ -23,10 +23,10 @@ from .records import ExpertWeights, Routes
 __all__ = [
     "BLOCK_SIZES",
     "NO_LAYOUT_EXPERTS_PER_ROUTE",
-    "PINNED_ROWS",
     "LayerTiles",
     "Target",
     "Tile",
+    "invariant_routes",
     "parse_tuning",
     "select_block_size",
     "select_tiles",
@@ -42,7 +42,7 @@ __all__ = [
 BLOCK_SIZES = (16, 32, 64, 128)
 #: From this many experts per route on, two tokens are not aligned: each route is a tile.  One token never is.
 NO_LAYOUT_EXPERTS_PER_ROUTE = 8
-#: Rows per expert whose tiles a batch-invariant layer takes, whatever its batch has.
+#: Rows per expert whose tiles a batch-invariant layer takes; where products are wgmma, the least.
 PINNED_ROWS = 48
 #: Shared memory for the stages of a tile with TMA; 227 KiB are available.
 _STAGE_BYTES = 200 * 1024
@@ -89,6 +89,7 @@ class Target(NamedTuple):
     multiprocessors: int
     hopper: bool  # has TMA and programmatic dependent launch
     fp8: bool = False  # multiplies e4m3
+    wgmma: bool = False  # multiplies 16 bits or fewer by wgmma, from 64 rows on: every such tile rounds a product alike
 
     @property
     def slug(self) -> str:
@@ -112,7 +113,7 @@ def target_of(device: torch.device) -> Target:
     fp8 = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
     if fp8 and properties.major >= 10:  # Triton before 3.7 stops at some e4m3 products for Blackwell
         fp8 = triton_release() >= (3, 7)
-    return Target(properties.name, properties.multi_processor_count, hopper, fp8)
+    return Target(properties.name, properties.multi_processor_count, hopper, fp8, hopper and properties.major == 9)
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -265,7 +266,7 @@ def select_tiles(
 ) -> LayerTiles:
     """The tiles of one call: those tuned for the nearest number of tokens, else those of the rule.
 
-    With `batch_invariant`, those of the rule for `PINNED_ROWS` rows per expert.
+    With `batch_invariant`, those of the rule for :func:`invariant_routes`.
     """
     target = target or target_of(hidden_states.device)
     tokens, top_k = routes.ids.shape
@@ -273,7 +274,8 @@ def select_tiles(
     sizes = (weights.experts(), weights.hidden(), weights.inner())
     known = tuned(target) if weights.quantized is None else {}
     if batch_invariant:
-        tiles = tiles_by_rule(target, PINNED_ROWS * sizes[0], top_k, *sizes, itemsize)
+        alike = invariant_routes(target, tokens * top_k, sizes[0], itemsize)
+        tiles = tiles_by_rule(target, alike, 0, *sizes, itemsize)
         return tiles if block_size is None else with_block_size(tiles, block_size, itemsize)
     entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
     if entry and block_size is None:
@@ -290,6 +292,16 @@ def select_tiles(
         and routes.ids.dtype in (torch.int32, torch.int64)
     )
     return tiles if no_layout else tiles._replace(block_size=tiles.first.m)
+
+
+def invariant_routes(target: Target, routes: int, experts: int, itemsize: int) -> int:
+    """The routes whose tiles a batch-invariant layer takes, forward and backward.
+
+    Where products are wgmma, the sum of an output runs over the same 16 inputs at a time in every tile, so that a batch
+    takes its own tiles from :data:`PINNED_ROWS` rows per expert on.  Elsewhere one tile serves all batches.
+    """
+    pinned = PINNED_ROWS * experts
+    return max(routes, pinned) if target.wgmma and itemsize < 4 else pinned
 
 
 def select_block_size(hidden_states: Tensor, weights: ExpertWeights, routes: int) -> int:
