@@ -9,6 +9,7 @@ import torch
 
 import moealign
 
+ROUTERS = ("reference", "cpu", "triton", "cuda")
 KINDS = {
     "softmax": {},
     "softmax, not renormalized": {"renormalize": False},
