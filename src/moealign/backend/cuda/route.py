@@ -320,10 +320,10 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
         routing(64, 6, torch.bfloat16, shared_experts=2, renormalize=False, has_num_valid_tokens=True),
         routing(8, 2, shared_experts=32, scale_dtype=torch.float16),
         routing(256, 6, scoring="sqrtsoftplus", replay_dtype=torch.int64, scale=1.5),
-        routing(128, 8, torch.bfloat16, replay_dtype=torch.int32),
+        routing(128, 8, torch.bfloat16, replay_dtype=torch.int32, has_num_valid_tokens=True),
         routing(128, 8, replay_dtype=torch.int32, renormalize=False, scale_dtype=torch.float32, shared_experts=1),
-        routing(60, 4, torch.float16, scoring="sigmoid", replay_dtype=torch.int64, has_num_valid_tokens=True),
-        routing(2048, 32, replay_dtype=torch.int64, renormalize=False, shared_experts=1),
+        routing(60, 4, torch.float16, scoring="sigmoid", replay_dtype=torch.int64),
+        routing(1024, 32, replay_dtype=torch.int64, renormalize=False, shared_experts=1),
     ]
     for each in routers:
         vector = each.num_experts % 128 == 0
