@@ -13,7 +13,7 @@ from cases.router import KINDS, SCORES, arguments, awkward, routed
 import moealign
 from moealign.backend import PreparedRoute
 from moealign.calls import prepared
-from moealign.layout import EXTRAS, OUTPUTS
+from moealign.layout import EXTRAS, OUTPUTS, REQUIRED
 from moealign.testing import assert_same_layout, oracle_align, oracle_route
 
 #: dtype of the replayed ids, dtype of the factors, shared experts.
@@ -233,6 +233,18 @@ def test_refusals_are_the_same_in_every_mode(wrong, error, message, mode, reques
 
     with pytest.raises(error, match=message):
         function(logits, **call)
+
+
+def test_buffers_over_the_replayed_ids_are_refused(fusing):
+    """A kernel writes the layout while it reads the ids."""
+    ids = torch.zeros(3, 2, dtype=torch.int32)
+    sizes = moealign.capacity(6, block_size=1, num_experts=8)
+    out = {name: torch.zeros(getattr(sizes, name), dtype=torch.int32) for name in REQUIRED}
+    call = {"block_size": 1, "replay_ids": ids, "backend": "reference"}
+    moealign.route(torch.zeros(3, 8), 2, **call, out=out)
+    out["sorted_token_ids"] = ids.view(-1)
+    with pytest.raises(moealign.InvalidInput, match="expected buffers that share no memory"):
+        moealign.route(torch.zeros(3, 8), 2, **call, out=out)
 
 
 def test_more_weights_than_int32_counts_are_refused(fusing):
