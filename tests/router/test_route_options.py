@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def options_of(name, tokens, experts, top_k, generator, device="cpu"):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 1), (7, 8, 2), (13, 64, 8), (9, 60, 6), (5, 100, 32)])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 1), (13, 64, 8), (7, 60, 6), (5, 100, 32)])
 def test_the_oracle_agrees(backend, name, kind, tokens, experts, top_k):
     generator = torch.Generator().manual_seed(tokens * experts)
     given = arguments(kind, experts, top_k, generator)
@@ -280,34 +281,35 @@ def assert_alike(ours, want):
 @pytest.mark.parametrize("tokens", [1, 2, 8, 9, 33, 600])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("kind", ROUTED)
-@pytest.mark.parametrize("experts", [8, 60, 256])
-def test_gpu_equals_the_reference(name, tokens, kind, experts):
-    generator = torch.Generator(device="cuda").manual_seed(tokens)
-    top_k = min(8, experts // 2)
-    given = dict(ROUTED[kind])
-    if given.pop("correction_bias", False):
-        given["correction_bias"] = torch.rand(experts, generator=generator, device="cuda") / 10
-    given |= options_of(name, tokens, experts, top_k, generator, "cuda")
-    total = experts + given.get("shared_experts", 0)
-    where = (torch.randperm(total, generator=generator, device="cuda").int() - total // 2).clamp(min=-1)
-    layouts = [
-        {},
-        dict.fromkeys(EXTRAS, True),
-        {"expert_map": where, "ignore_invalid_experts": True, "positions": True},
-    ]
-    for dtype, layout, valid in itertools.product(FLOATS, layouts, (None, tokens - 1, 0)):
+def test_gpu_equals_the_reference(name, tokens, kind):
+    """Each with six of the combinations of dtype, layout, valid tokens and outputs beside; together all of them."""
+    chance = random.Random(f"{name} {tokens} {kind}")
+    every = list(itertools.product(FLOATS, range(3), (None, tokens - 1, 0), ("", "mean", "word")))
+    for dtype, which, valid, beside in chance.sample(every, 6):
+        generator = torch.Generator(device="cuda").manual_seed(tokens)
+        experts = chance.choice((8, 60, 256))
+        top_k = min(8, experts // 2)
+        given = dict(ROUTED[kind])
+        if given.pop("correction_bias", False):
+            given["correction_bias"] = torch.rand(experts, generator=generator, device="cuda") / 10
+        given |= options_of(name, tokens, experts, top_k, generator, "cuda")
+        total = experts + given.get("shared_experts", 0)
+        where = (torch.randperm(total, generator=generator, device="cuda").int() - total // 2).clamp(min=-1)
+        mapped = {"expert_map": where, "ignore_invalid_experts": True, "positions": True}
+        given |= ({}, dict.fromkeys(EXTRAS, True), mapped)[which]
+        if valid is not None:
+            given["num_valid_tokens"] = torch.tensor([valid], dtype=torch.int32, device="cuda")
         logits = torch.randn(tokens, experts + 3, generator=generator, device="cuda").to(dtype)[:, :experts]
-        limit = None if valid is None else torch.tensor([valid], dtype=torch.int32, device="cuda")
-        for more in ({}, {"mean_probability": True}, {"error_word": True}):
-            words = [moealign.new_error_word("cuda") for _ in range(2)]
-            ours, want = (
-                moealign.route(
-                    logits, top_k, block_size=16, **given, **layout, num_valid_tokens=limit, backend=backend,
-                    **{**more, "error_word": word} if "error_word" in more else more,
-                )
-                for backend, word in zip(("cuda", "reference"), words, strict=True)
-            )  # fmt: skip
-            assert_alike(ours, want)
+        words = [moealign.new_error_word("cuda") if beside == "word" else None for _ in range(2)]
+        ours, want = (
+            moealign.route(
+                logits, top_k, block_size=16, **given, mean_probability=beside == "mean", error_word=word,
+                backend=backend,
+            )
+            for backend, word in zip(("cuda", "reference"), words, strict=True)
+        )  # fmt: skip
+        assert_alike(ours, want)
+        if beside == "word":
             assert torch.equal(*words)
 
 
@@ -345,6 +347,8 @@ def test_gpu_in_a_graph_with_other_values_and_without_a_wait(name, tokens):
 @pytest.mark.parametrize(("tokens", "kernels"), [(1, 1), (8, 1), (9, 2), (33, 2)])
 def test_gpu_takes_as_many_launches_as_without_options(name, tokens, kernels):
     """One up to eight tokens, two beyond; ids that are neither int32 nor int64 are converted in one more."""
+    if torch.profiler.ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        pytest.skip("this torch cannot record kernels")
     generator = torch.Generator(device="cuda").manual_seed(0)
     logits, call = torch.randn(tokens, 64, device="cuda"), options_of(name, tokens, 64, 8, generator, "cuda")
     ids = call.get("replay_ids")
@@ -353,5 +357,5 @@ def test_gpu_takes_as_many_launches_as_without_options(name, tokens, kernels):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         moealign.route(logits, 8, block_size=16, **call, backend="cuda")
         torch.cuda.synchronize()
-    names = [each.name for each in profile.events() if each.device_type is torch.autograd.DeviceType.CUDA]
+    names = [each.name for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
     assert len(names) == kernels, names
