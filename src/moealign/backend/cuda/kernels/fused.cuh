@@ -29,19 +29,20 @@ struct Token {
     // Its experts: lane j < COLUMNS returns the j-th, and -1 from route `limit` on.
     __device__ __forceinline__ int route(
         const float *bias, Options options, float *weights, int *ids_out, i64 scale_bits, u32 limit, bool writes) {
-        const u32 lane = lane_id();
+        const u32 lane = lane_id(), i = number * COLUMNS + lane;
         const Selected selected = experts_of(raw, bias, options, number, lane);
         const bool valid = number * COLUMNS < limit;
-        int e = (int)selected.expert;
+        int e = valid ? (int)selected.expert : -1;
         if (writes) {
             const float scale = __int_as_float((int)scale_bits);
             const float weight = weight_of(raw, row, selected, scale, options, lane, nullptr);
-            write_token(number, valid, e, weight, lane, weights, ids_out);
+            if (lane < TOP_K) weights[i] = valid ? weight : 0.f, ids_out[i] = e;
+            write_shared(i - lane, valid, lane, weights, ids_out);
         }
 #if SHARED
-        if (lane >= TOP_K) e = (int)(EXPERTS + lane - TOP_K);
+        if (lane >= TOP_K) e = valid ? (int)(EXPERTS + lane - TOP_K) : -1;
 #endif
-        return valid ? e : -1;
+        return e;
     }
 };
 

@@ -49,9 +49,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk(
     load_logits(row, lane, raw);
     const Selected selected = experts_of(raw, bias, OPTIONS, token, lane);
     if (!PDL_LAUNCH_EARLY) launch_dependents();
-    const float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, nullptr);
+    float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, nullptr);
+    int expert = (int)selected.expert;
     const bool valid = !NVALID || token < valid_tokens(num_valid, tokens);
-    write_token(token, valid, (int)selected.expert, weight, lane, weights, ids);
+    if (!valid) expert = -1, weight = 0.f;
+    if (lane < TOP_K) {
+        weights[token * COLUMNS + lane] = weight;
+        ids[token * COLUMNS + lane] = expert;
+    }
+    write_shared(token * COLUMNS, valid, lane, weights, ids);
 }
 
 #else
@@ -79,9 +85,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk_with_mean(
         load_logits(row, lane, raw);
         const Selected selected = experts_of(raw, bias, OPTIONS, token, lane);
         float shares[PER_LANE];
-        const float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, shares);
+        float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, shares);
+        int expert = (int)selected.expert;
         const bool valid = token < limit;
-        write_token(token, valid, (int)selected.expert, weight, lane, weights, ids);
+        if (!valid) expert = -1, weight = 0.f;
+        if (lane < TOP_K) {
+            weights[token * COLUMNS + lane] = weight;
+            ids[token * COLUMNS + lane] = expert;
+        }
+        write_shared(token * COLUMNS, valid, lane, weights, ids);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) sum_of_shares[i] = __fadd_rn(sum_of_shares[i], valid ? shares[i] : 0.f);
     }

@@ -39,7 +39,7 @@ typedef i64 replay_t;
 #else
 typedef int replay_t;
 #endif
-constexpr int FACTOR_TYPE = EXPERT_SCALE ? EXPERT_SCALE - 1 : 0;
+#define FACTOR_TYPE (EXPERT_SCALE ? EXPERT_SCALE - 1 : 0)
 typedef Bits<FACTOR_TYPE>::type factor_t;
 
 // What options read.  A kernel has these parameters, at its end, only if it has such an option.
@@ -389,8 +389,15 @@ DEV Selected experts_of(const raw_t raw[PER_LANE], const float *bias, Options op
 DEV float weight_of(
     const raw_t raw[PER_LANE], const raw_t *row, const Selected &selected, float scale, Options options, u32 lane,
     float *shares) {
+    const bool is_expert = lane < TOP_K && selected.expert < EXPERTS;
+#if EXPERT_SCALE
+    // Read ahead of the sums below, which hide most of its latency.
+    const float factor = is_expert ? float_of<FACTOR_TYPE>(options.factors[selected.expert]) : 0.f;
+#else
+    const float factor = 1.f;
+#endif
 #if REPLAY
-    const float x = selected.expert < EXPERTS ? to_float(row[selected.expert]) : __int_as_float(0x7fffffff);
+    const float x = is_expert ? to_float(row[selected.expert]) : __int_as_float(0x7fffffff);
 #elif BIAS
     const float x = lane < TOP_K ? to_float(row[selected.expert]) : 0.f;
 #elif SHORT_KEYS
@@ -436,28 +443,16 @@ DEV float weight_of(
         if (!SOFTMAX) total = __fadd_rn(total, FLOAT(TINY));
     }
     const float weight = total > 0.f ? __fmul_rn(__fdiv_rn(part, total), scale) : 0.f;
-#if REPLAY || EXPERT_SCALE
-    if (selected.expert >= EXPERTS) return 0.f;  // whatever the factors are
-#endif
-#if EXPERT_SCALE
-    return lane < TOP_K ? __fmul_rn(weight, float_of<FACTOR_TYPE>(options.factors[selected.expert])) : 0.f;
-#else
-    return weight;
-#endif
+    if (REPLAY && !is_expert) return 0.f;  // even if the scale is infinite
+    return EXPERT_SCALE ? __fmul_rn(weight, factor) : weight;
 }
 
-// Write the experts of a token and their weights, of which lane j < TOP_K holds the j-th; -1 and 0 if it is not valid.
-DEV void write_token(u32 token, bool valid, int expert, float weight, u32 lane, float *weights, int *ids) {
-    if (!valid) expert = -1, weight = 0.f;
-    if (lane < TOP_K) {
-        weights[token * COLUMNS + lane] = weight;
-        ids[token * COLUMNS + lane] = expert;
-    }
+// Write the weights and ids of a token's shared experts, 0 and -1 if it is not valid.  Its row starts at `row`.
+DEV void write_shared(u32 row, bool valid, u32 lane, float *weights, int *ids) {
 #if SHARED
     if (lane < SHARED) {
-        const u32 at = token * COLUMNS + TOP_K + lane;
-        weights[at] = valid ? 1.f : 0.f;
-        ids[at] = valid ? (int)(EXPERTS + lane) : -1;
+        weights[row + TOP_K + lane] = valid ? 1.f : 0.f;
+        ids[row + TOP_K + lane] = valid ? (int)(EXPERTS + lane) : -1;
     }
 #endif
 }
