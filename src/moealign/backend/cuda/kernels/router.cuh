@@ -389,7 +389,7 @@ DEV Selected experts_of(const raw_t raw[PER_LANE], const float *bias, Options op
 DEV float weight_of(
     const raw_t raw[PER_LANE], const raw_t *row, const Selected &selected, float scale, Options options, u32 lane,
     float *shares) {
-    const bool is_expert = lane < TOP_K && selected.expert < EXPERTS;
+    const bool is_expert = (REPLAY || lane < TOP_K) && selected.expert < EXPERTS;  // other lanes read none
 #if EXPERT_SCALE
     // Read ahead of the sums below, which hide most of its latency.
     const float factor = is_expert ? float_of<FACTOR_TYPE>(options.factors[selected.expert]) : 0.f;
