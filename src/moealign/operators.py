@@ -360,9 +360,9 @@ def weights_of(
     picked = x.gather(1, index)
     if scoring == "softmax":
         if renormalize:
-            weights = torch.softmax(picked.masked_fill(~kept, torch.finfo(torch.float32).min), 1)
+            weights = softmax_of(picked, kept)
         else:
-            weights = torch.softmax(x, 1).gather(1, index)
+            weights = softmax_of(x).gather(1, index)
     else:
         weights = score_of(picked, scoring).masked_fill(~kept, 0)
         if renormalize:
@@ -370,15 +370,23 @@ def weights_of(
     weights = torch.where(kept, weights * scale, 0.0)
     if not mean:
         return weights, torch.zeros(0, dtype=torch.float32, device=x.device)
-    every = torch.softmax(x, 1) if scoring == "softmax" else score_of(x, scoring)
-    shares = torch.where(live, every / every.sum(1, keepdim=True), 0.0)
+    every = softmax_of(x) if scoring == "softmax" else score_of(x, scoring)
+    total = every.sum(1, keepdim=True)
+    shares = torch.where(live, every / torch.where(total > 0, total, 1.0), 0.0)
     return weights, shares.sum(0) / live.sum().clamp(min=1)
 
 
+def softmax_of(x: Tensor, kept: Tensor | None = None) -> Tensor:
+    """The softmax of each row's numbers that are `kept`: infinite ones share it evenly, and what is left out has 0."""
+    left_out = x.isnan() if kept is None else x.isnan() | ~kept
+    finite = x.clamp(-MAX, MAX)
+    return torch.softmax(finite.masked_fill(left_out, -torch.inf), 1).masked_fill(left_out, 0.0)
+
+
 def score_of(x: Tensor, scoring: str) -> Tensor:
-    """The score of each logit by itself: its sigmoid, or the square root of its softplus."""
+    """The score of each logit by itself: its sigmoid, or the square root of its softplus; 0 for NaN."""
     if scoring == "sigmoid":
-        return torch.sigmoid(x)
+        return torch.where(x >= -FAR, torch.sigmoid(x), 0.0)
     root = torch.nn.functional.softplus(x.clamp(-FAR, MAX)).sqrt()
     return torch.where(x >= -FAR, root, 0.0)
 

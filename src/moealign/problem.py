@@ -44,3 +44,11 @@ class RouteProblem(NamedTuple):
     topk_groups: int
     has_bias: bool = False
     has_num_valid_tokens: bool = False
+    shared_experts: int = 0  # that every valid token takes
+    scale_dtype: torch.dtype | None = None  # of expert_scale, None without one
+    replay_dtype: torch.dtype | None = None  # of replay_ids, None if experts are chosen
+
+    @property
+    def columns(self) -> int:
+        """Of the weights and ids: the `top_k` and the shared experts."""
+        return self.top_k + self.shared_experts

@@ -76,10 +76,15 @@ def oracle_route(
     topk_groups: int = 1,
     scale: float = 1.0,
     num_valid_tokens: int | None = None,
+    replay_ids: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    shared_experts: int = 0,
 ) -> tuple[list[list[int]], list[list[float]], list[float]]:
     """Ids, weights and mean shares of :func:`moealign.route`.  Ids are exact; weights are computed in double."""
     experts = router_logits.shape[1]
     bias = None if correction_bias is None else correction_bias.to(torch.float32).tolist()
+    factors = [1.0] * experts if expert_scale is None else expert_scale.to(torch.float32).tolist()
+    shared = list(range(experts, experts + shared_experts))
     valid = router_logits.shape[0] if num_valid_tokens is None else num_valid_tokens
     all_ids, all_weights, shares = [], [], [0.0] * experts
 
@@ -88,8 +93,8 @@ def oracle_route(
 
     for token, row in enumerate(router_logits.to(torch.float32).tolist()):
         if token >= valid:
-            all_ids.append([-1] * top_k)
-            all_weights.append([0.0] * top_k)
+            all_ids.append([-1] * (top_k + shared_experts))
+            all_weights.append([0.0] * (top_k + shared_experts))
             continue
         scores = list(row)
         if bias is not None:
@@ -105,17 +110,22 @@ def oracle_route(
         best = sorted(range(num_groups), key=lambda g: rank(groups[g], g))[:topk_groups]
         allowed = [e for e in range(experts) if e // size in best]
         chosen = sorted(allowed, key=lambda e: rank(scores[e], e))[:top_k]
+        if replay_ids is not None:
+            chosen = [e if 0 <= e < experts else -1 for e in replay_ids[token].tolist()]
+        kept = [row[e] if e >= 0 else math.nan for e in chosen]  # what is no expert has no weight, as NaN
 
         if scoring == "softmax":
             every = _exponentials(row)
-            listed = _exponentials([row[e] for e in chosen]) if renormalize else [every[e] for e in chosen]
+            listed = _exponentials(kept) if renormalize else [every[e] if e >= 0 else 0.0 for e in chosen]
             divisor = sum(listed if renormalize else every)
         else:
             every = [_score(scoring, x) if x >= -87 else 0.0 for x in row]
-            listed = [every[e] for e in chosen]
+            listed = [every[e] if e >= 0 else 0.0 for e in chosen]
             divisor = sum(listed) + 1e-20 if renormalize else 1.0
-        all_ids.append(chosen)
-        all_weights.append([each / divisor * scale if divisor else 0.0 for each in listed])
+        weights = [each / divisor * scale if divisor else 0.0 for each in listed]
+        weights = [each * factors[e] if e >= 0 else 0.0 for each, e in zip(weights, chosen, strict=True)]
+        all_ids.append(chosen + shared)
+        all_weights.append(weights + [1.0] * shared_experts)
         total = sum(every)
         if total:
             shares = [old + new / total for old, new in zip(shares, every, strict=True)]

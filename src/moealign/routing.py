@@ -11,7 +11,7 @@ from torch import Tensor
 from . import modes
 from .alignment import align, extras_of
 from .calls import prepared
-from .calls.checks import check_route, check_route_options
+from .calls.checks import check_route
 from .calls.dispatch import check_name
 from .layout import BlockLayout
 from .operators import replay
@@ -168,18 +168,24 @@ def route(
         InvalidInput, InvalidType, BackendUnavailable: as :func:`align`.
     """
     extras = extras_of(expert_counts, expert_offsets, group_ends, positions, block_rows, scatter_idx)
-    plain = replay_ids is None and expert_scale is None and shared_experts == 0
-    plain = plain and _eager(router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
-    if plain:
+    options = None
+    if replay_ids is not None or expert_scale is not None or shared_experts != 0:
+        options = (replay_ids, expert_scale, shared_experts)
+    eager = _eager(router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
+    if options is not None:
+        eager = eager and not (modes.watched(replay_ids, expert_scale) or modes.wants_gradient(expert_scale))
+    results = None
+    if eager:
         facts = (top_k, scoring, renormalize, num_groups, topk_groups, scale)
-        weights, ids, layout, mean = prepared.route(
+        results = prepared.route(
             router_logits, facts, correction_bias, num_valid_tokens, mean_probability, block_size, backend, expert_map,
-            pad_sorted_ids, ignore_invalid_experts, extras, error_word, out,
+            pad_sorted_ids, ignore_invalid_experts, extras, error_word, out, options,
         )  # fmt: skip
+    if results is not None:
+        weights, ids, layout, mean = results
     else:
         arguments = (scoring, renormalize, correction_bias, num_groups, topk_groups, scale, num_valid_tokens)
-        more = (replay_ids, expert_scale, shared_experts)
-        problem = modes.checked(_check, router_logits, top_k, arguments, backend, *more)
+        problem = modes.checked(_check, backend, router_logits, top_k, *arguments, *(options or ()))
         if isinstance(problem, modes.Refusal):
             weights, ids, mean, *nothing = modes.refuse(problem, 6)
             layout = BlockLayout(*nothing)  # type: ignore[arg-type]
@@ -194,13 +200,15 @@ def route(
                 how = (scoring, problem.renormalize, problem.scale)
                 weights, ids, mean = replay(router_logits, replay_ids, how, num_valid_tokens, bool(mean_probability))
             if expert_scale is not None:
-                weights = weights * expert_scale.to(torch.float32)[ids.clamp(min=0).to(torch.int64)]
-            if shared_experts:
-                weights, ids = _with_shared(weights, ids, problem.num_experts, shared_experts, num_valid_tokens)
+                factors = expert_scale.to(torch.float32)[ids.clamp(min=0).to(torch.int64)]
+                weights = weights * torch.where(ids >= 0, factors, 0.0)  # no expert has the weight 0, not 0 * infinity
+            if problem.shared_experts:
+                more = (problem.num_experts, problem.shared_experts, num_valid_tokens)
+                weights, ids = _with_shared(weights, ids, *more)
             layout = align(
                 ids,
                 block_size=block_size,
-                num_experts=problem.num_experts + shared_experts,
+                num_experts=problem.num_experts + problem.shared_experts,
                 expert_map=expert_map,
                 pad_sorted_ids=pad_sorted_ids,
                 ignore_invalid_experts=ignore_invalid_experts,
@@ -236,16 +244,6 @@ def _with_shared(
     return torch.cat([weights, ones], 1), torch.cat([ids, more], 1)
 
 
-def _check(
-    router_logits: Tensor,
-    top_k: int,
-    arguments: tuple[Any, ...],
-    backend: str | None,
-    replay_ids: Tensor | None,
-    expert_scale: Tensor | None,
-    shared_experts: int,
-) -> RouteProblem:
+def _check(backend: str | None, *arguments: Any) -> RouteProblem:
     check_name(backend)
-    problem = check_route(router_logits, top_k, *arguments)
-    check_route_options(problem, replay_ids, expert_scale, shared_experts)
-    return problem
+    return check_route(*arguments)

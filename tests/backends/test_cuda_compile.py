@@ -23,7 +23,8 @@ from sass import disassembler, touched_before_the_wait
 
 import moealign
 from moealign.backend import cache
-from moealign.layout import BlockLayout
+from moealign.calls.checks import check_align, check_route
+from moealign.layout import REQUIRED, BlockLayout
 from moealign.problem import AlignProblem
 
 cuda = importlib.import_module("moealign.backend.cuda")
@@ -234,6 +235,65 @@ def test_the_reader_of_resources_sees_a_stack_and_a_short_parameter():
 def test_a_compile_error_says_what_nvrtc_says():
     with pytest.raises(Exception, match="nonsense"):
         compile_.build("nonsense;", "k", (), "sm_90")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("ids", [None, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("factors", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_router_passes_what_its_kernels_take(ids, factors, shared, monkeypatch):
+    """In one launch, in two and with the mean: an argument for each parameter of the compiled kernel, options last."""
+    align_, route_ = (sys.modules[f"moealign.backend.cuda.{name}"] for name in ("align", "route"))
+    launched = []
+
+    def kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> types.SimpleNamespace:
+        taken = resources(compile_.build(compile_.source(file), name, defines, "sm_90"), name).parameters
+        macros = dict(defines)
+
+        def launch(*args: int) -> None:
+            assert len(args) == len(taken), name
+            launched.append((name, macros, args))
+
+        return types.SimpleNamespace(multiprocessors=132, max_blocks=lambda *a: 2, prepare=lambda *shape: launch)
+
+    facts = types.SimpleNamespace(multi_processor_count=132, major=9, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(route_, "green_multiprocessors", lambda index: 0)
+    monkeypatch.setattr(route_, "kernel", kernel)
+    monkeypatch.setattr(align_, "kernel", lambda *key: types.SimpleNamespace(prepare=lambda *shape: lambda *args: None))
+    for tokens, mean, names in (
+        (1, False, ["warp"]),
+        (8, False, ["pairwise"]),
+        (9, False, ["topk"]),  # and the kernel of the alignment
+        (8, True, ["topk_with_mean"]),
+    ):
+        logits, bias = torch.zeros(tokens, 16), torch.zeros(16)
+        replay = None if ids is None else torch.zeros(tokens, 5, dtype=ids)
+        scale = None if factors is None else torch.ones(16, dtype=factors)
+        given = (logits, 5, "sigmoid", True, bias, 4, 2, 1.0, None, replay, scale, shared)
+        problem = check_route(*given)._replace(device=torch.device("cuda", 0))
+        chosen = torch.zeros(tokens, problem.columns, dtype=torch.int32)
+        layout, sizes = check_align(chosen, 4, 16 + shared, None, False, False, None, None, ())
+        out = BlockLayout(*(torch.zeros(getattr(sizes, name), dtype=torch.int32) for name in REQUIRED))
+        router = cuda.prepare_route(problem, layout._replace(device=problem.device))
+        launched.clear()
+        more = (torch.zeros(16) if mean else None, None, None, out, replay, scale)
+        router.run_with_layout(logits, bias, None, torch.zeros(chosen.shape), chosen, *more)
+        assert [name for name, _, _ in launched] == names
+        _, macros, args = launched[0]
+        assert macros["REPLAY"] == {None: 0, torch.int32: 32}.get(ids, 64)
+        assert (macros["BIAS"], macros["GROUPS"]) == ((1, 4) if ids is None else (0, 1))
+        assert (macros["EXPERTS"], macros["SHARED"]) == (16, shared)
+        if ids in (torch.int32, torch.int64):
+            assert args[-2] == replay.data_ptr()
+        if factors is not None:
+            assert args[-1] == scale.data_ptr()
+
+
+def test_what_a_router_s_kernels_do_not_count_is_refused():
+    problem = check_route(torch.zeros(3, 16), 4, "softmax", True, None, 1, 1, 1.0, None, None, None, 33)
+    reason = sys.modules["moealign.backend.cuda.route"].refuses(problem)
+    assert reason == "expected at most 32 shared experts, got 33"
 
 
 # ---------------------------------------------------------------------------------------------------- specialisations

@@ -181,7 +181,8 @@ def run_batched(case: tuple[Any, ...], backend: str, device: torch.device, draw:
     return found
 
 
-#: tokens, experts, top_k, dtype and options of route: one launch without and with a barrier, two launches, the mean.
+#: tokens, experts, top_k, dtype and options of route: one launch without and with a barrier, two launches, the mean;
+#: then the same of replayed ids and factors of experts, each by its dtype, and shared experts.
 ROUTED: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (1, 256, 8, torch.bfloat16, {}),
     (1, 60, 4, torch.float32, {"renormalize": False}),
@@ -193,6 +194,12 @@ ROUTED: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (5, 60, 4, torch.float32, {"num_groups": 6, "topk_groups": 3, "bias": True}),
     (300, 896, 16, torch.bfloat16, {"bias": True, "renormalize": False}),
     (40, 256, 6, torch.float32, {"scoring": "sqrtsoftplus", "bias": True, "scale": 1.5}),
+    (1, 256, 8, torch.bfloat16, {"replay": torch.int32, "shared_experts": 1}),
+    (3, 60, 4, torch.float32, {"replay": torch.int64, "factors": torch.float32, "renormalize": False}),
+    (8, 128, 8, torch.bfloat16, {"factors": torch.bfloat16, "shared_experts": 2}),
+    (40, 64, 8, torch.float32, {"replay": torch.int64, "factors": torch.float16, "shared_experts": 1}),
+    (300, 64, 8, torch.float32, {"factors": torch.float32, "shared_experts": 32, "bias": True}),
+    (33, 384, 8, torch.float16, {"replay": torch.int32, "mean_probability": True, "shared_experts": 1}),
 ]
 
 
@@ -201,7 +208,12 @@ def run_routed(case: tuple[Any, ...], backend: str, device: torch.device, draw: 
     options = dict(options)
     generator = torch.Generator().manual_seed(draw.randint(0, 2**31))
     logits = torch.randn(tokens, experts, generator=generator).to(dtype)
-    bias = torch.rand(experts, generator=generator) if options.pop("bias", False) else None
+    tensors = {"correction_bias": torch.rand(experts, generator=generator)} if options.pop("bias", False) else {}
+    if (ids := options.pop("replay", None)) is not None:  # some are no experts, one of them far outside
+        tensors["replay_ids"] = torch.randint(-2, experts + 2, (tokens, top_k), generator=generator).to(ids)
+        tensors["replay_ids"][0, 0] = torch.iinfo(ids).max
+    if (factors := options.pop("factors", None)) is not None:
+        tensors["expert_scale"] = torch.rand(experts, generator=generator).to(factors)
     valid = torch.tensor([tokens - tokens // 4], dtype=torch.int32)
     call = {"block_size": 16, **options}
     places = ((backend, device), ("reference", torch.device("cpu")))
@@ -210,7 +222,7 @@ def run_routed(case: tuple[Any, ...], backend: str, device: torch.device, draw: 
             logits.to(where),
             top_k,
             num_valid_tokens=valid.to(where),
-            correction_bias=None if bias is None else bias.to(where),
+            **{key: tensor.to(where) for key, tensor in tensors.items()},
             **call,
             backend=name,
         )

@@ -51,6 +51,7 @@ CORE = (
     "tests/layout/test_refusals.py",
     "tests/layout/test_views.py",
     "tests/router/test_routing.py",
+    "tests/router/test_route_options.py",
     "tests/router/test_balance.py",
     "tests/experts/test_experts.py",
     "tests/experts/test_activations.py",

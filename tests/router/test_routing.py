@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 
 import pytest
 import torch
 import torch._dynamo.testing
-from cases.router import KINDS, SCORES, arguments, awkward, close_calls, device_of, routed
+from cases.router import KINDS, ROUTERS, SCORES, arguments, awkward, close_calls, device_of, routed
 
 import moealign
 from moealign.backend.reference import route as reference_routing
@@ -16,7 +17,6 @@ from moealign.backend.reference.route import exp32, sigmoid32, softmax32, sqrtso
 from moealign.layout import OUTPUTS
 from moealign.testing import assert_same_layout, oracle_align, oracle_route
 
-ROUTERS = ("reference", "cpu", "triton", "cuda")
 SIZES = [
     (1, 4, 1),
     (7, 8, 2),
@@ -28,14 +28,6 @@ SIZES = [
     (12, 256, 8),
     (3, 896, 16),
 ]
-
-
-@pytest.fixture(params=ROUTERS)
-def backend(request):
-    reason = moealign.backends()[request.param]
-    if reason is not None:
-        pytest.skip(reason)
-    return request.param
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), SIZES)
@@ -147,6 +139,18 @@ def test_the_contract_s_sqrtsoftplus_is_accurate_and_keeps_the_order():
     assert s.isfinite().all()
     s = sqrtsoftplus32(torch.tensor([-math.inf, -88.0, 0.0, math.inf, math.nan]))
     assert s.tolist() == [0, 0, pytest.approx(math.sqrt(math.log(2)), rel=1e-6), pytest.approx(2**64), 0]
+
+
+def test_logits_that_are_no_numbers_have_the_weights_of_a_choice(backend):
+    """Of the same experts, replayed: an infinite logit has all of the weight, NaN has none, in every scoring."""
+    inf, nan = math.inf, math.nan
+    logits = torch.tensor([[inf, 0.0, inf, 1.0], [nan, 1.0, 0.0, nan], [-inf] * 4, [nan] * 4, [-inf, 0.0, -inf, -inf]])
+    for scoring, renormalize in itertools.product(SCORES, (True, False)):
+        call = {"block_size": 4, "scoring": scoring, "renormalize": renormalize, "mean_probability": True}
+        own = routed(logits, 3, **call, backend=backend)
+        again = routed(logits, 3, replay_ids=own[1], **call, backend=backend)
+        for one, other in ((own[0], again[0]), (own[3], again[3])):
+            torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------- models' own routers

@@ -14,6 +14,9 @@ Its package has these functions:
     What a call with this AlignProblem runs; prepared once per signature.
 ``prepare_route(route, layout=None) -> PreparedRoute``
     The same for a RouteProblem, and for the layout of its ids if an AlignProblem is given.
+``FUSES_OPTIONS: bool``
+    Whether `prepare_route`, given a layout, takes a RouteProblem with replayed ids, factors of experts or shared
+    experts.  Otherwise calls compose them of operators.
 
 Prepared calls run on any thread, also inside each other.
 """
@@ -50,7 +53,8 @@ class PreparedRoute(NamedTuple):
     #: ``(router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability)``: fills the last three, of
     #: which the mean may be None
     run: Callable[..., None]
-    #: the same, then ``expert_map, error_word, out``: the router and the layout of its ids; None if they are two calls
+    #: the same, then ``expert_map, error_word, out``, and with options ``replay_ids, expert_scale``: the router and the
+    #: layout of its ids; None if they are two calls
     run_with_layout: Callable[..., None] | None = None
 
 

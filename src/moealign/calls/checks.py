@@ -29,7 +29,6 @@ __all__ = [
     "check_out",
     "check_plain",
     "check_route",
-    "check_route_options",
 ]
 
 _INTEGERS = frozenset(
@@ -213,6 +212,9 @@ def check_route(
     topk_groups: int,
     scale: float,
     num_valid_tokens: Tensor | None,
+    replay_ids: Tensor | None = None,
+    expert_scale: Tensor | None = None,
+    shared_experts: int = 0,
 ) -> RouteProblem:
     """The problem of one :func:`moealign.route` call, or a refusal."""
     _float_tensor("router_logits", router_logits)
@@ -250,6 +252,9 @@ def check_route(
     if num_valid_tokens is not None:
         _word("num_valid_tokens", num_valid_tokens, device, "it is read on the device")
     _within_int32("router_logits", tokens * top_k, "route fewer tokens at a time")
+    _check_options([tokens, top_k], experts, device, replay_ids, expert_scale)
+    shared_experts = _integer("shared_experts", shared_experts, 0)
+    _within_int32("shared_experts", tokens * (top_k + shared_experts), "route fewer tokens at a time")
     return RouteProblem(
         device,
         router_logits.dtype,
@@ -263,28 +268,27 @@ def check_route(
         topk_groups,
         correction_bias is not None,
         num_valid_tokens is not None,
+        shared_experts,
+        None if expert_scale is None else expert_scale.dtype,
+        None if replay_ids is None else replay_ids.dtype,
     )
 
 
-def check_route_options(
-    problem: RouteProblem, replay_ids: Tensor | None, expert_scale: Tensor | None, shared_experts: int
+def _check_options(
+    choice: list[int], experts: int, device: torch.device, replay_ids: Tensor | None, expert_scale: Tensor | None
 ) -> None:
-    """Refuse a choice that is none for the tokens of `problem`, and what is no scale or number of experts."""
+    """Refuse replayed ids of another shape than that of a `choice`, and factors that are not one for each expert."""
     if replay_ids is not None:
         _integer_tensor("replay_ids", replay_ids)
-        expected = [problem.tokens, problem.top_k]
-        if list(replay_ids.shape) != expected:
-            raise InvalidInput(f"replay_ids: expected [tokens, top_k] = {expected}, got {list(replay_ids.shape)}")
+        if list(replay_ids.shape) != choice:
+            raise InvalidInput(f"replay_ids: expected [tokens, top_k] = {choice}, got {list(replay_ids.shape)}")
     if expert_scale is not None:
         _float_tensor("expert_scale", expert_scale)
-        if list(expert_scale.shape) != [problem.num_experts]:
-            expected = [problem.num_experts]
-            raise InvalidInput(f"expert_scale: expected [num_experts] = {expected}, got {list(expert_scale.shape)}")
+        if list(expert_scale.shape) != [experts]:
+            raise InvalidInput(f"expert_scale: expected [num_experts] = {[experts]}, got {list(expert_scale.shape)}")
     for name, tensor in (("replay_ids", replay_ids), ("expert_scale", expert_scale)):
-        if tensor is not None and tensor.device != problem.device:
-            raise InvalidInput(f"{name}: expected a tensor on {problem.device} like router_logits, got {tensor.device}")
-    _integer("shared_experts", shared_experts, 0)
-    _within_int32("shared_experts", problem.tokens * (problem.top_k + shared_experts), "route fewer tokens at a time")
+        if tensor is not None and tensor.device != device:
+            raise InvalidInput(f"{name}: expected a tensor on {device} like router_logits, got {tensor.device}")
 
 
 def check_out(

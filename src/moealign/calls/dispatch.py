@@ -13,7 +13,7 @@ from ..backend import TABLE, load
 from ..errors import BackendUnavailable
 from ..problem import AlignProblem, RouteProblem
 
-__all__ = ["Explanation", "backends", "check_name", "explain_problem", "select_backend"]
+__all__ = ["Explanation", "backends", "check_name", "explain_problem", "select_backend", "select_fusing"]
 
 #: The backend for calls that name none.  Read once, at import: reading the environment costs a microsecond a call.
 FROM_ENVIRONMENT = os.environ.get("MOEALIGN_BACKEND") or None
@@ -74,6 +74,15 @@ def select_backend(problem: AlignProblem | RouteProblem, backend: str | None = N
     if reason is not None:
         raise BackendUnavailable(f"backend: expected one that can take this call, got {name!r}: {reason}")
     return selected
+
+
+def select_fusing(problem: RouteProblem, backend: str | None = None) -> ModuleType | None:
+    """The backend that takes `problem` with its options; None if it has none for them, so that they are composed."""
+    name = check_name(backend)
+    for each in map(load, TABLE if name is None else (name,)):
+        if _reason(each, problem) is None:
+            return each if each.FUSES_OPTIONS else None
+    return None
 
 
 def explain_problem(problem: AlignProblem, backend: str | None = None) -> Explanation:

@@ -6,6 +6,7 @@ One bounded cache serves all public functions.  Backends keep only compiled kern
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..backend import Prepared
 from ..layout import OUTPUTS, REQUIRED, BlockLayout, Capacity, frozen
 from ..problem import AlignProblem, RouteProblem
 from .checks import check_align, check_align_batched, check_out, check_route
-from .dispatch import select_backend
+from .dispatch import check_name, select_backend, select_fusing
 
 __all__ = ["PreparedCall", "align", "align_batched", "buffers_by_name", "cached", "outputs_of", "route", "signature"]
 
@@ -38,13 +39,14 @@ class PreparedCall(NamedTuple):
 class _PreparedRoute(NamedTuple):
     """A router with the layout of its ids."""
 
-    problem: RouteProblem
+    columns: int  # of the weights and ids
     layout: PreparedCall
     run: Callable[..., None]  # PreparedRoute.run_with_layout
 
 
 #: Signatures of public calls to what was prepared for them.
 cached: dict[Any, Any] = {}
+_COMPOSED: Any = object()  # prepared for a router whose options its backend does not fuse
 _checked_buffers: dict[object, None] = {}
 
 
@@ -148,19 +150,28 @@ def route(
     extras: tuple[str, ...],
     error_word: Tensor | None,
     out: BlockLayout | Mapping[str, Tensor] | None,
-) -> tuple[Tensor, Tensor, BlockLayout, Tensor]:
+    options: tuple[Any, Any, Any] | None = None,
+) -> tuple[Tensor, Tensor, BlockLayout, Tensor] | None:
     """Run :func:`moealign.route` now: ``(weights, ids, layout, mean)``; the mean is empty if it is not requested.
 
     `facts` are the arguments of :func:`check_route` that hold no tensor: ``(top_k, scoring, renormalize, num_groups,
-    topk_groups, scale)``.
+    topk_groups, scale)``.  `options` are ``(replay_ids, expert_scale, shared_experts)``; with them nothing is run, and
+    None returned, if the backend that takes the call has no kernel for them.
     """
     flags = (pad_sorted_ids, ignore_invalid_experts)
     tensors = (router_logits, correction_bias, num_valid_tokens, expert_map, error_word)
     key: Any = (*facts, block_size, *flags, extras, backend, *map(signature, tensors))
     top_k, scoring, renormalize, num_groups, topk_groups, scale = facts
     exact = type(block_size) is type(top_k) is type(num_groups) is type(topk_groups) is int  # as a key, True equals 1
+    more: tuple[Any, ...] = ()
+    if options is not None:
+        more, shared_experts = options[:2], options[2]
+        key = (*key, *map(signature, more), shared_experts)
+        exact = exact and type(shared_experts) is int
     call = _lookup(key) if exact else None
     if call is None:
+        if options is not None:
+            check_name(backend)
         problem = check_route(
             router_logits,
             top_k,
@@ -171,20 +182,29 @@ def route(
             topk_groups,
             scale,
             num_valid_tokens,
+            *(options or ()),
         )
-        call = _prepare_route(problem, router_logits, block_size, expert_map, flags, error_word, extras, backend)
+        router = (select_backend if options is None else select_fusing)(problem, backend)
+        if router is None:
+            call = _COMPOSED
+        else:
+            layout = (block_size, expert_map, flags, error_word, extras)
+            call = _prepare_route(router, problem, router_logits, *layout, backend)
         if exact:
             _store(cached, key, call)
-    weights, ids, mean = outputs_of(router_logits, call.problem.top_k, mean_probability)
-    made = _outputs(call.layout, out, (ids, expert_map, None, error_word))
+    if call is _COMPOSED:
+        return None
+    weights, ids, mean = outputs_of(router_logits, call.columns, mean_probability)
+    made = _outputs(call.layout, out, (ids, expert_map, None, error_word, *more))
     call.run(
         router_logits, correction_bias, num_valid_tokens, weights, ids, mean if mean_probability else None,
-        expert_map, error_word, made,
+        expert_map, error_word, made, *more,
     )  # fmt: skip
     return weights, ids, made, mean
 
 
 def _prepare_route(
+    router: ModuleType,
     problem: RouteProblem,
     router_logits: Tensor,
     block_size: int,
@@ -194,14 +214,14 @@ def _prepare_route(
     extras: tuple[str, ...],
     backend: str | None,
 ) -> _PreparedRoute:
-    router = select_backend(problem, backend)
-    ids = router_logits.new_empty((problem.tokens, problem.top_k), dtype=torch.int32)
-    aligned, sizes = check_align(ids, block_size, problem.num_experts, expert_map, *flags, None, error_word, extras)
+    ids = router_logits.new_empty((problem.tokens, problem.columns), dtype=torch.int32)
+    experts = problem.num_experts + problem.shared_experts
+    aligned, sizes = check_align(ids, block_size, experts, expert_map, *flags, None, error_word, extras)
     prepared = router.prepare_route(problem, aligned)
     if prepared.run_with_layout is not None:
         # The backend of the router computes the layout too.
         layout = _with_outputs(aligned, sizes, Prepared(prepared.run_with_layout))
-        return _PreparedRoute(problem, layout, prepared.run_with_layout)
+        return _PreparedRoute(problem.columns, layout, prepared.run_with_layout)
     layout = _prepare(aligned, sizes, backend)
 
     def in_turn(logits: Tensor, bias: Any, num_valid: Any, weights: Tensor, ids: Tensor, mean: Any, *rest: Any) -> None:
@@ -209,14 +229,14 @@ def _prepare_route(
         expert_map, error_word, out = rest
         layout.run(ids, expert_map, None, error_word, out)
 
-    return _PreparedRoute(problem, layout, in_turn)
+    return _PreparedRoute(problem.columns, layout, in_turn)
 
 
-def outputs_of(router_logits: Tensor, top_k: int, mean_probability: bool) -> tuple[Tensor, Tensor, Tensor]:
+def outputs_of(router_logits: Tensor, columns: int, mean_probability: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised weights, ids and mean of a router; the mean is empty if it is not requested."""
     tokens, experts = router_logits.shape
-    weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
-    ids = router_logits.new_empty((tokens, top_k), dtype=torch.int32)
+    weights = router_logits.new_empty((tokens, columns), dtype=torch.float32)
+    ids = router_logits.new_empty((tokens, columns), dtype=torch.int32)
     return weights, ids, router_logits.new_empty(experts if mean_probability else 0, dtype=torch.float32)
 
 

@@ -16,7 +16,9 @@ from .align import prepare as _prepare
 from .route import route as _route
 from .threads import check_num_threads, num_threads
 
-__all__ = ["note", "num_threads", "prepare", "prepare_route", "refuses", "unavailable"]
+__all__ = ["FUSES_OPTIONS", "note", "num_threads", "prepare", "prepare_route", "refuses", "unavailable"]
+
+FUSES_OPTIONS = False
 
 
 @lru_cache(maxsize=1)

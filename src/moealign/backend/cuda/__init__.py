@@ -21,7 +21,9 @@ from .launch import driver_refuses
 from .route import Router
 from .route import refuses as _refuses_route
 
-__all__ = ["note", "prepare", "prepare_route", "refuses", "unavailable"]
+__all__ = ["FUSES_OPTIONS", "note", "prepare", "prepare_route", "refuses", "unavailable"]
+
+FUSES_OPTIONS = True
 
 _MIN_CAPABILITY = (8, 0)  # the lowest compute capability that the tests compile for
 _MAX_EXPERTS = 2**28  # the kernels count eight times as many in 32 bits

@@ -29,10 +29,11 @@ from .align import Alignment, Path, defines_of, path_of, pointers
 from .compile import Defines
 from .launch import COOPERATIVE, PLAIN, Kernel, Launch, green_multiprocessors, kernel
 
-__all__ = ["MAX_EXPERTS", "MAX_GROUPS", "Router", "refuses", "specialisations"]
+__all__ = ["MAX_EXPERTS", "MAX_GROUPS", "MAX_SHARED", "Router", "refuses", "specialisations"]
 
 MAX_EXPERTS = 2048  #: 64 per lane
 MAX_GROUPS = 32  #: one per lane
+MAX_SHARED = 32  #: one per lane
 
 # -------------------------------------------------------------------------------------------------------------- tuning
 
@@ -41,6 +42,7 @@ _MEAN_CTAS = 2  #: per multiprocessor, with mean_probability
 _MAX_FUSED_ROUTES = 256
 _MAX_FUSED_TOKENS = 8  #: every CTA chooses for all tokens, a warp each; more tokens are faster in two launches
 _MAX_FUSED_EXPERTS = 1024  #: with more, two launches are as fast
+_MAX_FUSED_COLUMNS = 32  #: a lane each
 _MAX_EARLY_TOKENS = 512  #: up to here the next kernel may start with the router, beyond only when its CTAs end
 
 _LOGITS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -52,6 +54,8 @@ def refuses(routing: RouteProblem) -> str | None:
         return f"expected at most {MAX_EXPERTS} experts to route to, got {routing.num_experts}"
     if routing.num_groups > MAX_GROUPS:
         return f"expected at most {MAX_GROUPS} groups, got {routing.num_groups}"
+    if routing.shared_experts > MAX_SHARED:
+        return f"expected at most {MAX_SHARED} shared experts, got {routing.shared_experts}"
     return None
 
 
@@ -85,6 +89,9 @@ def _macros(routing: RouteProblem, vector: bool) -> Defines:
         ("BIAS", int(routing.has_bias)),
         ("GROUPS", routing.num_groups),
         ("TOP_GROUPS", routing.topk_groups),
+        ("REPLAY", 0 if routing.replay_dtype is None else 32 if routing.replay_dtype is torch.int32 else 64),
+        ("EXPERT_SCALE", 0 if routing.scale_dtype is None else 1 + _LOGITS[routing.scale_dtype]),
+        ("SHARED", routing.shared_experts),
         *((name, _float_bits(value)) for name, value in _CONSTANTS),
     )
 
@@ -103,7 +110,7 @@ def fused_path(routing: RouteProblem, problem: AlignProblem, path: Path) -> Path
     """How the layout's `path` is launched with the router inside; None if router and layout take two launches."""
     if routing.num_experts > _MAX_FUSED_EXPERTS or routing.tokens > _MAX_FUSED_TOKENS or problem.has_error_word:
         return None
-    if path.name not in ("warp", "pairwise"):
+    if path.name not in ("warp", "pairwise") or routing.columns > _MAX_FUSED_COLUMNS:
         return None
     threads = max(path.threads, 32 * routing.tokens)
     return path._replace(threads=threads, grid=path.grid + 1)  # the last CTA writes weights and ids
@@ -113,11 +120,25 @@ _MAX_LAUNCHES = 64  # per prepared router; green contexts make their number unbo
 
 
 class _Inputs:
-    """Logits and bias in the form that the kernels read."""
+    """A router's tensors in the form that the kernels read."""
 
-    def __init__(self, routing: RouteProblem, logits: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self,
+        routing: RouteProblem,
+        logits: Tensor,
+        bias: Tensor | None,
+        replay_ids: Tensor | None = None,
+        expert_scale: Tensor | None = None,
+    ) -> None:
         self.logits = logits if logits.stride(1) == 1 or routing.num_experts == 1 else logits.contiguous()
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
+        self.options: tuple[Tensor | None, ...] = ()  # kernels without them have no parameters for them
+        if replay_ids is not None or expert_scale is not None:
+            if replay_ids is not None:
+                self.bias = None
+                wide = replay_ids if replay_ids.dtype is torch.int32 else replay_ids.to(torch.int64)
+                replay_ids = wide.contiguous()
+            self.options = (replay_ids, None if expert_scale is None else expert_scale.contiguous())
         self.vector = _vectors(routing, self.logits, self.bias)
 
 
@@ -145,6 +166,8 @@ class Router:
     """One prepared router, with the layout of its ids unless `layout` is None."""
 
     def __init__(self, routing: RouteProblem, layout: AlignProblem | None) -> None:
+        if routing.replay_dtype is not None:  # nothing is chosen
+            routing = routing._replace(has_bias=False, num_groups=1, topk_groups=1)
         self._routing, self._layout, self._index = routing, layout, routing.device.index
         self._scale = _float_bits(routing.scale)
         self._alone: dict[tuple[bool, bool, int], tuple[Launch, int]] = {}
@@ -191,10 +214,10 @@ class Router:
         tensors = pointers(logits, inputs.bias, num_valid_tokens, weights, ids)
         sizes = (self._routing.tokens, logits.stride(0), self._scale)
         if not mean:
-            launch(*tensors, *sizes)
+            launch(*tensors, *sizes, *(pointers(*inputs.options) if inputs.options else ()))
             return
         scratch = torch.empty(floats, dtype=torch.float32, device=ids.device)
-        launch(*tensors, *sizes, *pointers(mean_probability, scratch))
+        launch(*tensors, *sizes, *pointers(mean_probability, scratch, *inputs.options))
 
     def run_with_layout(
         self,
@@ -207,6 +230,8 @@ class Router:
         expert_map: Tensor | None,
         error_word: Tensor | None,
         out: BlockLayout,
+        replay_ids: Tensor | None = None,
+        expert_scale: Tensor | None = None,
     ) -> None:
         """:meth:`run`, and fill `out` with the layout of the ids, in one launch or two."""
         routing, layout = self._routing, self._layout
@@ -215,7 +240,7 @@ class Router:
             self.run(router_logits, correction_bias, num_valid_tokens, weights, ids, mean_probability)
             self._align.run(ids, expert_map, None, error_word, out)
             return
-        inputs = _Inputs(routing, router_logits, correction_bias)
+        inputs = _Inputs(routing, router_logits, correction_bias, replay_ids, expert_scale)
         launch = None
         if mean_probability is None and layout.routes <= _MAX_FUSED_ROUTES:
             key = (inputs.vector, not out.sorted_token_ids.data_ptr() & 15)
@@ -240,11 +265,14 @@ class Router:
             *pointers(inputs.logits, inputs.bias, weights, ids),
             inputs.logits.stride(0),
             self._scale,
+            *(pointers(*inputs.options) if inputs.options else ()),
         )
 
 
 def _fused_defines(routing: RouteProblem, problem: AlignProblem, path: Path, vector: bool, aligned: bool) -> Defines:
-    problem = problem._replace(has_num_valid_tokens=routing.has_num_valid_tokens)
+    problem = problem._replace(
+        has_num_valid_tokens=routing.has_num_valid_tokens, num_experts=routing.num_experts
+    )  # the kernel adds the shared experts
     defines = defines_of(problem, path, vector_in=False, vector_out=aligned)
     return (*defines, ("FUSED_ROUTER", 1), ("ONE_TOKEN", int(routing.tokens == 1)), *_macros(routing, vector))
 
@@ -289,6 +317,15 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
         routing(256, 6, scoring="sqrtsoftplus", has_bias=True, scale=1.5),
         routing(384, 8, torch.bfloat16, scoring="sqrtsoftplus", renormalize=False),
         routing(256, 8, scoring="sqrtsoftplus", has_bias=True, num_groups=8, topk_groups=4),
+        routing(128, 8, torch.bfloat16, scale_dtype=torch.bfloat16),
+        routing(256, 8, scale_dtype=torch.float32, shared_experts=1, **sigmoid),
+        routing(64, 6, torch.bfloat16, shared_experts=2, renormalize=False, has_num_valid_tokens=True),
+        routing(8, 2, shared_experts=32, scale_dtype=torch.float16),
+        routing(256, 6, scoring="sqrtsoftplus", replay_dtype=torch.int64, scale=1.5),
+        routing(128, 8, torch.bfloat16, replay_dtype=torch.int32, has_num_valid_tokens=True),
+        routing(128, 8, replay_dtype=torch.int32, renormalize=False, scale_dtype=torch.float32, shared_experts=1),
+        routing(60, 4, torch.float16, scoring="sigmoid", replay_dtype=torch.int64),
+        routing(1024, 32, replay_dtype=torch.int64, renormalize=False, shared_experts=1),
     ]
     for each in routers:
         vector = each.num_experts % 128 == 0
@@ -301,7 +338,8 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
             )
         for tokens in (1, _MAX_FUSED_TOKENS):
             of = each._replace(tokens=tokens)
-            problem = AlignProblem("align", device, torch.int32, tokens * each.top_k, each.top_k, each.num_experts, 16)
+            routes, experts = tokens * each.columns, each.num_experts + each.shared_experts
+            problem = AlignProblem("align", device, torch.int32, routes, each.columns, experts, 16)
             path = fused_path(of, problem, path_of(problem, 108, 99 * 1024, 8))
             if path is not None:
                 yield path.file, path.name, _fused_defines(of, problem, path, vector, True)

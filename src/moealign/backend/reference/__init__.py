@@ -10,7 +10,9 @@ from .align import align as _align
 from .align import align_batched as _align_batched
 from .route import route as _route
 
-__all__ = ["note", "prepare", "prepare_route", "refuses", "unavailable"]
+__all__ = ["FUSES_OPTIONS", "note", "prepare", "prepare_route", "refuses", "unavailable"]
+
+FUSES_OPTIONS = False
 
 
 def unavailable() -> str | None:

@@ -14,7 +14,9 @@ from .launch import interpreted, unavailable
 from .route import refuses as _refuses_route
 from .route import route as _route
 
-__all__ = ["note", "prepare", "prepare_route", "refuses", "unavailable"]
+__all__ = ["FUSES_OPTIONS", "note", "prepare", "prepare_route", "refuses", "unavailable"]
+
+FUSES_OPTIONS = False
 
 MAX_BINS = 2**30
 

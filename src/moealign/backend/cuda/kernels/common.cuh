@@ -2,7 +2,7 @@
 //
 // align.py selects the path by size and passes the constants of a call as macros:
 //
-//   EXPERTS, BLOCK     E and B
+//   EXPERTS, BLOCK     E and B; with a fused router EXPERTS are those that it chooses from, and E has SHARED more
 //   ID_TYPE, MAP_TYPE  dtypes of ids and map, 0 to 7: int8 int16 int32 int64 uint8 uint16 uint32 uint64
 //   MAP                0 no map, 1 the map names the expert of a block, 2 the map selects the bin of a route
 //   NVALID, ERROR      num_valid_tokens, error_word are passed; BAD_ID, BAD_MAP, BAD_NUM_VALID are the error bits
@@ -23,7 +23,11 @@
 
 #include "types.cuh"
 
-constexpr int E = EXPERTS, B = BLOCK;
+#ifndef SHARED
+#define SHARED 0
+#endif
+
+constexpr int E = EXPERTS + SHARED, B = BLOCK;
 static_assert(THREADS % 32 == 0 && THREADS <= 1024, "a CTA is whole warps, at most 1,024 threads");
 static_assert(E >= 0 && E <= 1 << 28, "eight times the number of experts is counted in 32 bits");
 

@@ -7,9 +7,11 @@
 #if FUSED_ROUTER
 #include "router.cuh"
 
-// logits: tokens x E, row_stride elements apart.  bias: E or null.  weights, ids_out: tokens x TOP_K.
+static_assert(COLUMNS <= 32, "a lane per expert of a token");
+
+// logits: tokens x EXPERTS, row_stride elements apart.  bias: EXPERTS or null.  weights, ids_out: tokens x COLUMNS.
 #define ROUTER_PARAMETERS , const raw_t *__restrict__ logits, const float *__restrict__ bias, \
-    float *__restrict__ weights, int *__restrict__ ids_out, i64 row_stride, i64 scale_bits
+    float *__restrict__ weights, int *__restrict__ ids_out, i64 row_stride, i64 scale_bits OPTION_PARAMETERS
 #define LAYOUT_CTAS (gridDim.x - 1)
 
 // The token of a warp.
@@ -24,17 +26,22 @@ struct Token {
         if (number < tokens) load_row(row, lane_id(), raw);
     }
 
-    // Its experts: lane j < TOP_K returns the j-th, and -1 from route `limit` on.
+    // Its experts: lane j < COLUMNS returns the j-th, and -1 from route `limit` on.
     __device__ __forceinline__ int route(
-        const float *bias, float *weights, int *ids_out, i64 scale_bits, u32 limit, bool writes) {
-        const u32 lane = lane_id(), i = number * TOP_K + lane;
-        const Selected selected = select_experts(raw, bias, lane);
-        const bool valid = number * TOP_K < limit;
-        const int e = valid ? (int)selected.expert : -1;
+        const float *bias, Options options, float *weights, int *ids_out, i64 scale_bits, u32 limit, bool writes) {
+        const u32 lane = lane_id(), i = number * COLUMNS + lane;
+        const Selected selected = experts_of(raw, bias, options, number, lane);
+        const bool valid = number * COLUMNS < limit;
+        int e = valid ? (int)selected.expert : -1;
         if (writes) {
-            const float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), lane, nullptr);
+            const float scale = __int_as_float((int)scale_bits);
+            const float weight = weight_of(raw, row, selected, scale, options, lane, nullptr);
             if (lane < TOP_K) weights[i] = valid ? weight : 0.f, ids_out[i] = e;
+            write_shared(i - lane, valid, lane, weights, ids_out);
         }
+#if SHARED
+        if (lane >= TOP_K) e = valid ? (int)(EXPERTS + lane - TOP_K) : -1;
+#endif
         return e;
     }
 };

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) pairwise(PARAMETERS ROU
     u32 errors = 0;
     wait_for_dependency(ids);
 #if FUSED_ROUTER
-    const u32 tokens = n / TOP_K;
+    const u32 tokens = n / COLUMNS;
     Token token;
     token.load(logits, row_stride, tokens);
 #else
@@ -53,8 +53,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) pairwise(PARAMETERS ROU
     __shared__ int chosen[WORDS * 32];
     const bool writes = blockIdx.x == LAYOUT_CTAS;
     if (token.number < tokens) {
-        const int e = token.route(bias, weights, ids_out, scale_bits, limit, writes);
-        if (lane < TOP_K) chosen[token.number * TOP_K + lane] = e;
+        const int e = token.route(bias, OPTIONS, weights, ids_out, scale_bits, limit, writes);
+        if (lane < COLUMNS) chosen[token.number * COLUMNS + lane] = e;
     }
     if (writes) return;
     __syncthreads();

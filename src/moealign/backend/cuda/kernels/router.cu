@@ -37,25 +37,27 @@ DEV u32 valid_tokens(const int *num_valid, u32 tokens) {
 extern "C" __global__ void __launch_bounds__(THREADS) topk(
     // Inputs: tokens x EXPERTS, row_stride elements apart; EXPERTS or null; 1 or null.
     const raw_t *__restrict__ logits, const float *__restrict__ bias, const int *__restrict__ num_valid,
-    // Outputs: both tokens x TOP_K.
+    // Outputs: both tokens x COLUMNS.
     float *__restrict__ weights, int *__restrict__ ids,
     // Sizes, and the bits of the float by which weights are scaled.
-    i64 tokens64, i64 row_stride, i64 scale_bits) {
+    i64 tokens64, i64 row_stride, i64 scale_bits OPTION_PARAMETERS) {
     if (PDL_LAUNCH_EARLY) launch_dependents();
     const u32 lane = lane_id(), token = blockIdx.x * WARPS + warp_id(), tokens = (u32)tokens64;
     if (token >= tokens) return;
     const raw_t *row = logits + (i64)token * row_stride;
     __align__(16) raw_t raw[PER_LANE];
     load_row(row, lane, raw);
-    const Selected selected = select_experts(raw, bias, lane);
+    const Selected selected = experts_of(raw, bias, OPTIONS, token, lane);
     if (!PDL_LAUNCH_EARLY) launch_dependents();
-    float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), lane, nullptr);
+    float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, nullptr);
     int expert = (int)selected.expert;
-    if (NVALID && token >= valid_tokens(num_valid, tokens)) expert = -1, weight = 0.f;
+    const bool valid = !NVALID || token < valid_tokens(num_valid, tokens);
+    if (!valid) expert = -1, weight = 0.f;
     if (lane < TOP_K) {
-        weights[token * TOP_K + lane] = weight;
-        ids[token * TOP_K + lane] = expert;
+        weights[token * COLUMNS + lane] = weight;
+        ids[token * COLUMNS + lane] = expert;
     }
+    write_shared(token * COLUMNS, valid, lane, weights, ids);
 }
 
 #else
@@ -68,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk_with_mean(
     const raw_t *__restrict__ logits, const float *__restrict__ bias, const int *__restrict__ num_valid,
     float *__restrict__ weights, int *__restrict__ ids, i64 tokens64, i64 row_stride, i64 scale_bits,
     // Output: EXPERTS.  Scratch: CTAs x EXPERTS.
-    float *__restrict__ mean, float *partial) {
+    float *__restrict__ mean, float *partial OPTION_PARAMETERS) {
     __shared__ float sums[WARPS * EXPERTS];
     const u32 lane = lane_id(), warp = warp_id(), tokens = (u32)tokens64;
     const u32 limit = valid_tokens(num_valid, tokens);
@@ -81,16 +83,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk_with_mean(
         const raw_t *row = logits + (i64)token * row_stride;
         __align__(16) raw_t raw[PER_LANE];
         load_row(row, lane, raw);
-        const Selected selected = select_experts(raw, bias, lane);
+        const Selected selected = experts_of(raw, bias, OPTIONS, token, lane);
         float shares[PER_LANE];
-        float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), lane, shares);
+        float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, shares);
         int expert = (int)selected.expert;
         const bool valid = token < limit;
         if (!valid) expert = -1, weight = 0.f;
         if (lane < TOP_K) {
-            weights[token * TOP_K + lane] = weight;
-            ids[token * TOP_K + lane] = expert;
+            weights[token * COLUMNS + lane] = weight;
+            ids[token * COLUMNS + lane] = expert;
         }
+        write_shared(token * COLUMNS, valid, lane, weights, ids);
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) sum_of_shares[i] = __fadd_rn(sum_of_shares[i], valid ? shares[i] : 0.f);
     }

@@ -4,6 +4,9 @@
 //   LOGITS  0 float32, 1 bfloat16, 2 float16      VECTORS  E = 32 * PER_LANE; rows and bias are aligned for vectors
 //   SCORING  0 softmax, 1 sigmoid, 2 sqrtsoftplus      RENORM  weights are divided by their sum      BIAS  0 none, 1 float32
 //   GROUPS, TOP_GROUPS  at most 32 groups
+//   REPLAY  0 experts are chosen; 32, 64 they are read, as ints of so many bits, and BIAS is 0 and GROUPS 1
+//   EXPERT_SCALE  0 none, else a factor of each expert's weight: 1 float32, 2 bfloat16, 3 float16
+//   SHARED  at most 32 experts that every valid token takes behind its TOP_K, with weight 1: EXPERTS and on
 //   EXP32_*, LOG1P_*, FLOAT_MAX, NEAR_ZERO, TINY  bits of the float32 constants in moealign.backend.reference.route
 //
 // Experts are compared by keys: a u32 that sorts as the float does.  NaN is 1, below every number; 0 cannot be chosen.
@@ -16,6 +19,7 @@
 #define GROUP_SIZE (EXPERTS / GROUPS)
 #define SOFTMAX (SCORING == 0)
 #define HIGHEST (SOFTMAX && (BIAS || GROUPS > 1))  // the highest logit may not be the first that is selected
+#define COLUMNS (TOP_K + SHARED)                   // of weights and ids
 
 #if PER_LANE > 32
 typedef u64 bits_t;  // a bit for each expert of a lane
@@ -23,23 +27,39 @@ typedef u64 bits_t;  // a bit for each expert of a lane
 typedef u32 bits_t;
 #endif
 
-#if LOGITS == 0
-typedef u32 raw_t;
-#else
-typedef u16 raw_t;
-#endif
-
-DEV float to_float(raw_t raw) {
-#if LOGITS == 0
-    return __uint_as_float(raw);
-#elif LOGITS == 1
-    return __uint_as_float((u32)raw << 16);
-#else
+// The bits of a float: TYPE 0 float32, 1 bfloat16, 2 float16.
+template <int TYPE> struct Bits { typedef u16 type; };
+template <> struct Bits<0> { typedef u32 type; };
+template <int TYPE> DEV float float_of(typename Bits<TYPE>::type raw) {
+    if (TYPE == 0) return __uint_as_float(raw);
+    if (TYPE == 1) return __uint_as_float((u32)raw << 16);
     float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(raw));
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((u16)raw));
     return x;
-#endif
 }
+typedef Bits<LOGITS>::type raw_t;
+DEV float to_float(raw_t raw) { return float_of<LOGITS>(raw); }
+
+#if REPLAY == 64
+typedef i64 replay_t;
+#else
+typedef int replay_t;
+#endif
+#define FACTOR_TYPE (EXPERT_SCALE ? EXPERT_SCALE - 1 : 0)
+typedef Bits<FACTOR_TYPE>::type factor_t;
+
+// What options read.  A kernel has these parameters, at its end, only if it has such an option.
+struct Options {
+    const replay_t *replay;   // tokens x TOP_K
+    const factor_t *factors;  // EXPERTS
+};
+#if REPLAY || EXPERT_SCALE
+#define OPTION_PARAMETERS , const replay_t *__restrict__ replay, const factor_t *__restrict__ factors
+#define OPTIONS Options{replay, factors}
+#else
+#define OPTION_PARAMETERS
+#define OPTIONS Options{nullptr, nullptr}
+#endif
 
 DEV u32 to_key(float x) {
     const u32 bits = __float_as_uint(__fadd_rn(x, 0.f));  // -0 becomes +0
@@ -173,7 +193,7 @@ template <class T> DEV void load_row(const T *row, u32 lane, T to[PER_LANE]) {
     for (int i = 0; i < PER_LANE; i++) to[i] = lane * PER_LANE + i < EXPERTS ? row[lane * PER_LANE + i] : (T)0;
 }
 
-#if HIGHEST
+#if HIGHEST || (SOFTMAX && REPLAY)
 // The highest of a value of each lane; no NaN.
 DEV float highest_of_lanes(float x) { return key_to_float(__reduce_max_sync(FULL, to_key(x))); }
 
@@ -380,10 +400,32 @@ DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 la
     return selected;
 }
 
-// The weight of the lane's selected expert; in `shares`, unless it is null, the shares of all experts of the lane.
+// The experts of number `token`, whose row is in `raw`: chosen, or read, and then FULL for what is no expert.
+DEV Selected experts_of(const raw_t raw[PER_LANE], const float *bias, Options options, u32 token, u32 lane) {
+#if REPLAY
+    Selected selected = {};
+    const replay_t id = lane < TOP_K ? options.replay[token * TOP_K + lane] : -1;
+    selected.expert = id >= 0 && id < EXPERTS ? (u32)id : FULL;
+    return selected;
+#else
+    return select_experts(raw, bias, lane);
+#endif
+}
+
+// The weight of the lane's expert; in `shares`, unless it is null, the shares of all experts of the lane.
 DEV float weight_of(
-    const raw_t raw[PER_LANE], const raw_t *row, const Selected &selected, float scale, u32 lane, float *shares) {
-#if BIAS
+    const raw_t raw[PER_LANE], const raw_t *row, const Selected &selected, float scale, Options options, u32 lane,
+    float *shares) {
+    const bool is_expert = (REPLAY || lane < TOP_K) && selected.expert < EXPERTS;  // other lanes read none
+#if EXPERT_SCALE
+    // Read ahead of the sums below, which hide most of its latency.
+    const float factor = is_expert ? float_of<FACTOR_TYPE>(options.factors[selected.expert]) : 0.f;
+#else
+    const float factor = 1.f;
+#endif
+#if REPLAY
+    const float x = is_expert ? to_float(row[selected.expert]) : __int_as_float(0x7fffffff);
+#elif BIAS
     const float x = lane < TOP_K ? to_float(row[selected.expert]) : 0.f;
 #elif SHORT_KEYS
     const float x = short_key_to_float(selected.key);
@@ -392,6 +434,8 @@ DEV float weight_of(
 #endif
 #if !SOFTMAX
     const float highest = 0.f;
+#elif REPLAY
+    const float highest = shares || !RENORM ? highest_logit(raw, lane) : 0.f;
 #elif HIGHEST
     const float highest = selected.highest;
 #elif SHORT_KEYS
@@ -399,7 +443,7 @@ DEV float weight_of(
 #else
     const float highest = selected.first == 1 ? -__int_as_float(0x7f800000) : key_to_float(selected.first);
 #endif
-#if SOFTMAX && BIAS && RENORM
+#if SOFTMAX && (BIAS || REPLAY) && RENORM
     const float of_chosen = highest_of_lanes(lane < TOP_K && x == x ? x : -__int_as_float(0x7f800000));
 #else
     const float of_chosen = highest;
@@ -425,5 +469,17 @@ DEV float weight_of(
         total = sum_lanes<power_of_two(TOP_K)>(part);
         if (!SOFTMAX) total = __fadd_rn(total, FLOAT(TINY));
     }
-    return total > 0.f ? __fmul_rn(__fdiv_rn(part, total), scale) : 0.f;
+    const float weight = total > 0.f ? __fmul_rn(__fdiv_rn(part, total), scale) : 0.f;
+    if (REPLAY && !is_expert) return 0.f;  // even if the scale is infinite
+    return EXPERT_SCALE ? __fmul_rn(weight, factor) : weight;
+}
+
+// Write the weights and ids of a token's shared experts, 0 and -1 if it is not valid.  Its row starts at `row`.
+DEV void write_shared(u32 row, bool valid, u32 lane, float *weights, int *ids) {
+#if SHARED
+    if (lane < SHARED) {
+        weights[row + TOP_K + lane] = valid ? 1.f : 0.f;
+        ids[row + TOP_K + lane] = valid ? (int)(EXPERTS + lane) : -1;
+    }
+#endif
 }

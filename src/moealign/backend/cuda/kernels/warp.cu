@@ -15,7 +15,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) warp(PARAMETERS ROUTER_
     u32 errors = 0;
     wait_for_dependency(ids);
 #if FUSED_ROUTER
-    const u32 tokens = ONE_TOKEN ? 1 : n / TOP_K;
+    const u32 tokens = ONE_TOKEN ? 1 : n / COLUMNS;
     Token token;
     token.load(logits, row_stride, tokens);
 #else
@@ -29,13 +29,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) warp(PARAMETERS ROUTER_
     const bool writes = blockIdx.x == LAYOUT_CTAS;
     if (ONE_TOKEN && writes && threadIdx.x >= 32) return;
     int e = -1;
-    if (token.number < tokens) e = token.route(bias, weights, ids_out, scale_bits, limit, writes);
+    if (token.number < tokens) e = token.route(bias, OPTIONS, weights, ids_out, scale_bits, limit, writes);
 #if ONE_TOKEN
     if (writes) return;
     const id_t v = (id_t)e;
 #else
     __shared__ int chosen[WARPS * 32];
-    if (token.number < tokens && lane < TOP_K) chosen[token.number * TOP_K + lane] = e;
+    if (token.number < tokens && lane < COLUMNS) chosen[token.number * COLUMNS + lane] = e;
     if (writes) return;
     __syncthreads();
     const id_t v = lane < n ? chosen[lane] : 0;
