@@ -50,6 +50,7 @@ PAGES: dict[str, list[tuple[str, str, Maker]]] = {
         ("performance-cpu", "results/align_cpu", tables.cpu_table),
     ],
     "docs/experts.md": [
+        ("invariance", "results/experts_{gpu}", tables.invariance_sentence),
         ("experts", "results/experts_{gpu}", tables.experts_table),
         ("transformers", "results/transformers_{gpu}", tables.transformers_table),
         ("experts-cpu", "results/experts_cpu", tables.experts_cpu_table),

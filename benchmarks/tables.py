@@ -181,6 +181,23 @@ def experts_table(rows: Sequence[Row], source: str) -> str:
     return f"{caption(rows, 'CUDA graph replay', source)} {floor_rates(rows)}\n\n{markdown(header, lines)}"
 
 
+def invariance_sentence(rows: Sequence[Row], source: str) -> str:
+    """What batch invariance costs a layer without gradients, at one token and from 64 tokens on."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    where = ""
+    for row, times in cases_of(rows, "experts-invariant"):
+        tokens = shape_of(row)[0]
+        if tokens == 1 or tokens >= 64:
+            ratios[tokens == 1].append(times["moealign-invariant"] / times["moealign"])
+            where = made_on([row], source).rstrip(".")
+    if not where:
+        return ""
+    return (
+        f"With it, a layer takes {span(ratios[True], '.2f')} times as long at one token, and "
+        f"{span(ratios[False], '.2f')} times as long from 64 tokens on ({where})."
+    )
+
+
 def train_table(rows: Sequence[Row], source: str) -> str:
     """Milliseconds of a forward and a backward, and their memory."""
     impls = {"moealign": "**moealign**", "moealign-recompute": "recompute", "torch-grouped_mm": "torch",

@@ -43,21 +43,6 @@ struct Barrier {
         if (threadIdx.x == 0) spin();
         __syncthreads();
     }
-    // Start to read the word, for wait_from(): work between the two hides the latency.
-    __device__ __forceinline__ u32 peek() {
-        u32 now = phase;
-        if (threadIdx.x == 0) asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(now) : "l"(word) : "memory");
-        return now;
-    }
-    __device__ __forceinline__ void wait_from(u32 now) {
-        if (threadIdx.x == 0 && ((now ^ phase) & 0x80000000u)) {
-            asm volatile("fence.acq_rel.gpu;" ::: "memory");
-            phase ^= 0x80000000u;
-        } else if (threadIdx.x == 0) {
-            spin();
-        }
-        __syncthreads();
-    }
     __device__ __forceinline__ void spin() {
         u32 now;
         do {

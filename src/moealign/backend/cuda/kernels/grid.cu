@@ -93,7 +93,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
         count[2 * at] = sum & 0xffff;
         if (2 * at + 1 < E) count[2 * at + 1] = sum >> 16;
     });
-    const u32 peeked = barrier.peek();
     __syncthreads();
 
     // While the table's rows travel, sort the chunk by bin in shared memory.
@@ -119,7 +118,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) grid(PARAMETERS) {
             s.local_bin[place[r]] = (u16)bin[r];
         }
     }
-    barrier.wait_from(peeked);
+    barrier.wait();
 
     // Sum over the rows of the table.  Segment `seg` reads rows seg, seg + SEGMENTS, ... of pair `p`, polling each word
     // until it is not EMPTY.  Pairs are added packed, PACKED rows at a time.
