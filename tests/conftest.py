@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 
+# Workers of pytest-xdist share the cores: a thread that spins until the next parallel loop takes them from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
