@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
+from collections.abc import Generator
+
+# Workers of pytest-xdist share the cores: a thread that spins until the next parallel loop takes them from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 import pytest
 import torch
@@ -26,9 +31,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--order", type=int, metavar="SEED", help="run files, and the tests of each, in this random order")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What collecting makes, PyTorch's modules and 8,000 tests, lives to the end: nobody looks for garbage in it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 100)
+        gc.enable()
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (seed := config.getoption("--order")) is not None:
         shuffle(items, seed)
+    else:  # the longest tests first: one that begins last leaves the other workers of pytest-xdist idle
+        items.sort(key=lambda item: not item.path.stem.endswith("_triton"))
 
 
 def shuffle(items: list[pytest.Item], seed: int) -> None:
