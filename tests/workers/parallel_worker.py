@@ -198,6 +198,13 @@ def check_exchange(rank: int, ranks: int) -> None:
                 kept = (*mine, parts[rank][2], placement)
                 assert torch.equal(again, out), (name, kind)
                 assert torch.equal(dispatched_moe(*kept, capacity=exchange.capacity, activation="relu"), out)
+        hidden, weights, ids = tokens_of(5 + rank, 4, "uniform")
+        for wrong in (EXPERTS, -2, 2**40):
+            ids[0, 1], word = wrong, new_error_word(DEVICE)
+            out = exchange(hidden, *shards(placement, rank, False), weights, ids, error_word=word)
+            close(out, fused_moe(hidden, *layer(), weights, ids))
+            with pytest.raises(InvalidInput, match="topk_ids held an id outside"):
+                raise_for_errors(word)
 
 
 def as_fp8(rows: torch.Tensor) -> torch.Tensor:
@@ -296,9 +303,8 @@ def check_one_row_per_token(rank: int, ranks: int) -> None:
         ids[0, 1] = 2**40
         out = exchange(hidden, *own, weights, ids, error_word=word)
         close(out, fused_moe(hidden, *layer(), weights, ids))
-        if not placement.replicated:  # whose copies are looked up before
-            with pytest.raises(InvalidInput, match="topk_ids held an id outside"):
-                raise_for_errors(word)
+        with pytest.raises(InvalidInput, match="topk_ids held an id outside"):
+            raise_for_errors(word)
         check_a_token_too_many(placement, rank, ranks)
     check_tokens_in_fp8(rank, ranks)
 
@@ -706,6 +712,8 @@ def check_exchange_refusals(rank: int, ranks: int) -> None:
         (lambda: exchange(hidden, *own, weights.long(), ids), r"topk_weights: .* got torch.int64"),
         (lambda: exchange(hidden, *own, weights, ids[:3]), r"topk_ids: expected \[4, k\]"),
         (lambda: exchange(hidden.bfloat16()[:, :1], *own, weights, ids), "hidden_states: expected .* at least 4 bytes"),
+        (lambda: exchange(hidden, *own, weights, ids, out=hidden.clone()), "out: expected None in an exchange"),
+        (lambda: exchange(hidden, *own, weights, ids, expert_map=ids[0]), "expert_map: expected None in an exchange"),
         (lambda: exchange.dispatch(hidden.to(torch.float8_e4m3fn), ids), "hidden_states: expected a floating dtype"),
         (lambda: exchange.dispatch(hidden.to("meta"), ids), "expected an eager call with plain tensors"),
         (lambda: exchange.combine(arrived.hidden_states[1:], weights, way), "rows: expected a floating"),

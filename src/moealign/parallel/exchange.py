@@ -104,9 +104,7 @@ class ExpertExchange:
         # Of each id, its rank and its slot there; ids are experts or, with copies, the bins of placement.bins.
         bins = torch.arange(placement.ranks * placement.slots)
         if not placement.replicated:
-            ids = torch.arange(placement.num_experts).unsqueeze(1)
-            bins = torch.full_like(bins, -1)
-            bins[: placement.num_experts] = placement.bins(ids).flatten()
+            bins = placement.bins(torch.arange(placement.num_experts).unsqueeze(1)).flatten()
         self._copies = placement.copies(device) if placement.replicated else None
         self._rank_of = (bins // placement.slots).to(torch.int32).to(self.device)
         self._slot_of = torch.where(bins < 0, -1, bins % placement.slots).to(torch.int16).to(self.device)
@@ -207,7 +205,7 @@ class ExpertExchange:
             gate_up_proj, down_proj: this rank's experts, ``[slots, ...]``.
             num_valid_tokens: int32, one element, on the device; later tokens send nothing and give zeros.
             error_word: as of :func:`align`; a bit says that rows were dropped for want of capacity.
-            options: further arguments of :func:`fused_moe`, except those about ids.
+            options: further arguments of :func:`fused_moe`, except `out` and those about ids.
 
         Returns:
             ``[T, H]``.  Differentiable with ``wire="same"`` and ``rows="route"``; the same tensors must require
@@ -221,7 +219,7 @@ class ExpertExchange:
         known = signature is not None and signature in self._passed
         if not known:
             sizes = (hidden_states, topk_ids, gate_up_proj, topk_weights, down_proj)
-            refusal = modes.checked(self._check, *sizes)
+            refusal = modes.checked(self._check, *sizes, options)
             if isinstance(refusal, modes.Refusal):
                 return modes.refuse(refusal)[0]
         call = (hidden_states, topk_ids, topk_weights, num_valid_tokens, error_word)
@@ -296,7 +294,10 @@ class ExpertExchange:
         num_valid_tokens: Tensor | None,
         error_word: Tensor | None,
     ) -> tuple[Arrived, Way]:
-        ids = topk_ids if self._copies is None else bins_of(topk_ids, self._copies)
+        ids = topk_ids
+        if self._copies is not None:
+            bins = bins_of(ids, self._copies)
+            ids = torch.where((bins < 0) & (ids != -1), -2, bins)  # of what is no id the layout reports an error
         layout = align(
             wire_tokens.first_of_ranks(ids, self._rank_of) if self._by_token else ids,
             block_size=1,
@@ -357,6 +358,7 @@ class ExpertExchange:
         gate_up_proj: Any = None,
         topk_weights: Tensor | None = None,
         down_proj: Any = None,
+        options: Any = None,
     ) -> None:
         refuse_tracing("ExpertExchange", hidden_states, topk_ids)
         if not hidden_states.is_floating_point() or hidden_states.dtype.itemsize < 2:
@@ -377,6 +379,11 @@ class ExpertExchange:
         for name, tensor in named:
             if tensor is not None and tensor.device != self.device:
                 raise InvalidInput(f"{name}: expected a tensor on {self.device}, got one on {tensor.device}")
+        for name in ("out", "expert_map"):
+            if options and options.get(name) is not None:
+                raise InvalidInput(
+                    f"{name}: expected None in an exchange, whose rows are not those of the call, got one"
+                )
         experts = self.slots if gate_up_proj is None else data_of(gate_up_proj).shape[0]
         if experts != self.slots:
             raise InvalidInput(
@@ -388,7 +395,7 @@ class ExpertExchange:
                 f"topk_weights: expected a floating {list(topk_ids.shape)} like topk_ids, got {topk_weights.dtype} "
                 f"{list(topk_weights.shape)}"
             )
-        given = (hidden_states, data_of(gate_up_proj), data_of(down_proj), topk_weights)
+        given = (hidden_states, data_of(gate_up_proj), data_of(down_proj), topk_weights, *(options or {}).values())
         for name, other, got in (("wire", "same", self.wire), ("rows", "route", self.rows)):
             if got != other and modes.wants_gradient(*given):
                 raise InvalidInput(
