@@ -155,7 +155,7 @@ def _metadata(path: str | Path, entries: Mapping[str, str]) -> dict[str, Any]:
         raise TraceError(f"{path}: expected JSON metadata under the name moealign, got {', '.join(entries) or 'none'}")
     try:
         metadata = json.loads(entries["moealign"])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # RecursionError: nested too deeply
         raise TraceError(f"{path}: expected JSON metadata, got text that is not JSON ({error})") from None
     if not isinstance(metadata, dict):
         raise TraceError(f"{path}: expected a JSON object as metadata, got {type(metadata).__name__}")

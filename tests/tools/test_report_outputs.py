@@ -215,6 +215,7 @@ def test_a_placement_goes_through_a_file(tmp_path):
     ("content", "ranks", "message"),
     [
         ("{", 2, "expected JSON with the key physical_to_logical_map, got JSONDecodeError"),
+        ("[" * 100_000, 2, "expected JSON with the key physical_to_logical_map, got RecursionError"),
         ("[]", 2, "expected JSON with the key physical_to_logical_map, got TypeError"),
         ("{}", 2, "expected JSON with the key physical_to_logical_map, got KeyError"),
         ('{"physical_to_logical_map": [[0, 1], [0]]}', 2, "expected JSON with the key physical_to_logical_map"),

@@ -51,6 +51,7 @@ def test_round_trip_in_the_smallest_dtype(tmp_path, experts, low, dtype):
         ),
         ({"topk_ids": IDS}, None, "expected JSON metadata under the name moealign, got none"),
         ({"topk_ids": IDS}, "{", "expected JSON metadata, got text that is not JSON"),
+        ({"topk_ids": IDS}, "[" * 100_000, "expected JSON metadata, got text that is not JSON"),
         ({"topk_ids": IDS}, "[1]", "expected a JSON object as metadata, got list"),
         ({"topk_ids": IDS}, {"experts": 8}, "expected k in its metadata, got experts"),
         ({"topk_ids": IDS}, {**ABOUT, "experts": "8"}, "expected experts to be of type int in its metadata, got '8'"),
