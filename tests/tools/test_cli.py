@@ -385,6 +385,7 @@ BAD = [
             (("/proc/x/y",), "--engine-config: expected a folder that can be written, got /proc/x/y (No such file"),
             (("new/a\0b",), "null byte"),
             ((__file__,), "--engine-config: expected a folder, got the file"),
+            (("new", "--device-name", "G" * 300), "a folder that can be written, got new (File name too long: E="),
             (("same", "--placement", "same"), "--placement: expected another path than --engine-config's"),
             (("new/folder", "--block-size", "16,100"), "block sizes among 16, 32, 64, 128, 256, got 100; pass other"),
         )

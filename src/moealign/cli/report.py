@@ -76,8 +76,6 @@ def report(
         output = Path("report.html")
     if output is not None:
         checks.output("--output", output, pages.FORMATS)
-    if engine_config is not None:
-        checks.folder("--engine-config", engine_config)
     if placement is not None:
         checks.output("--placement", placement)
     outputs = (("--output", output), ("--engine-config", engine_config), ("--placement", placement))
@@ -101,6 +99,8 @@ def report(
         experts_of = [costs.experts_of(trace, hidden, intermediate) for trace in traces]
         if engine_config is not None:
             pages.check_configuration(traces[0], sizes, experts_of[0][1], device)
+            paths = pages.configuration_paths(traces[0], experts_of[0][0], engine_config, device)
+            checks.files_in("--engine-config", engine_config, paths)
         placed = None if placement is None else costs.place(traces[0], ranks, replicas)  # first: it may refuse
         studies = [
             pages.study(trace, sizes, experts, experts_source=source, on_gpu=gpu, map_size=map_block_size)
