@@ -201,7 +201,8 @@ def test_version_and_short_help():
 def test_help_cuts_nothing(name, columns):
     text = run(*filter(None, [name]), "-h", COLUMNS=str(columns)).output
     assert "…" not in text
-    assert "..." not in text.replace("]]...", "").replace("[ARGS]...", "")
+    assert "..." not in text.replace("[TRACE]...", "").replace("[ARGS]...", "")
+    assert "[[" not in text
     assert max(map(len, text.splitlines())) <= columns
     wide = run(*filter(None, [name]), "-h", COLUMNS="120").output
     assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", wide)) <= set(re.findall(r"--[a-z-]+", re.sub(r"-\n\s*", "-", text)))

@@ -27,7 +27,7 @@ MAX_BYTES = 2**30  # of what is computed from a trace
 TracePath = Annotated[
     Path,
     typer.Argument(
-        metavar="[TRACE]", show_default=False, help="A .safetensors routing trace (default: the one that ships)."
+        metavar="TRACE", show_default=False, help="A .safetensors routing trace (default: the one that ships)."
     ),
 ]
 BlockSizes = Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")]
