@@ -129,7 +129,8 @@ def load_trace(path: str | Path) -> Trace:
     if Path(path).is_dir():
         raise TraceError(f"{path}: expected a .safetensors file, got a folder")
     if not Path(path).is_file():
-        raise TraceError(f"{path}: expected a .safetensors file, got no such file")
+        what = "something else" if Path(path).exists() else "no such file"
+        raise TraceError(f"{path}: expected a .safetensors file, got {what}")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             names, entries = list(file.keys()), file.metadata() or {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -77,6 +78,8 @@ def test_files_that_are_none(tmp_path):
         load_trace(tmp_path / "nowhere")
     with pytest.raises(TraceError, match="got a folder"):
         load_trace(tmp_path)
+    with pytest.raises(TraceError, match="got something else"):
+        load_trace(os.devnull)
     text = tmp_path / "text.safetensors"
     text.write_text("not a tensor in sight")
     with pytest.raises(TraceError, match=r"expected a \.safetensors file, got something else"):
