@@ -151,6 +151,38 @@ def test_nothing_sticks_out_at_any_width(report, chromium, width):
     assert widths[0] <= widths[1]
 
 
+SMALLEST = """
+return [...document.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width).map(svg => {
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  return scale * Math.min(...[...svg.querySelectorAll("text")].map(t => parseFloat(getComputedStyle(t).fontSize)));
+});
+"""
+HINTS = """
+for (const details of document.querySelectorAll("details")) details.open = true;
+const done = arguments[0], frame = requestAnimationFrame;
+frame(() => frame(() => done([...document.querySelectorAll(".wide")].filter(wide => wide.clientWidth).map(wide => [
+  wide.scrollWidth > wide.clientWidth,
+  wide.closest("section, details").querySelector(".hint").getClientRects().length > 0,
+]))));
+"""
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_figures_have_legible_text_and_say_where_they_can_be_scrolled(report, chromium, width, tmp_path):
+    compared = tmp_path / "compared.html"
+    page.write_comparison(page.compare(report[0], report[0]), compared)
+    for path in (report[1], compared):
+        look(chromium, path, "light", width)
+        sizes = chromium.execute_script(SMALLEST)
+        assert len(sizes) >= 2
+        assert 9 <= min(sizes) <= max(sizes) <= 16
+        hints = chromium.execute_async_script(HINTS)
+        assert [said for wide, said in hints] == [wide for wide, said in hints]
+        assert any(wide for wide, said in hints) or width > 390
+        widths = chromium.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert widths[0] <= widths[1]
+
+
 def test_no_label_is_cut_off_or_lies_on_another(report, chromium):
     look(chromium, report[1], "light")
     wrong = chromium.execute_script("""
