@@ -143,7 +143,7 @@ def load_trace(path: str | Path) -> Trace:
     _check_shape(path, topk_ids)
     if topk_ids.shape[2] != metadata["k"]:
         raise TraceError(
-            f"{path}: expected k = {metadata['k']} ids a token as its metadata says, got {topk_ids.shape[2]}"
+            f"{path}: expected k = {metadata['k']} ids per token as its metadata says, got {topk_ids.shape[2]}"
         )
     _check_ids(path, topk_ids, metadata["experts"])
     details = {name: value for name, value in metadata.items() if name not in _REQUIRED}

@@ -26,7 +26,7 @@ TITLES = [
     "Where to set block sizes and placements",
     "Load per expert and layer",
     "Imbalance over tokens, in runs of 256",
-    "Blocks of a layer: the first 4,096 tokens, 64 rows a block",
+    "Blocks of a layer: the first 4,096 tokens, 64 rows per block",
     "Padding per block size",
     "Blocks per block size",
     "What each block size costs",
@@ -328,10 +328,10 @@ def test_inspect_and_report_agree(trace, options, tmp_path):
     inspected = CliRunner().invoke(app, ["inspect", str(path), *options], env={"COLUMNS": "250"}).output
     assert run(str(path), "-o", str(tmp_path / "a.html"), "--no-gpu", *options).exit_code == 0
     text = (tmp_path / "a.html").read_text()
-    advice = re.findall(r"  (\w+), ([\d,]+ tokens?) a batch: blocks of (\d+) rows, (.*?)% padding", inspected)
+    advice = re.findall(r"  (\w+), ([\d,]+ tokens?) per batch: blocks of (\d+) rows, (.*?)% padding", inspected)
     assert advice or not (trace.topk_ids >= 0).any()
     for kind, tokens, size, wasted in advice:
-        assert f"<b>{size} rows</b><span>a block for {kind} ({tokens} a batch); {wasted} % is padding" in text
+        assert f"<b>{size} rows</b><span>a block for {kind} ({tokens} per batch); {wasted} % is padding" in text
     assert text.count("rows</b><span>a block for") == len(advice)
     rows = [re.split(r" {2,}", line.strip()) for line in inspected.splitlines() if re.match(r" *(\d+|all)  ", line)]
     loads, paddings = rows[: trace.layers], rows[-1][1:]
@@ -424,7 +424,7 @@ def test_the_command(tmp_path):
     path = tmp_path / "report.html"
     result = run(str(example_trace()), "-o", str(path), "--layer", "3", "--no-gpu", "--hidden", "1024")
     assert result.exit_code == 0, result.output
-    assert "prefill, 8,192 tokens a batch: blocks of" in result.output
+    assert "prefill, 8,192 tokens per batch: blocks of" in result.output
     assert "alignment takes" in result.output
     assert "Not measured: no GPU that torch can use." in result.output
     assert "vLLM and SGLang read the files that --engine-config DIR writes" in " ".join(result.output.split())

@@ -57,7 +57,7 @@ def test_round_trip_in_the_smallest_dtype(tmp_path, experts, low, dtype):
         ({"topk_ids": IDS}, {"experts": 8}, "expected k in its metadata, got experts"),
         ({"topk_ids": IDS}, {**ABOUT, "experts": "8"}, "expected experts to be of type int in its metadata, got '8'"),
         ({"topk_ids": IDS}, {**ABOUT, "experts": 0}, "expected experts and k of at least 1"),
-        ({"topk_ids": IDS}, {**ABOUT, "k": 3}, "expected k = 3 ids a token as its metadata says, got 2"),
+        ({"topk_ids": IDS}, {**ABOUT, "k": 3}, "expected k = 3 ids per token as its metadata says, got 2"),
         ({"topk_ids": IDS + 7}, ABOUT, r"expected ids in \[-1, 8\), got \d+ to 14"),
         ({"topk_ids": IDS[:, :0].contiguous()}, ABOUT, "expected at least one layer, token and choice"),
     ],

@@ -99,7 +99,7 @@ def _values(study: Study) -> list[tuple[str, str]]:
     for each in study.advice:
         how = "measured" if each.measured else "modelled"
         found += [
-            (f"{each.kind}: tokens a batch", f"{each.tokens:,}"),
+            (f"{each.kind}: tokens per batch", f"{each.tokens:,}"),
             (f"{each.kind}: block size", f"{each.block_size}"),
             (f"{each.kind}: padding", f"{each.wasted:.1%}"),
             (f"{each.kind}: alignment's share of a layer, {how}", f"{each.share:.1%}"),

@@ -178,7 +178,7 @@ Cells = Sequence[tuple[int, int]]
 def map_text(study: Study) -> str:
     """Which tokens a block map shows, in blocks of how many rows."""
     which = f"{study.map_tokens:,} tokens of a call" if study.trace.calls else f"the first {study.map_tokens:,} tokens"
-    return f"{which}, {study.map_size} rows a block"
+    return f"{which}, {study.map_size} rows per block"
 
 
 def map_cells(study: Study, layer: int) -> list[tuple[int, int]]:
