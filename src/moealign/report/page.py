@@ -14,7 +14,7 @@ from ..errors import InvalidInput
 from .analysis import Study
 from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, map_text, panels, save_picture
 from .summary import alignment_text, cards, context_lines
-from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, pyplot, style
+from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, drawing
 
 __all__ = ["FORMATS", "document", "figure_section", "table_of", "write"]
 
@@ -102,8 +102,7 @@ def table_of(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) ->
 
 def _svg(study: Any, panel: Panel) -> tuple[str, list[float]]:
     """An ``<svg>`` in the page's CSS variables, and its axes: left, top, right, bottom as fractions of the picture."""
-    plt = pyplot()
-    with plt.rc_context(style(ADAPTIVE, panel.name)):
+    with drawing(ADAPTIVE, panel.name) as plt:
         figure, axis = plt.subplots(figsize=panel.size, layout="constrained")
         panel.draw(axis, study, ADAPTIVE)
         svg = adaptive_svg(figure)

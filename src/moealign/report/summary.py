@@ -26,8 +26,8 @@ def alignment_text(each: costs.BatchCost, layers: int) -> str:
     """One line: what alignment costs in a layer and in a step of the model."""
     how = "measured" if each.measured else "modelled"
     return (
-        f"{each.kind}, {_tokens(each.tokens)} per batch: alignment takes {each.alignment:.1f} of {each.layer:,.1f} us of "
-        f"a layer ({each.share:.1%}), {each.alignment * layers:,.0f} us in {_plural(layers, 'layer')}; {how}"
+        f"{each.kind}, {_tokens(each.tokens)} per batch: alignment takes {each.alignment:.1f} of {each.layer:,.1f} us "
+        f"of a layer ({each.share:.1%}), {each.alignment * layers:,.0f} us in {_plural(layers, 'layer')}; {how}"
     )
 
 
