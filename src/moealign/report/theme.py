@@ -95,7 +95,7 @@ def pyplot() -> Any:
 
 @contextlib.contextmanager
 def drawing(theme: Theme, salt: str) -> Iterator[Any]:
-    """pyplot for figures in `theme`.  Characters of a name that its font lacks are boxes in a PNG, and text in an SVG."""
+    """pyplot for figures in `theme`.  Characters that its font lacks are boxes in a PNG, and text in an SVG."""
     plt = pyplot()
     with warnings.catch_warnings(), plt.rc_context(style(theme, salt)):
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
