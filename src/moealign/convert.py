@@ -113,9 +113,10 @@ def from_sglang(
         where = str(recording)
         try:
             recording = torch.load(recording, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch documents no set of errors
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise TraceError(f"{where}: expected a file of SGLang's recorder, got {reason}") from None
+        except OSError as error:
+            raise TraceError(f"{where}: expected a file of SGLang's recorder, got {error.strerror or error}") from None
+        except Exception as error:  # torch documents no set of errors, and its messages advise to trust the file
+            raise TraceError(f"{where}: expected a file of SGLang's recorder, got something else") from error
     records = recording.get("records") if isinstance(recording, Mapping) else None
     passes = [each.get("topk_ids_of_layer") for each in records or []]
     if not passes or not all(isinstance(each, Tensor) and each.dim() == 3 for each in passes):

@@ -2,7 +2,7 @@
 
 Words used everywhere: a *route* is one (token, k) choice, numbered ``i = token * top_k + k``; a *bin* collects the
 routes of one expert (or of one local expert, or of one batch); a *block* is ``block_size`` consecutive rows that
-belong to one bin.  ``n`` routes, ``E`` experts, ``B`` rows a block, ``cdiv(a, b) = ceil(a / b)``.
+belong to one bin.  ``n`` routes, ``E`` experts, ``B`` rows per block, ``cdiv(a, b) = ceil(a / b)``.
 """
 
 from __future__ import annotations

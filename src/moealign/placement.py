@@ -204,7 +204,7 @@ def load(path: str | Path, ranks: int) -> Ints:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         maps = np.array(content["physical_to_logical_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(
             f"{path}: expected JSON with the key physical_to_logical_map, got {type(error).__name__}: {error}"
         ) from None

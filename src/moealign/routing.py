@@ -130,7 +130,7 @@ def route(
     mean_probability: bool = False,
     backend: str | None = None,
 ) -> RouteResult | RouteResultWithMean:
-    """Choose `top_k` experts a token and align the choices: ``(topk_weights, topk_ids, layout)``.
+    """Choose `top_k` experts per token and align the choices: ``(topk_weights, topk_ids, layout)``.
 
     Settings by model.  Mixtral, Qwen3-MoE, gpt-oss: the defaults.  OLMoE: ``renormalize=False``.  Llama-4:
     ``scoring="sigmoid", renormalize=False``.  DeepSeek-V3, Kimi-K2, GLM-4.5: ``scoring="sigmoid"`` with

@@ -129,7 +129,8 @@ def load_trace(path: str | Path) -> Trace:
     if Path(path).is_dir():
         raise TraceError(f"{path}: expected a .safetensors file, got a folder")
     if not Path(path).is_file():
-        raise TraceError(f"{path}: expected a .safetensors file, got no such file")
+        what = "something else" if Path(path).exists() else "no such file"
+        raise TraceError(f"{path}: expected a .safetensors file, got {what}")
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             names, entries = list(file.keys()), file.metadata() or {}
@@ -142,7 +143,7 @@ def load_trace(path: str | Path) -> Trace:
     _check_shape(path, topk_ids)
     if topk_ids.shape[2] != metadata["k"]:
         raise TraceError(
-            f"{path}: expected k = {metadata['k']} ids a token as its metadata says, got {topk_ids.shape[2]}"
+            f"{path}: expected k = {metadata['k']} ids per token as its metadata says, got {topk_ids.shape[2]}"
         )
     _check_ids(path, topk_ids, metadata["experts"])
     details = {name: value for name, value in metadata.items() if name not in _REQUIRED}
@@ -155,7 +156,7 @@ def _metadata(path: str | Path, entries: Mapping[str, str]) -> dict[str, Any]:
         raise TraceError(f"{path}: expected JSON metadata under the name moealign, got {', '.join(entries) or 'none'}")
     try:
         metadata = json.loads(entries["moealign"])
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # RecursionError: nested too deeply
         raise TraceError(f"{path}: expected JSON metadata, got text that is not JSON ({error})") from None
     if not isinstance(metadata, dict):
         raise TraceError(f"{path}: expected a JSON object as metadata, got {type(metadata).__name__}")

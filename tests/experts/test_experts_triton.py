@@ -157,6 +157,7 @@ DAMAGED = {
     "empty": b"",
     "not UTF-8": b'{"plans": {}, "about": "\xff"}',
     "no plans": b"{}",
+    "nested too deeply": b"[" * 100_000,
     "a list of plans": b'{"plans": []}',
     "a list of entries": json.dumps({"plans": {KEY: [ENTRY]}}).encode(),
     "no tokens": json.dumps({"plans": {KEY: {"64": ENTRY, "0": ENTRY}}}).encode(),

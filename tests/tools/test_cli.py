@@ -201,7 +201,8 @@ def test_version_and_short_help():
 def test_help_cuts_nothing(name, columns):
     text = run(*filter(None, [name]), "-h", COLUMNS=str(columns)).output
     assert "…" not in text
-    assert "..." not in text.replace("]]...", "").replace("[ARGS]...", "")
+    assert "..." not in text.replace("[TRACE]...", "").replace("[ARGS]...", "")
+    assert "[[" not in text
     assert max(map(len, text.splitlines())) <= columns
     wide = run(*filter(None, [name]), "-h", COLUMNS="120").output
     assert set(re.findall(r"--[a-z]+(?:-[a-z]+)*", wide)) <= set(re.findall(r"--[a-z-]+", re.sub(r"-\n\s*", "-", text)))
@@ -385,6 +386,7 @@ BAD = [
             (("/proc/x/y",), "--engine-config: expected a folder that can be written, got /proc/x/y (No such file"),
             (("new/a\0b",), "null byte"),
             ((__file__,), "--engine-config: expected a folder, got the file"),
+            (("new", "--device-name", "G" * 300), "a folder that can be written, got new (File name too long: E="),
             (("same", "--placement", "same"), "--placement: expected another path than --engine-config's"),
             (("new/folder", "--block-size", "16,100"), "block sizes among 16, 32, 64, 128, 256, got 100; pass other"),
         )

@@ -26,7 +26,7 @@ TITLES = [
     "Where to set block sizes and placements",
     "Load per expert and layer",
     "Imbalance over tokens, in runs of 256",
-    "Blocks of a layer: the first 4,096 tokens, 64 rows a block",
+    "Blocks of a layer: the first 4,096 tokens, 64 rows per block",
     "Padding per block size",
     "Blocks per block size",
     "What each block size costs",
@@ -149,6 +149,38 @@ def test_nothing_sticks_out_at_any_width(report, chromium, width):
     look(chromium, report[1], "light", width)
     widths = chromium.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert widths[0] <= widths[1]
+
+
+SMALLEST = """
+return [...document.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width).map(svg => {
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  return scale * Math.min(...[...svg.querySelectorAll("text")].map(t => parseFloat(getComputedStyle(t).fontSize)));
+});
+"""
+HINTS = """
+for (const details of document.querySelectorAll("details")) details.open = true;
+const done = arguments[0], frame = requestAnimationFrame;
+frame(() => frame(() => done([...document.querySelectorAll(".wide")].filter(wide => wide.clientWidth).map(wide => [
+  wide.scrollWidth > wide.clientWidth,
+  wide.closest("section, details").querySelector(".hint").getClientRects().length > 0,
+]))));
+"""
+
+
+@pytest.mark.parametrize("width", [390, 800, 1280])
+def test_figures_have_legible_text_and_say_where_they_can_be_scrolled(report, chromium, width, tmp_path):
+    compared = tmp_path / "compared.html"
+    page.write_comparison(page.compare(report[0], report[0]), compared)
+    for path in (report[1], compared):
+        look(chromium, path, "light", width)
+        sizes = chromium.execute_script(SMALLEST)
+        assert len(sizes) >= 2
+        assert 9 <= min(sizes) <= max(sizes) <= 16
+        hints = chromium.execute_async_script(HINTS)
+        assert [said for wide, said in hints] == [wide for wide, said in hints]
+        assert any(wide for wide, said in hints) or width > 390
+        widths = chromium.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert widths[0] <= widths[1]
 
 
 def test_no_label_is_cut_off_or_lies_on_another(report, chromium):
@@ -296,10 +328,10 @@ def test_inspect_and_report_agree(trace, options, tmp_path):
     inspected = CliRunner().invoke(app, ["inspect", str(path), *options], env={"COLUMNS": "250"}).output
     assert run(str(path), "-o", str(tmp_path / "a.html"), "--no-gpu", *options).exit_code == 0
     text = (tmp_path / "a.html").read_text()
-    advice = re.findall(r"  (\w+), ([\d,]+ tokens?) a batch: blocks of (\d+) rows, (.*?)% padding", inspected)
+    advice = re.findall(r"  (\w+), ([\d,]+ tokens?) per batch: blocks of (\d+) rows, (.*?)% padding", inspected)
     assert advice or not (trace.topk_ids >= 0).any()
     for kind, tokens, size, wasted in advice:
-        assert f"<b>{size} rows</b><span>a block for {kind} ({tokens} a batch); {wasted} % is padding" in text
+        assert f"<b>{size} rows</b><span>a block for {kind} ({tokens} per batch); {wasted} % is padding" in text
     assert text.count("rows</b><span>a block for") == len(advice)
     rows = [re.split(r" {2,}", line.strip()) for line in inspected.splitlines() if re.match(r" *(\d+|all)  ", line)]
     loads, paddings = rows[: trace.layers], rows[-1][1:]
@@ -392,7 +424,7 @@ def test_the_command(tmp_path):
     path = tmp_path / "report.html"
     result = run(str(example_trace()), "-o", str(path), "--layer", "3", "--no-gpu", "--hidden", "1024")
     assert result.exit_code == 0, result.output
-    assert "prefill, 8,192 tokens a batch: blocks of" in result.output
+    assert "prefill, 8,192 tokens per batch: blocks of" in result.output
     assert "alignment takes" in result.output
     assert "Not measured: no GPU that torch can use." in result.output
     assert "vLLM and SGLang read the files that --engine-config DIR writes" in " ".join(result.output.split())

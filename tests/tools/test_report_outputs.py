@@ -215,6 +215,7 @@ def test_a_placement_goes_through_a_file(tmp_path):
     ("content", "ranks", "message"),
     [
         ("{", 2, "expected JSON with the key physical_to_logical_map, got JSONDecodeError"),
+        ("[" * 100_000, 2, "expected JSON with the key physical_to_logical_map, got RecursionError"),
         ("[]", 2, "expected JSON with the key physical_to_logical_map, got TypeError"),
         ("{}", 2, "expected JSON with the key physical_to_logical_map, got KeyError"),
         ('{"physical_to_logical_map": [[0, 1], [0]]}', 2, "expected JSON with the key physical_to_logical_map"),
@@ -305,6 +306,21 @@ def test_on_a_phone_scroll_areas_say_so(tmp_path):
     assert page.count("Swipe sideways") == areas
     assert "or tap it" in page
     assert '"pointerdown"' in page
+
+
+@pytest.mark.parametrize("ending", ["html", "png", "svg"])
+def test_names_in_any_script_are_drawn_without_a_warning(ending, tmp_path, recwarn):
+    """matplotlib would warn of each character, and read formulas between dollar signs."""
+    trace = str(tmp_path / "t.safetensors")
+    save_trace(trace, Trace(torch.tensor([[[0, 1], [2, 3]]]), 4, "通义千问 \x1b[31m", "from $2 to $\\frac", "1"))
+    for traces in ([trace], [trace, trace]):
+        result = run(*traces, "-o", str(tmp_path / f"r.{ending}"))
+        assert (result.exit_code, result.stderr) == (0, "")
+        if ending != "png":
+            text = (tmp_path / f"r.{ending}").read_text("utf-8")
+            assert "通义千问" in text
+            assert "from $2 to $\\frac" in text
+    assert [str(each.message) for each in recwarn] == []
 
 
 def test_a_page_draws_a_bounded_number_of_layers(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 
 import pytest
 import torch
@@ -51,11 +52,12 @@ def test_round_trip_in_the_smallest_dtype(tmp_path, experts, low, dtype):
         ),
         ({"topk_ids": IDS}, None, "expected JSON metadata under the name moealign, got none"),
         ({"topk_ids": IDS}, "{", "expected JSON metadata, got text that is not JSON"),
+        ({"topk_ids": IDS}, "[" * 100_000, "expected JSON metadata, got text that is not JSON"),
         ({"topk_ids": IDS}, "[1]", "expected a JSON object as metadata, got list"),
         ({"topk_ids": IDS}, {"experts": 8}, "expected k in its metadata, got experts"),
         ({"topk_ids": IDS}, {**ABOUT, "experts": "8"}, "expected experts to be of type int in its metadata, got '8'"),
         ({"topk_ids": IDS}, {**ABOUT, "experts": 0}, "expected experts and k of at least 1"),
-        ({"topk_ids": IDS}, {**ABOUT, "k": 3}, "expected k = 3 ids a token as its metadata says, got 2"),
+        ({"topk_ids": IDS}, {**ABOUT, "k": 3}, "expected k = 3 ids per token as its metadata says, got 2"),
         ({"topk_ids": IDS + 7}, ABOUT, r"expected ids in \[-1, 8\), got \d+ to 14"),
         ({"topk_ids": IDS[:, :0].contiguous()}, ABOUT, "expected at least one layer, token and choice"),
     ],
@@ -76,6 +78,8 @@ def test_files_that_are_none(tmp_path):
         load_trace(tmp_path / "nowhere")
     with pytest.raises(TraceError, match="got a folder"):
         load_trace(tmp_path)
+    with pytest.raises(TraceError, match="got something else"):
+        load_trace(os.devnull)
     text = tmp_path / "text.safetensors"
     text.write_text("not a tensor in sight")
     with pytest.raises(TraceError, match=r"expected a \.safetensors file, got something else"):

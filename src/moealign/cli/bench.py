@@ -48,33 +48,34 @@ def _device(name: str | None) -> str:
 
 def bench(
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="CSV to write (default: moealign_bench_*.csv, * the device)")
+        Path | None, typer.Option("--output", "-o", help="CSV to write (default: ./moealign_bench_DEVICE.csv).")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", hidden=True)] = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Picture to write, .png or .svg (default: moealign_bench_*.png, * the device)")
+        Path | None, typer.Option(help="Picture to write: .png or .svg (default: ./moealign_bench_DEVICE.png).")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few sizes, few replays.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and replays.")] = False,
     part: Annotated[
         list[str] | None,
         typer.Option(
-            "--bench", help=f"Run only this part; may be repeated: {', '.join(benchmark.BENCHES)}. A CPU has align."
+            "--bench",
+            help=f"Run only this part; may be repeated: {', '.join(benchmark.BENCHES)}. On a CPU, only align.",
         ),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="Backends of moealign, separated by commas (default: all that are available)")
+        str | None, typer.Option(help="Backends of moealign, separated by commas (default: all that are available).")
     ] = None,
     peers: Annotated[
-        Path | None, typer.Option(help="Folder of the peers' libraries (default: the installed ones)")
+        Path | None, typer.Option(help="Folder of the peers' libraries (default: the installed ones).")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu (default: cuda if there is one)")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu (default: cuda if torch has it).")] = None,
     budget: Annotated[float, typer.Option(help="Seconds after which only fast candidates are timed.")] = 200.0,
     as_json: Annotated[
         bool,
         typer.Option("--json", help="Print JSON; write only the files that are named. docs/cli.md lists the keys."),
     ] = False,
 ) -> None:
-    """Time moealign on this machine against the peers installed beside it; writes a table, a CSV and a picture."""
+    """Time moealign and the installed peers; print a table, and write a CSV and a picture to the current folder."""
     target = _device(device)
     if unknown := set(part or ()) - set(benchmark.BENCHES):
         checks.fail(f"--bench: expected one of {', '.join(benchmark.BENCHES)}, got {', '.join(sorted(unknown))}")

@@ -126,7 +126,7 @@ def check(
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of the random cases.")] = 0,
     as_json: checks.Json = False,
 ) -> None:
-    """Check alignment, router and experts on this machine against plain definitions; takes seconds."""
+    """Check alignment, router and experts on this machine against plain definitions."""
     few = max(1, cases // 10)
     results = []
     with checks.progress() as progress:

@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 import sys
-import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -28,7 +27,7 @@ MAX_BYTES = 2**30  # of what is computed from a trace
 TracePath = Annotated[
     Path,
     typer.Argument(
-        metavar="[TRACE]", show_default=False, help="A .safetensors routing trace (default: the one that ships)."
+        metavar="TRACE", show_default=False, help="A .safetensors routing trace (default: the one that ships)."
     ),
 ]
 BlockSizes = Annotated[str, typer.Option(help="Block sizes to compare, separated by commas.")]
@@ -103,25 +102,28 @@ def output(option: str, path: Path, suffixes: Collection[str] = ()) -> Path:
     return path
 
 
-def folder(option: str, path: Path) -> None:
-    """Make sure that `path` is a folder with room for new files, or can become one; it is left as it was."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        fail(f"{option}: expected a folder, got the file {path}")
-    made: list[Path] = []
-    try:
-        for each in reversed([path, *path.parents]):
-            if not os.path.exists(each):
-                each.mkdir()
-                made.append(each)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        fail(
-            f"{option}: expected a folder that can be written, got {path} ({getattr(error, 'strerror', None) or error})"
-        )
-    finally:
-        for each in reversed(made):
-            with contextlib.suppress(OSError):  # another process may use it by now
-                each.rmdir()
+def files_in(option: str, folder: Path, files: Sequence[Path]) -> None:
+    """Make sure that `files`, below `folder`, can be written.  Folders that are missing will be made; all is left as it
+    was."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        fail(f"{option}: expected a folder, got the file {folder}")
+    for path in files:
+        made: list[Path] = []
+        try:
+            for each in reversed(path.parents):
+                if not os.path.exists(each):
+                    each.mkdir()
+                    made.append(each)
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            _try_to_write(path)
+        except OSError as error:
+            reason = getattr(error, "strerror", None) or error
+            fail(f"{option}: expected a folder that can be written, got {folder} ({reason}: {path.name})")
+        finally:
+            for each in reversed(made):
+                with contextlib.suppress(OSError):  # another process may use it by now
+                    each.rmdir()
 
 
 def _try_to_write(path: Path) -> None:

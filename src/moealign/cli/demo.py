@@ -31,10 +31,10 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Picture of one layer's blocks to write: .png, .svg or .pdf.")
     ] = Path("blocks.png"),
-    block_size: Annotated[int, typer.Option(min=1, max=MAX_BLOCK_SIZE, help="Rows of a block.")] = 64,
+    block_size: Annotated[int, typer.Option(min=1, max=MAX_BLOCK_SIZE, help="Rows per block.")] = 64,
     layer: Annotated[int, typer.Option(min=0, help="Layer to compute and draw.")] = 1,
 ) -> None:
-    """Align a real routing trace on every backend: check, time, use and draw the layout."""
+    """Align the example trace on every backend: check, time and use the layouts, and draw one to a file."""
     checks.output("--output", output, PICTURES)
     if importlib.util.find_spec("matplotlib") is None:
         checks.fail(f"demo draws with matplotlib, which is not installed: {how_to_install('report')}")

@@ -26,7 +26,7 @@ def report(
     trace_paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[TRACE [TRACE]]",
+            metavar="TRACE",
             show_default=False,
             help="A routing trace, or two traces to compare (default: the one that ships).",
         ),
@@ -36,7 +36,7 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="File to write: .html, .svg (light and dark) or .png (default: report.html; none with --json)",
+            help="File to write: .html, .svg (light and dark) or .png (default: ./report.html; none with --json).",
         ),
     ] = None,
     block_size: checks.BlockSizes = checks.BLOCK_SIZES,
@@ -46,27 +46,29 @@ def report(
         typer.Option(
             min=1,
             max=checks.MAX_BLOCK_SIZE,
-            help="Rows of a block in the drawing of blocks (default: the recommended size)",
+            help="Rows per block in the drawing of blocks (default: the recommended size).",
         ),
     ] = None,
     hidden: checks.Hidden = None,
     intermediate: checks.Intermediate = None,
-    gpu: Annotated[bool | None, typer.Option(help="Measure on a GPU (default: if there is one)")] = None,
+    gpu: Annotated[bool | None, typer.Option(help="Measure on a GPU (default: if there is one).")] = None,
     dark: Annotated[bool, typer.Option("--dark", help="Draw a .png on a dark background.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON instead of a summary.")] = False,
     engine_config: Annotated[
         Path | None, typer.Option(help="Folder for tile configurations of vLLM and SGLang with these block sizes.")
     ] = None,
     device_name: Annotated[
-        str, typer.Option(help="The GPU that --engine-config is for (default: this one, or the trace's)")
+        str, typer.Option(help="The GPU that --engine-config is for (default: this one, or the trace's).")
     ] = "",
     placement: Annotated[
-        Path | None, typer.Option(help="File for a balanced placement of the experts: JSON, as EPLB has it.")
+        Path | None, typer.Option(help="File for a balanced placement of the experts: JSON in EPLB's format.")
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="Ranks of --placement.")] = 8,
+    ranks: Annotated[int, typer.Option(min=1, max=MAX_RANKS, help="Number of ranks for --placement.")] = 8,
     replicas: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_RANKS, help="Copies of experts in --placement (default: as few as fill all ranks)"),
+        typer.Option(
+            min=0, max=MAX_RANKS, help="Extra copies of experts in --placement (default: as few as fill all ranks)."
+        ),
     ] = None,
 ) -> None:
     """Write a page about a trace: block sizes, the alignment's share of a layer, loads, and placements."""
@@ -76,8 +78,6 @@ def report(
         output = Path("report.html")
     if output is not None:
         checks.output("--output", output, pages.FORMATS)
-    if engine_config is not None:
-        checks.folder("--engine-config", engine_config)
     if placement is not None:
         checks.output("--placement", placement)
     outputs = (("--output", output), ("--engine-config", engine_config), ("--placement", placement))
@@ -101,6 +101,8 @@ def report(
         experts_of = [costs.experts_of(trace, hidden, intermediate) for trace in traces]
         if engine_config is not None:
             pages.check_configuration(traces[0], sizes, experts_of[0][1], device)
+            paths = pages.configuration_paths(traces[0], experts_of[0][0], engine_config, device)
+            checks.files_in("--engine-config", engine_config, paths)
         placed = None if placement is None else costs.place(traces[0], ranks, replicas)  # first: it may refuse
         studies = [
             pages.study(trace, sizes, experts, experts_source=source, on_gpu=gpu, map_size=map_block_size)

@@ -55,7 +55,7 @@ def tune(
         Path | None, typer.Option("--output", "-o", help="File to add to (default: the one that fused_moe reads).")
     ] = None,
 ) -> None:
-    """Find fast tiles of fused_moe for a layer on this GPU, and write them to a file that can be shipped."""
+    """Find fast tiles for fused_moe on this GPU, and write them to a file that other machines can use."""
     counts = checks.ints("--tokens", tokens, MAX_COUNT)
     if dtype not in ("bfloat16", "float16", "float32"):
         checks.fail(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")

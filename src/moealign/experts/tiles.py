@@ -248,7 +248,7 @@ def parse_tuning(data: bytes) -> dict[str, dict[int, LayerTiles]]:
         for key, entry in result.items():
             if min(entry, default=1) < 1:
                 raise ValueError(f"{min(entry)} tokens in {key}")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError("no tuning file") from error
     return result
 

@@ -2,7 +2,7 @@
 
 from .analysis import Study, study
 from .compare import Comparison, compare, comparison_json, comparison_lines, write_comparison
-from .engines import check_configuration, write_configuration
+from .engines import check_configuration, configuration_paths, write_configuration
 from .page import FORMATS, write
 from .summary import as_json, lines
 from .theme import ADAPTIVE, DARK, LIGHT, Theme, save_adaptive, style
@@ -20,6 +20,7 @@ __all__ = [
     "compare",
     "comparison_json",
     "comparison_lines",
+    "configuration_paths",
     "lines",
     "save_adaptive",
     "study",

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from .. import placement
 from ..errors import InvalidInput
+from ..terminal import escape
 from .analysis import Study
 from .figures import Panel
 from .page import FORMATS, document, figure_section, table_of
 from .summary import as_json, context_lines, gaps_text
-from .theme import ADAPTIVE, LIGHT, Theme, pyplot, save_adaptive, style
+from .theme import ADAPTIVE, LIGHT, Theme, drawing, save_adaptive
 
 __all__ = ["Comparison", "compare", "comparison_json", "comparison_lines", "write_comparison"]
 
@@ -99,7 +100,7 @@ def _values(study: Study) -> list[tuple[str, str]]:
     for each in study.advice:
         how = "measured" if each.measured else "modelled"
         found += [
-            (f"{each.kind}: tokens a batch", f"{each.tokens:,}"),
+            (f"{each.kind}: tokens per batch", f"{each.tokens:,}"),
             (f"{each.kind}: block size", f"{each.block_size}"),
             (f"{each.kind}: padding", f"{each.wasted:.1%}"),
             (f"{each.kind}: alignment's share of a layer, {how}", f"{each.share:.1%}"),
@@ -180,11 +181,10 @@ def write_comparison(comparison: Comparison, path: str | Path, theme: Theme = LI
 
 
 def _save_picture(comparison: Comparison, path: Path, theme: Theme) -> None:
-    plt = pyplot()
     adaptive = path.suffix.lower() == ".svg"
     colours = ADAPTIVE if adaptive else theme
     panels = _panels(comparison)
-    with plt.rc_context(style(colours, "compare")):
+    with drawing(colours, "compare") as plt:
         figure, axes = plt.subplots(
             1, len(panels), figsize=(5.7 * len(panels), 4.2), squeeze=False, layout="constrained"
         )
@@ -195,8 +195,10 @@ def _save_picture(comparison: Comparison, path: Path, theme: Theme) -> None:
             f"{name}: {study.trace.model}; {study.trace.source}"
             for name, study in zip("AB", comparison.studies, strict=True)
         ]
-        words = [textwrap.fill(line, 70 * len(panels)) for line in (*names, *comparison.notes(), *comparison.gaps())]
-        figure.suptitle("\n".join(words), color=colours.muted, fontsize=8.5)
+        words = [
+            textwrap.fill(escape(line), 70 * len(panels)) for line in (*names, *comparison.notes(), *comparison.gaps())
+        ]
+        figure.suptitle("\n".join(words), color=colours.muted, fontsize=8.5, parse_math=False)
         if adaptive:
             save_adaptive(figure, path, "moealign report: two traces")
         else:

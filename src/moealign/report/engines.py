@@ -12,11 +12,19 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..costs import Experts
 from ..errors import InvalidInput
 from ..trace import Trace
 from .analysis import Study
 
-__all__ = ["BLOCK_SIZES", "check_configuration", "configuration", "device_name", "write_configuration"]
+__all__ = [
+    "BLOCK_SIZES",
+    "check_configuration",
+    "configuration",
+    "configuration_paths",
+    "device_name",
+    "write_configuration",
+]
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)  #: that the engines' kernels take
 _STAGES_BYTES = 96 * 1024  # of shared memory; small GPUs have 99 KiB
@@ -78,6 +86,18 @@ def device_name(name: str) -> str:
     return "NVIDIA_H200" if "H200" in escaped.split("_") else escaped
 
 
+def configuration_paths(trace: Trace, experts: Experts, folder: Path, device: str) -> list[Path]:
+    """The files of :func:`write_configuration`."""
+    start = f"E={trace.num_experts},N={experts.intermediate},device_name="
+    paths = [folder / f"{start}{device_name(device)}.json"]
+    try:
+        version = importlib.metadata.version("triton").split("+")[0].replace(".", "_")
+        paths.append(folder / "configs" / f"triton_{version}" / f"{start}{device.strip().replace(' ', '_')}.json")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    return paths
+
+
 def write_configuration(study: Study, folder: Path, device: str) -> list[Path]:
     """Write the configuration for vLLM into `folder`.  If Triton is installed here, also write it for SGLang, into
     ``folder/configs/triton_<version>``.
@@ -89,13 +109,7 @@ def write_configuration(study: Study, folder: Path, device: str) -> list[Path]:
     """
     check_configuration(study.trace, study.sizes, study.experts_source, device)
     text = json.dumps(configuration(study), indent=4) + "\n"
-    start = f"E={study.trace.num_experts},N={study.experts.intermediate},device_name="
-    paths = [folder / f"{start}{device_name(device)}.json"]
-    try:
-        version = importlib.metadata.version("triton").split("+")[0].replace(".", "_")
-        paths.append(folder / "configs" / f"triton_{version}" / f"{start}{device.strip().replace(' ', '_')}.json")
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    paths = configuration_paths(study.trace, study.experts, folder, device)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from .. import costs
+from ..terminal import escape
 from .analysis import Study
 from .summary import context_lines
-from .theme import ADAPTIVE, Theme, pyplot, save_adaptive, style
+from .theme import ADAPTIVE, Theme, drawing, save_adaptive
 
 __all__ = ["Panel", "block_map", "draw_block_map", "map_cells", "map_text", "panels", "save_block_map", "save_picture"]
 
@@ -178,7 +179,7 @@ Cells = Sequence[tuple[int, int]]
 def map_text(study: Study) -> str:
     """Which tokens a block map shows, in blocks of how many rows."""
     which = f"{study.map_tokens:,} tokens of a call" if study.trace.calls else f"the first {study.map_tokens:,} tokens"
-    return f"{which}, {study.map_size} rows a block"
+    return f"{which}, {study.map_size} rows per block"
 
 
 def map_cells(study: Study, layer: int) -> list[tuple[int, int]]:
@@ -255,9 +256,8 @@ def draw_block_map(axis: Any, cells: Cells, block_size: int, theme: Theme, lines
 
 def save_block_map(cells: Cells, block_size: int, title: str, path: str | Path, theme: Theme) -> None:
     """Write a block map alone; the ending of `path` decides the format (.png, .svg, .pdf)."""
-    plt = pyplot()
     width, height = map_inches(_lines(len(cells)))
-    with plt.rc_context(style(theme, "blocks")):
+    with drawing(theme, "blocks") as plt:
         figure, axis = plt.subplots(figsize=(width, height + 0.3), layout="constrained")
         draw_block_map(axis, cells, block_size, theme)
         axis.set_title(title, loc="left")
@@ -304,10 +304,9 @@ def block_map(study: Study, layer: int) -> Panel:
 
 def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
     """Write all figures, one below the other, as one PNG (in `theme`) or SVG (for both schemes)."""
-    plt = pyplot()
     adaptive = path.suffix.lower() == ".svg"
     colours = ADAPTIVE if adaptive else theme
-    with plt.rc_context(style(colours, "report")):
+    with drawing(colours, "report") as plt:
         rows: list[list[Panel]] = []
         for panel in panels(study):
             if panel.size[0] < 8 and rows and rows[-1][0].size[0] < 8 and len(rows[-1]) == 1:
@@ -335,7 +334,7 @@ def save_picture(study: Study, path: Path, layer: int, theme: Theme) -> None:
             f"{trace.model}; {trace.source}; {trace.layers} layers, {trace.tokens:,} tokens, top {trace.top_k} of "
             f"{trace.num_experts} experts. {' '.join(context_lines(study))}"
         )
-        figure.suptitle(textwrap.fill(words, 150), color=colours.muted, fontsize=8.5)
+        figure.suptitle(textwrap.fill(escape(words), 150), color=colours.muted, fontsize=8.5, parse_math=False)
         if adaptive:
             save_adaptive(figure, path, f"moealign report: {trace.model}")
         else:

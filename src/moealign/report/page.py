@@ -14,7 +14,7 @@ from ..errors import InvalidInput
 from .analysis import Study
 from .figures import MAP_COLUMNS, Panel, block_map, map_cells, map_lines, map_text, panels, save_picture
 from .summary import alignment_text, cards, context_lines
-from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, pyplot, style
+from .theme import ADAPTIVE, LIGHT, Theme, adaptive_svg, css_variables, drawing
 
 __all__ = ["FORMATS", "document", "figure_section", "table_of", "write"]
 
@@ -33,12 +33,8 @@ svg { width: 100%; height: auto; display: block } svg image { image-rendering: p
 .answers b { display: block; font-size: 1.5em; line-height: 1.25 }
 .answers span { color: var(--muted); font-size: .88em }
 ul { padding-left: 1.2em; margin: .3em 0 .7em }
-.wide { overflow-x: auto } .wide svg { min-width: 640px }
-.hint { display: none; color: var(--muted); font-size: .88em; margin: .2em 0 }
-@media (max-width: 700px) {
-  .hint { display: block }
-  .wide { border-right: 2px dashed var(--muted) }
-}
+.pair > * { min-width: 0 } .wide { overflow-x: auto } .wide.cut { border-right: 2px dashed var(--muted) }
+.hint { display: none; color: var(--muted); font-size: .88em; margin: .2em 0 } .hint.cut { display: block }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92em }
 th, td { text-align: right; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--rule); white-space: nowrap }
 .words td { white-space: normal; overflow-wrap: break-word; vertical-align: top }
@@ -78,10 +74,20 @@ show();
 """
 
 
+# Says that something can be scrolled where it can, in every figure and table.
+_CUT = """
+for (const wide of document.querySelectorAll(".wide")) new ResizeObserver(() => {
+  if (!wide.clientWidth) return;
+  for (const each of [wide, wide.closest("section, details").querySelector(".hint")])
+    each.classList.toggle("cut", wide.scrollWidth > wide.clientWidth);
+}).observe(wide);
+"""
+
 MAX_MAPS = 128  # layers whose blocks a page draws; each takes a third of a second
 _HINT = '<p class="hint" aria-hidden="true">Swipe sideways to see all of it &rarr;</p>'
 
 
+PIXELS_PER_INCH = 88, 120  # of a figure, at least and at most: its smallest text, of 7.5 points, has 9 pixels
 _WIDE = ' class="wide" tabindex="0"'  # the keyboard scrolls what has the focus
 
 
@@ -96,23 +102,23 @@ def table_of(header: Sequence[str], rows: Sequence[Sequence[str]], name: str) ->
 
 def _svg(study: Any, panel: Panel) -> tuple[str, list[float]]:
     """An ``<svg>`` in the page's CSS variables, and its axes: left, top, right, bottom as fractions of the picture."""
-    plt = pyplot()
-    with plt.rc_context(style(ADAPTIVE, panel.name)):
+    with drawing(ADAPTIVE, panel.name) as plt:
         figure, axis = plt.subplots(figsize=panel.size, layout="constrained")
         panel.draw(axis, study, ADAPTIVE)
         svg = adaptive_svg(figure)
         position = axis.get_position()
         plt.close(figure)
-    svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{panel.name}" ', 1)
+    least, most = (round(each * panel.size[0]) for each in PIXELS_PER_INCH)
+    limits = f"min-width: {least}px; max-width: {most}px"
+    svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="title-{panel.name}" style="{limits}" ', 1)
     return svg, [position.x0, 1 - position.y1, position.x1, 1 - position.y0]
 
 
 def figure_section(study: Any, panel: Panel, text: str, table: str = "") -> str:
     svg, _ = _svg(study, panel)
-    wide = panel.size[0] > 8
     return (
         f'<section id="{panel.name}"><h2 id="title-{panel.name}">{html.escape(panel.title)}</h2><p>{text}</p>'
-        f"{_HINT if wide else ''}<div{_WIDE if wide else ''}>{svg}</div>{table}</section>"
+        f"{_HINT}<div{_WIDE}>{svg}</div>{table}</section>"
     )
 
 
@@ -298,8 +304,7 @@ def document(title: str, body: str, script: str = "") -> str:
         f"<title>{html.escape(title)}</title>"
         f"<style>{css_variables(':root')}{_CSS}</style></head><body>{body}"
         f'<p class="muted">moealign {__version__}, {today}.</p>'
-        + (f"<script>{script}</script>" if script else "")
-        + "</body></html>\n"
+        f"<script>{script}{_CUT}</script></body></html>\n"
     )
 
 

@@ -19,15 +19,15 @@ _WHERE = (
 
 def advice_text(each: costs.BatchCost) -> str:
     """One line: the block size for a kind of batch."""
-    return f"{each.kind}, {_tokens(each.tokens)} a batch: blocks of {each.block_size} rows, {each.wasted:.1%} padding"
+    return f"{each.kind}, {_tokens(each.tokens)} per batch: blocks of {each.block_size} rows, {each.wasted:.1%} padding"
 
 
 def alignment_text(each: costs.BatchCost, layers: int) -> str:
     """One line: what alignment costs in a layer and in a step of the model."""
     how = "measured" if each.measured else "modelled"
     return (
-        f"{each.kind}, {_tokens(each.tokens)} a batch: alignment takes {each.alignment:.1f} of {each.layer:,.1f} us of "
-        f"a layer ({each.share:.1%}), {each.alignment * layers:,.0f} us in {_plural(layers, 'layer')}; {how}"
+        f"{each.kind}, {_tokens(each.tokens)} per batch: alignment takes {each.alignment:.1f} of {each.layer:,.1f} us "
+        f"of a layer ({each.share:.1%}), {each.alignment * layers:,.0f} us in {_plural(layers, 'layer')}; {how}"
     )
 
 
@@ -42,7 +42,7 @@ def basis_text(study: Study) -> str:
     ran = f"; the trace was recorded on {study.trace.device}" if study.trace.device else ""
     return (
         f"Costs are {how} for experts of hidden size {study.experts.hidden:,} and intermediate size "
-        f"{study.experts.intermediate:,}{source}, {study.experts.bytes} bytes a weight, on {study.machine.name}{ran}."
+        f"{study.experts.intermediate:,}{source}, {study.experts.bytes} bytes per weight, on {study.machine.name}{ran}."
     )
 
 
@@ -81,7 +81,7 @@ def cards(study: Study) -> list[tuple[str, str]]:
         found.append(
             (
                 f"{each.block_size} rows",
-                f"a block for {each.kind} ({_tokens(each.tokens)} a batch); {100 * each.wasted:.1f} % is padding",
+                f"a block for {each.kind} ({_tokens(each.tokens)} per batch); {100 * each.wasted:.1f} % is padding",
             )
         )
     for each in study.advice:

@@ -6,14 +6,28 @@ one drawing serves both schemes.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import re
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ADAPTIVE", "DARK", "LIGHT", "Theme", "adaptive_svg", "css_variables", "pyplot", "save_adaptive", "style"]
+__all__ = [
+    "ADAPTIVE",
+    "DARK",
+    "LIGHT",
+    "Theme",
+    "adaptive_svg",
+    "css_variables",
+    "drawing",
+    "pyplot",
+    "save_adaptive",
+    "style",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,15 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+@contextlib.contextmanager
+def drawing(theme: Theme, salt: str) -> Iterator[Any]:
+    """pyplot for figures in `theme`.  Characters that its font lacks are boxes in a PNG, and text in an SVG."""
+    plt = pyplot()
+    with warnings.catch_warnings(), plt.rc_context(style(theme, salt)):
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield plt
 
 
 def adaptive_svg(figure: Any) -> str:
