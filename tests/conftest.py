@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 from collections.abc import Generator
 
 # Workers of pytest-xdist share the cores: a thread that spins until the next parallel loop takes them from the others.
@@ -12,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is import
 
 import pytest
 import torch
+from helpers import shuffle
 from hypothesis import HealthCheck, settings
 
 import moealign
@@ -48,15 +48,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         shuffle(items, seed)
     else:  # the longest tests first: one that begins last leaves the other workers of pytest-xdist idle
         items.sort(key=lambda item: not item.path.stem.endswith("_triton"))
-
-
-def shuffle(items: list[pytest.Item], seed: int) -> None:
-    """Files in random order, and in each its tests, which stay together for the sake of its fixtures."""
-    chance = random.Random(seed)
-    files = list(dict.fromkeys(item.path for item in items))
-    chance.shuffle(files)
-    chance.shuffle(items)
-    items.sort(key=lambda item: files.index(item.path))
 
 
 @pytest.fixture(autouse=True)

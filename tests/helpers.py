@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import processes
+import pytest
 import torch
 
 _T = TypeVar("_T")
@@ -311,3 +312,12 @@ def patch_interpreter() -> None:
     to_fp = builder.create_fp_to_fp
     builder.create_fp_to_fp, builder.create_dot = create_fp_to_fp, create_dot
     interpreter._patch_lang_tensor = patched
+
+
+def shuffle(items: list[pytest.Item], seed: int) -> None:
+    """Files in random order, and in each its tests, which stay together for the sake of its fixtures."""
+    chance = random.Random(seed)
+    files = list(dict.fromkeys(item.path for item in items))
+    chance.shuffle(files)
+    chance.shuffle(items)
+    items.sort(key=lambda item: files.index(item.path))

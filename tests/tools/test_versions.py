@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from commands import versions
-from conftest import shuffle
-from helpers import ROOT
+from helpers import ROOT, shuffle
 
 SUITE = """
 import pytest
