@@ -105,6 +105,10 @@ def drawing(theme: Theme, salt: str) -> Iterator[Any]:
 def adaptive_svg(figure: Any) -> str:
     """A figure drawn in :data:`ADAPTIVE` as an ``<svg>`` element that takes its colours from CSS variables."""
     sink = io.StringIO()
+    layout = figure.get_layout_engine()
+    if layout is not None:  # once, where savefig would draw everything twice for it
+        layout.execute(figure)
+        figure.set_layout_engine(None)
     figure.savefig(sink, format="svg", metadata={"Date": None})
     svg = sink.getvalue()
     svg = svg[svg.index("<svg") :]
