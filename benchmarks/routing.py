@@ -36,7 +36,7 @@ SOFTMAX = [
 OTHERS = [(1, 8, 128, 16), (32, 8, 128, 16), (32, 2, 8, 16), (4096, 8, 128, 128), (4096, 2, 8, 128), (32, 10, 512, 16)]
 DEEPSEEK = {"scoring": "sigmoid", "num_groups": 8, "topk_groups": 4, "scale": 2.5}
 APART, ALONE, OURS = "moealign-cuda-apart", "moealign-cuda-align", "moealign-cuda"
-BENCHES = ("routing", "routing-grouped", "routing-options")
+BENCHES = ROUTING, GROUPED, OPTIONS = ("routing", "routing-grouped", "routing-options")
 OPTIONS_SIZES = [
     *((tokens, 8, 256, 16 if tokens <= 128 else 128) for tokens in (1, 8, 32, 512, 4096)),
     *((tokens, 16, 896, 16 if tokens <= 128 else 128) for tokens in (1, 32, 4096)),
@@ -114,7 +114,7 @@ def options_case(session: bench.Session, size: bench.Size) -> tuple[RouterCase, 
     """The case of softmax, and a candidate for each router."""
     cases, candidates = [], []
     for impl, options in options_of(size, session.generator).items():
-        cases.append(case_of(session, BENCHES[2], size, torch.float32, options))
+        cases.append(case_of(session, OPTIONS, size, torch.float32, options))
         candidates.append(fused(cases[-1], "cuda"))
         candidates[-1].impl = impl
     return cases[0], candidates
@@ -187,12 +187,13 @@ def main(arguments: list[str] | None = None) -> int:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         loaded, _ = bench.load_peers(args.peers, scratch)
         bias = torch.linspace(-0.1, 0.1, 256, device=device)
-        cases = [("routing", size, torch.bfloat16, {}) for size in (SOFTMAX + OTHERS)]
-        cases += [("routing", size, torch.float32, {}) for size in SOFTMAX]
-        cases += [("routing-grouped", size, torch.float32, {**DEEPSEEK, "correction_bias": bias})
+        cases = [(ROUTING, size, torch.bfloat16, {}) for size in (SOFTMAX + OTHERS)]
+        cases += [(ROUTING, size, torch.float32, {}) for size in SOFTMAX]
+        cases += [(GROUPED, size, torch.float32, {**DEEPSEEK, "correction_bias": bias})
                   for size in SOFTMAX[::4]]  # fmt: skip
         stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
-        cases = [case for case in cases if case[0] in args.benches.split(",")]
+        asked = args.benches.split(",")
+        cases = [case for case in cases if case[0] in asked]
         for name, size, dtype, options in cases[:: 5 if args.quick else 1]:
             case = case_of(session, name, size, dtype, options)
             candidates = [fused(case, "cuda"), apart(case), alone(case)]
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
             if bench.VLLM in loaded:
                 candidates.append(vllm(case))
             session.run(case, candidates, bench.time_graphs)
-        for size in OPTIONS_SIZES if BENCHES[2] in args.benches.split(",") else []:
+        for size in OPTIONS_SIZES if OPTIONS in asked else []:
             session.run(*options_case(session, size), bench.time_graphs)
     print_table(session.rows)
     return finish(session.rows, session.failures, args.out or RESULTS / f"routing_{session.gpu}.csv")
@@ -210,13 +211,13 @@ def main(arguments: list[str] | None = None) -> int:
 def print_table(rows: list[dict[str, Any]]) -> None:
     impls = [OURS, APART, ALONE, "moealign-triton", bench.VLLM]
     bench.log(f"{'case':38}" + "".join(f"{impl.removeprefix('moealign-'):>13}" for impl in impls) + "  /vllm  of align")
-    for name in ("routing", "routing-grouped"):
+    for name in (ROUTING, GROUPED):
         for row, times in bench.cases_of(rows, name):
             cells = "".join(f"{times[impl]:13.2f}" if impl in times else f"{'-':>13}" for impl in impls)
             own = times.get(OURS, float("nan"))
             ratios = f"{times.get(bench.VLLM, 0) / own:6.2f} {own / times.get(ALONE, 1):6.2f}"
             bench.log(f"{name[7:]} {row['case']:36} {cells} {ratios}")
-    for row, times in bench.cases_of(rows, BENCHES[2]):
+    for row, times in bench.cases_of(rows, OPTIONS):
         ratios = " ".join(
             f"{impl.removeprefix(OURS)[1:]} {us / times[OURS]:.2f}" for impl, us in times.items() if impl != OURS
         )

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import moealign
+from moealign.layout import OUTPUTS
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 ROUTERS = ("reference", "cpu", "triton", "cuda")
 KINDS = {
@@ -93,3 +96,15 @@ def awkward(tokens: int, experts: int, generator: torch.Generator) -> torch.Tens
     for row, change in zip(x[1:], kinds, strict=False):
         change(row)
     return x
+
+
+def assert_alike(ours, want, rtol: float = 2e-6) -> None:
+    """Two results of route: ids and layouts to the bit, weights within `rtol`."""
+    assert torch.equal(ours[1], want[1])
+    torch.testing.assert_close(ours[0], want[0], rtol=rtol, atol=1e-9)
+    for name in OUTPUTS:
+        one, other = getattr(ours[2], name), getattr(want[2], name)
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other), name
+    for one, other in zip(ours[3:], want[3:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)

@@ -9,12 +9,22 @@ import operator
 import pytest
 import torch
 import torch._dynamo.testing
-from cases.router import KINDS, ROUTERS, SCORES, arguments, awkward, close_calls, device_of, routed
+from cases.router import (
+    KINDS,
+    ROUTERS,
+    SCORES,
+    arguments,
+    assert_alike,
+    awkward,
+    close_calls,
+    device_of,
+    gpu,
+    routed,
+)
 
 import moealign
 from moealign.backend.reference import route as reference_routing
 from moealign.backend.reference.route import exp32, sigmoid32, softmax32, sqrtsoftplus32
-from moealign.layout import OUTPUTS
 from moealign.testing import assert_same_layout, oracle_align, oracle_route
 
 SIZES = [
@@ -372,18 +382,6 @@ def test_bad_input_is_refused(wrong, error, message):
 
 
 # --------------------------------------------------------------------------------------------------------------- a GPU
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-def assert_alike(ours, want):
-    """Two results of route, ids and layouts to the bit."""
-    assert torch.equal(ours[1], want[1])
-    torch.testing.assert_close(ours[0], want[0], rtol=2e-6, atol=1e-9)
-    for name in OUTPUTS:
-        one, other = getattr(ours[2], name), getattr(want[2], name)
-        assert (one is None) == (other is None)
-        assert one is None or torch.equal(one, other), name
 
 
 @gpu
