@@ -127,12 +127,15 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 @pytest.mark.targets
 @pytest.mark.parametrize("arch", COMPILED)
 def test_every_specialisation_compiles_and_spills_nothing(arch):
-    few = 16  # bytes, of a kernel that keeps 64-bit ids and every extra in 64 registers
+    # A kernel of 1,024 threads keeps 64-bit ids and every extra in 64 registers; and for a router of 1,024 experts and
+    # more the compiler may take a register or two less than it could, so that one more block fits a multiprocessor.
+    few = 16  # bytes
     wrong = []
     for file, name, defines in compiled_here(compiled_for(arch)):
         needs = resources(built(file, name, defines, arch), name)
         threads = threads_of(defines)
-        if needs.stack > few * (threads == 1024) or not 0 < needs.registers <= min(255, 65536 // threads):
+        tight = threads == 1024 or (file == "router.cu" and dict(defines)["EXPERTS"] >= 1024)
+        if needs.stack > few * tight or not 0 < needs.registers <= min(255, 65536 // threads):
             wrong.append((file, name, defines, needs))
         if set(needs.parameters) != {8}:  # as Kernel.launch passes them
             wrong.append((file, name, defines, needs))
