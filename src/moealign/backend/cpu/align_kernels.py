@@ -49,11 +49,14 @@ __all__ = [
 PAIRS_MAX_EXPERTS = 2048
 # The scatter prefetches the cache line behind the one it writes: the hardware follows only a few bins by itself.
 LINE_BYTES = 64
-# With so many experts most bins end before their next line: then it prefetches for the route AHEAD routes later.
+NEXT_LINE_MAX_EXPERTS = 3071
+# With more experts most bins end before their next line: then, from so many routes on, it prefetches for the route
+# AHEAD routes later.  The rows of fewer routes are in a cache anyway.
 AHEAD = 24
-AHEAD_MIN_EXPERTS = 3072
-# Up to so many routes per bin all rows are filled at once, before the scatter.
+AHEAD_MIN_ROUTES = 196_608
+# Up to so many routes per bin all rows are filled at once, before the scatter, unless they are too many for a cache.
 FILL_FIRST = 32
+FILL_FIRST_MAX_ROWS = 524_288
 # int64 that `serial` reads.
 SERIAL_ARGUMENTS = 29
 # int64 that `shared` reads, behind the counters of its threads.
@@ -208,9 +211,10 @@ def _scatter(
     drop_bin = np.uint64(experts)
     target = i32_ptr(sorted_ids)
     simple = not mapped and positions == 0 and scatter_idx == 0
-    many = experts >= AHEAD_MIN_EXPERTS
+    follow = experts <= NEXT_LINE_MAX_EXPERTS
+    ahead = not follow and routes >= AHEAD_MIN_ROUTES
     next_line = sorted_ids + LINE_BYTES
-    if not many and hi - lo >= 4 * experts:
+    if follow and hi - lo >= 4 * experts:
         for e in range(experts):
             prefetch(sorted_ids + 4 * np.int64(cursor[e]))
     i = lo
@@ -221,7 +225,7 @@ def _scatter(
         at = row * row_stride + col * col_stride
         if simple and not dropped:
             for route in range(i, stop):
-                if many:
+                if ahead:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
                     if value < bound:
                         prefetch(sorted_ids + 4 * np.int64(cursor[value]))
@@ -229,24 +233,24 @@ def _scatter(
                 if value < bound:
                     place = _take(value, cursor)
                     target[np.uint64(place)] = np.int32(route)
-                    if not many:
+                    if follow:
                         prefetch(next_line + 4 * place)
                 at += col_stride
         elif simple:
             for route in range(i, stop):
-                if many:
+                if ahead:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
                     prefetch(sorted_ids + 4 * np.int64(cursor[value if value < bound else drop_bin]))
                 value = np.uint64(ids[at])
                 kept = value < bound
                 place = _take(value if kept else drop_bin, cursor)
                 target[np.uint64(place)] = np.int32(route if kept else routes)
-                if not many:
+                if follow:
                     prefetch(next_line + 4 * place)
                 at += col_stride
         else:
             for route in range(i, stop):
-                if many:
+                if ahead:
                     value = np.uint64(ids[at + col_stride * min(stop - 1 - route, AHEAD)])
                     value = value if value < bound else drop_bin
                     if mapped:
@@ -259,7 +263,7 @@ def _scatter(
                 kept = value != drop_bin
                 place = _take(value, cursor)
                 target[np.uint64(place)] = np.int32(route if kept else routes)
-                if not many:
+                if follow:
                     prefetch(next_line + 4 * place)
                 if positions != 0:
                     i32_ptr(positions)[route] = np.int32(place if kept else -1)
@@ -355,7 +359,7 @@ def _make_serial(width):
         block = np.int64(0)  # counted, for a division costs as much as ten routes
         end = np.int64(0)
         # With few routes per bin, one long fill of everything is cheaper than a short one behind each bin.
-        filled = valid <= FILL_FIRST * min(experts, valid)
+        filled = valid <= FILL_FIRST * min(experts, valid) and length <= FILL_FIRST_MAX_ROWS
         if filled:
             _fill(sorted_ids, 0, length, routes)
         for e in range(experts):
