@@ -8,8 +8,9 @@ as has each rank of `replicated`; `dispatched` splits it.  Times are wall times 
 slowest rank; `-graph` is a CUDA graph replay, for calls that never wait for the device.  `dispatched-capacity` and
 `dispatched-graph` are an ExpertExchange whose capacity is never exceeded; `dispatched-graph-1.25` has room for 1.25
 times the mean from 256 tokens on, `dispatched-graph-fp8` rows in FP8 on the way there, `dispatched-graph-tokens` one
-row for each token and rank, and `dispatched-capacity-tokens` the same called eagerly.  `exchange-...` are the
-collectives of a mode alone, at the same sizes.  `collective` rows are the terms of the model in docs/parallel.md.
+row for each token and rank, and `dispatched-capacity-tokens` the same called eagerly; `direct` and `direct-tokens` are
+both without collectives, by the memory of the ranks.  `exchange-...` are the collectives of a mode alone, at the same
+sizes.  `collective` rows are the terms of the model in docs/parallel.md.
 """
 
 from __future__ import annotations
@@ -102,6 +103,9 @@ def layer_times(
     variants = {"fp8": ExpertExchange(placement, capacity=capacity, device=here.device, wire="fp8")}
     most = ExpertExchange.max_capacity(placement, of_rank, top_k, rows="token")
     variants["tokens"] = ExpertExchange(placement, capacity=most, device=here.device, rows="token")
+    for name, plain in (("direct", fixed), ("direct-tokens", variants["tokens"])):
+        form = {"capacity": plain.capacity, "rows": plain.rows, "transport": "direct"}
+        variants[name] = ExpertExchange(placement, device=here.device, **form)
     if tokens >= 256 or not here.cuda:
         expected_capacity = ExpertExchange.expected_capacity(placement, of_rank, top_k, factor=1.25)
         variants["1.25"] = ExpertExchange(placement, capacity=expected_capacity, device=here.device)
@@ -122,8 +126,9 @@ def layer_times(
         if not error < 1e-2:
             raise AssertionError(f"{name}, {tokens} tokens: relative error {error:.3g}")
     for name, call in others.items():
-        of_tokens = {"topk_weights": inputs[3]} if name == "tokens" else {}
-        _, way = variants[name].dispatch(inputs[0], inputs[4], **of_tokens)
+        of_tokens = {"topk_weights": inputs[3]} if variants[name].rows == "token" else {}
+        arrived, way = variants[name].dispatch(inputs[0], inputs[4], **of_tokens)
+        variants[name].combine(torch.zeros_like(arrived.hidden_states), inputs[3], way)
         dropped = variants[name].overflow(way).sum()
         dist.all_reduce(dropped)
         error = float((call().double() - expected[first:last]).norm() / expected.norm())
@@ -176,8 +181,10 @@ def layer_times(
         times["exchange-capacity-graph"] = here.replays(exchange_of_capacity)
         for name, call in others.items():
             times[f"dispatched-graph-{name}"] = here.replays(call)
-            times[f"exchange-capacity-{name}-graph"] = here.replays(exchange_of(variants[name]))
-        times["dispatched-capacity-tokens"] = here.wall(others["tokens"])
+            if variants[name].transport == "collective":
+                times[f"exchange-capacity-{name}-graph"] = here.replays(exchange_of(variants[name]))
+        for name in ("tokens", "direct", "direct-tokens"):
+            times[f"dispatched-capacity-{name}"] = here.wall(others[name])
     else:
         times |= {f"dispatched-capacity-{name}": here.wall(call) for name, call in others.items()}
     return times

@@ -19,7 +19,7 @@ LARGEST = SHAPES[2]  # the layer of the model
 GOAL = 1.25  # of half the layer of one GPU and the exchange, for a call in a graph
 EAGER_GOAL = 900.0  # microseconds of an eager call at 64 tokens
 SPARE = 1.25  # room of an exchange of fixed size, of the mean
-FORMS = ("dispatched-graph", "dispatched-graph-tokens")  # an exchange of routes, and one of tokens
+FORMS = tuple(f"dispatched-graph{form}" for form in ("", "-tokens", "-direct", "-direct-tokens"))  # of an exchange
 FP8_BYTES = 0.516  # of the bytes of bfloat16, with a scale for each 128 columns
 
 
@@ -48,7 +48,12 @@ def graph_table(rows: Sequence[Row], source: str) -> str:
     cases, lines = layers_of(rows), []
     extra = measured(
         cases,
-        {f"dispatched-graph-{SPARE}": f"{SPARE} x mean", "dispatched-graph-tokens": "row a token"},
+        {
+            f"dispatched-graph-{SPARE}": f"{SPARE} x mean",
+            "dispatched-graph-tokens": "row a token",
+            "dispatched-graph-direct": "direct",
+            "dispatched-graph-direct-tokens": "direct, row a token",
+        },
     )
     names = ("one-gpu-graph", "replicated-graph", "dispatched-graph", *extra)
     for row, times in cases:
@@ -64,7 +69,7 @@ def graph_table(rows: Sequence[Row], source: str) -> str:
 def eager_table(rows: Sequence[Row], source: str) -> str:
     """All modes called eagerly."""
     cases, lines = layers_of(rows), []
-    extra = measured(cases, {"dispatched-capacity-tokens": "row a token"})
+    extra = measured(cases, {"dispatched-capacity-tokens": "row a token", "dispatched-capacity-direct": "direct"})
     names = ("one-gpu", "replicated", "dispatched", "dispatched-capacity", *extra)
     for row, times in cases:
         shape, tokens = sizes(row)

@@ -26,8 +26,11 @@ def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
     call = (rows, ids, table, new(count), new(count), new(ranks + 1), sizes)
     yield wire.pack_launch(*call, out)
     yield wire.pack_launch(*call, out, new(1))
+    parts = wire.Parts(new(ranks, dtype=torch.int64), 16 if hidden % 8 == 0 else 2)
+    yield wire.pack_launch(*call, out, new(1), parts)
     packed = (new(ranks * span, wire_fp8.pitch_of(hidden), dtype=torch.uint8), *out[1:])
     yield wire_fp8.pack_launch(*call, packed, new(1))
+    yield wire_fp8.pack_launch(*call, packed, new(1), parts)
     arrived = (new(ranks * span, hidden, dtype=dtype), new(ranks * span, 1, dtype=torch.int16))
     yield wire_fp8.unpack_launch(packed[0], ranks, capacity, arrived)
     weights = new(tokens, top_k, dtype=torch.float32)
@@ -38,12 +41,14 @@ def launches(hidden: int, dtype: torch.dtype, ids_dtype: torch.dtype):
         pitch = wire_tokens.format_of(hidden, dtype, top_k, fp8).pitch
         packed = (new(ranks * capacity, pitch, dtype=torch.uint8), new(ranks * capacity), new(count))
         yield wire_tokens.pack_launch(*call, fp8, out=packed, error_word=new(1))
+        yield wire_tokens.pack_launch(*call, fp8, out=packed, error_word=new(1), parts=parts)
     arrived = [
         new(ranks * capacity, columns, dtype=kind)
         for columns, kind in ((hidden, dtype), (top_k, torch.float32), (top_k, torch.int16))
     ]
     yield wire_tokens.unpack_launch(packed[0], arrived)
-    yield wire.combine_launch(out[0], weights, out[2], new(tokens, hidden, dtype=dtype))
+    for each in (wire.HERE, parts):
+        yield wire.combine_launch(out[0], weights, out[2], new(tokens, hidden, dtype=dtype), each)
 
 
 @pytest.mark.targets

@@ -21,6 +21,7 @@ CHECKS = "check_replicated,check_dispatched,check_mesh,check_a_subgroup,check_re
 EXCHANGE = "check_exchange,check_capacity,check_exchange_refusals,check_moves"
 WIRE = "check_fp8_on_the_wire,check_expected_capacity,check_beside"
 TOKENS = "check_one_row_per_token"
+DIRECT = "check_direct"
 
 
 def run(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> None:
@@ -49,7 +50,7 @@ def outcomes(ranks: int, name: str, tmp_path: Path, backend: str = "gloo") -> li
 @pytest.mark.parametrize(("ranks", "more"), [(2, ",check_deepep"), (4, "")])
 def test_modes_exchanges_and_layouts_are_the_single_layer(ranks, more, tmp_path):
     """In the processes of one group, for starting them takes as long as most checks."""
-    run(ranks, f"{CHECKS},{EXCHANGE},{WIRE},{TOKENS}{more}", tmp_path)
+    run(ranks, f"{CHECKS},{EXCHANGE},{WIRE},{TOKENS},{DIRECT}{more}", tmp_path)
 
 
 def test_the_modes_of_pytorch_and_data_parallel_with_a_rank_without_tokens(tmp_path):
@@ -82,7 +83,7 @@ def test_the_modes_of_pytorch_with_nccl(tmp_path):
 
 
 @two_gpus
-@pytest.mark.parametrize("checks", [EXCHANGE, WIRE, TOKENS, "check_exchange_in_every_mode"])
+@pytest.mark.parametrize("checks", [EXCHANGE, WIRE, TOKENS, DIRECT, "check_exchange_in_every_mode"])
 def test_an_exchange_of_fixed_size_with_nccl(checks, tmp_path):
     run(2, checks, tmp_path, "nccl")
 

@@ -139,6 +139,75 @@ def tokens_to_ranks():
         yield f"unpacking {what}", wrong(bad)
 
 
+def direct():
+    """(what, what differs or None) of kernels that write into, and read from, the memory of several ranks."""
+    generator = torch.Generator().manual_seed(5)
+    ranks, slots, tokens, top_k = 3, 4, 9, 2
+    for hidden, dtype, capacity in ((6, torch.float32, 3), (5, torch.float16, 7), (300, torch.bfloat16, 9)):
+        experts, pitch = torch.arange(ranks * slots), wire_fp8.pitch_of(hidden)
+        of, table = (experts // slots).to(torch.int32), (experts % slots).to(torch.int16)
+        alike: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        arrived: dict[str, list[torch.Tensor]] = {}
+        for rank in range(ranks):
+            rows = torch.randn(tokens, hidden, generator=generator).to(dtype)
+            ids = torch.rand(tokens, ranks * slots, generator=generator).topk(top_k).indices
+            ids[rank, 0] = -1
+            weights = torch.rand(tokens, top_k, generator=generator)
+            headers = [wire.header_rows(capacity, each) for each in (wire.words_of(hidden, dtype.itemsize), pitch // 2)]
+            for name, module, sizes in (
+                ("routes", wire, (capacity, headers[0])),
+                ("routes in FP8", wire_fp8, (capacity, headers[1])),
+                ("tokens", wire_tokens, (capacity, False)),
+                ("tokens in FP8", wire_tokens, (capacity, True)),
+            ):
+                by_token = module is wire_tokens
+                layout = moealign.align(
+                    wire_tokens.first_in_torch(ids, of) if by_token else ids, block_size=1,
+                    num_experts=ranks if by_token else len(of), expert_map=None if by_token else of,
+                    ignore_invalid_experts=True, expert_offsets=True, positions=True, backend="reference",
+                )  # fmt: skip
+                listed = (layout.sorted_token_ids, layout.positions, layout.expert_offsets[: ranks + 1])
+                call = (weights, ids, of, table, *listed) if by_token else (ids, table, *listed, top_k)
+                wanted = module.pack_in_torch(rows, *call, *sizes)
+                alike.setdefault(name, []).append(wanted)
+                here = arrived.setdefault(name, [poisoned(wanted[0]) for _ in range(ranks)])
+                parts = parts_of(here, rank)
+                got = module.pack(rows, *call, *sizes, memory=lambda *_, to=here[rank], parts=parts: (to, parts))
+                maps = sum(int((one != other).sum()) for one, other in zip(got[1:], wanted[1:], strict=True))
+                yield f"{name}, direct: maps of {dtype}", wrong(maps)
+                if name == "routes":  # the results of all ranks, as each of them reads them
+                    offered = [torch.randn(wanted[0].shape, generator=generator).to(dtype) for _ in range(ranks)]
+                    out, to = torch.empty(tokens, hidden, dtype=dtype), parts_of(offered, rank)
+                    launch.run([wire.combine_launch(offered[rank], weights, got[2], out, to)], rows.device)
+                    back = torch.cat([each.view(ranks, -1, hidden)[rank] for each in offered])
+                    same = wire.combine(back, weights, *got[1:])
+                    yield f"combining from other ranks in {dtype}", wrong(int((out != same).sum()))
+        for name, wires in alike.items():
+            differ = 0
+            for rank in range(ranks):
+                kept = [each[0].view(ranks, -1, each[0].shape[1])[rank].view(torch.uint8) for each in wires]
+                came = arrived[name][rank].view(torch.uint8).view(ranks, *kept[0].shape)
+                for one, other, maps in zip(came, kept, wires, strict=True):
+                    filled = (maps[1].view(ranks, -1)[rank] < tokens * top_k).unsqueeze(1)
+                    if "tokens" in name:  # weights and slots are written in every row
+                        form = wire_tokens.format_of(hidden, dtype, top_k, "FP8" in name)
+                        ends = slice(form.weights, form.slots + 2 * top_k)
+                        differ += int((one[:, ends] != other[:, ends]).sum())
+                    else:
+                        differ += int((one[capacity:] != other[capacity:]).sum())
+                    values = hidden if "FP8" in name else hidden * dtype.itemsize
+                    differ += int(((one != other) & filled)[:capacity, :values].sum())
+                    differ += int(((one != 1) & ~filled)[:capacity, :values].sum())
+            yield f"{name}, direct: what arrives of {dtype}", wrong(differ)
+
+
+def parts_of(buffers: list[torch.Tensor], rank: int) -> wire.Parts:
+    """The parts of `rank` in the buffers of all ranks, for kernels on it."""
+    part = buffers[0].numel() * buffers[0].element_size() // len(buffers)
+    mine = [each.data_ptr() + rank * part for each in buffers]
+    return wire.Parts.between(mine, buffers[rank].data_ptr(), torch.device("cpu"))
+
+
 def poisoned(like: torch.Tensor) -> torch.Tensor:
     """Memory whose values no result has."""
     return torch.zeros_like(like).view(torch.uint8).fill_(1).view(like.dtype)
@@ -154,11 +223,12 @@ def layers():
     want = moealign.fused_moe(x, up, down, weights, ids)
     placement = ExpertPlacement.linear(4, 1)
     # Whole numbers below 16 travel in e4m3 without loss, but for the scale.
-    for kind, rows in itertools.product(("same", "fp8"), ("route", "token")):
-        exchange = ExpertExchange(placement, capacity=10, wire=kind, rows=rows)
+    for kind, rows, way in itertools.product(("same", "fp8"), ("route", "token"), ("collective", "direct")):
+        exchange = ExpertExchange(placement, capacity=10, wire=kind, rows=rows, transport=way)
         first, again = exchange(x, up, down, weights, ids), exchange(x, up, down, weights, ids)
-        yield f"{kind}, {rows}: the first call", wrong(int((~torch.isclose(first, want, rtol=1e-5)).sum()))
-        yield f"{kind}, {rows}: a call without checks", wrong(int((first != again).sum()) + (not exchange._passed))
+        what = f"{kind}, {rows}, {way}"
+        yield f"{what}: the first call", wrong(int((~torch.isclose(first, want, rtol=1e-5)).sum()))
+        yield f"{what}: a call without checks", wrong(int((first != again).sum()) + (not exchange._passed))
     dist.destroy_process_group()
 
 
@@ -168,4 +238,4 @@ def wrong(elements: int) -> str | None:
 
 if __name__ == "__main__":
     patch_interpreter()
-    sys.exit(failures([*cases(), *tokens_to_ranks(), *layers()]))
+    sys.exit(failures([*cases(), *tokens_to_ranks(), *direct(), *layers()]))

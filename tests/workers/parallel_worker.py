@@ -391,6 +391,55 @@ def check_tokens_in_fp8(rank: int, ranks: int) -> None:
         assert torch.equal(out, compiled(x, *own, weights, ids))
 
 
+def check_direct(rank: int, ranks: int) -> None:
+    """Rows written into other ranks' memory give the bits of a collective: batches of any size, one after the other."""
+    experts = [each.to(torch.float64) for each in layer(4)]
+    for (name, placement), wire, rows in itertools.product(
+        placements(ranks).items(), ("same", "fp8"), ("route", "token")
+    ):
+        few = {"capacity": 7, "device": DEVICE, "wire": wire, "rows": rows}  # some batches have more
+        plain, direct = ExpertExchange(placement, **few), ExpertExchange(placement, transport="direct", **few)
+        own = [placement.shard(each, rank) for each in experts]
+        for step, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16, torch.float64)):
+            mine = [each.to(dtype) for each in own]
+            for kind in ("uniform", "one expert", "dropped", "nothing"):
+                hidden, weights, ids = tokens_of(7 * step + rank, 0 if step == rank else 3 + 4 * rank, kind)
+                call, words = (hidden.to(dtype), *mine, weights, ids), [new_error_word(DEVICE) for _ in range(2)]
+                valid = torch.tensor([2 + step], dtype=torch.int32, device=DEVICE) if step else None
+                want, got = (
+                    each(*call, num_valid_tokens=valid, error_word=word)
+                    for each, word in zip((plain, direct), words, strict=True)
+                )
+                assert torch.equal(got, want), (name, wire, rows, dtype, kind)
+                assert torch.equal(direct(*call, num_valid_tokens=valid), want), (name, wire, rows, dtype, kind)
+                assert torch.equal(*words)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            call = (hidden.float(), *(each.float() for each in own), weights, ids)
+            assert torch.equal(direct(*call), plain(*call)), (name, wire, rows)
+        half = {"topk_weights": weights} if rows == "token" else {}
+        with torch.no_grad():
+            for _ in range(2):  # by hand, with a barrier of the host's choice between the halves
+                arrived, way = direct.dispatch(hidden, ids, **half)
+                with pytest.raises(InvalidInput, match="dispatch: expected the last batch to be combined first"):
+                    direct.dispatch(hidden, ids, **half)
+                results = fused_moe(arrived.hidden_states, *own, *arrived[1:])
+                assert torch.equal(direct.combine(results, weights, way), plain(hidden, *own, weights, ids))
+            if name != "replicated" or (wire, rows) not in (("same", "route"), ("fp8", "token")):
+                continue
+            torch._dynamo.reset()
+            compiled = torch.compile(direct, backend="aot_eager", fullgraph=True)
+            want = plain(hidden, *own, weights, ids)
+            for each in (compiled, direct, compiled, direct if rank else compiled):  # ranks may differ in that
+                assert torch.equal(each(hidden, *own, weights, ids), want), (wire, rows)
+    with pytest.raises(InvalidInput, match=r"dispatch: expected torch.no_grad\(\) with the direct transport"):
+        direct.dispatch(hidden, ids, **half)
+    direct = ExpertExchange(placement, capacity=1, device=DEVICE, transport="direct")
+    with pytest.raises(InvalidInput, match="transport: expected collective where gradients are needed, got direct"):
+        direct(hidden.clone().requires_grad_(), *own, weights, ids)
+    with pytest.raises(InvalidInput, match="transport: expected collective or direct, got 'nvlink'"):
+        ExpertExchange(placement, capacity=1, device=DEVICE, transport="nvlink")
+
+
 def check_expected_capacity(rank: int, ranks: int) -> None:
     """What even routing needs, times a factor; a busy rank needs more, and none more than never exceeds."""
     placement = ExpertPlacement.linear(EXPERTS, ranks)
@@ -900,10 +949,10 @@ def check_exchange_in_a_graph(rank: int, ranks: int) -> None:
 
     up, down = randn(experts, 2 * inner, hidden), randn(experts, hidden, inner)
     both = ExpertPlacement.linear(experts, ranks), ExpertPlacement.balanced([3.0, *[1.0] * 15], ranks, 2)
-    for placement, rows in itertools.product(both, ("route", "token")):
+    for placement, rows, transport in itertools.product(both, ("route", "token"), ("collective", "direct")):
         mine = (placement.shard(up, rank), placement.shard(down, rank))
         capacity = ExpertExchange.max_capacity(placement, tokens, top_k, rows=rows)
-        exchange = ExpertExchange(placement, capacity=capacity, rows=rows)
+        exchange = ExpertExchange(placement, capacity=capacity, rows=rows, transport=transport)
         x, weights = randn(tokens, hidden), torch.rand(tokens, top_k, generator=generator).to(DEVICE)
         ids = torch.zeros(tokens, top_k, dtype=torch.int64, device=DEVICE)
         valid = torch.full((1,), tokens, dtype=torch.int32, device=DEVICE)
@@ -1037,22 +1086,25 @@ def check_a_rank_that_never_comes(rank: int, ranks: int) -> None:
 
 def check_a_rank_that_leaves_an_exchange(rank: int, ranks: int) -> None:
     """The same with a capacity, where gloo's host sees it; under NCCL the watchdog does."""
-    missed(rank, ranks, functools.partial(dispatched_moe, capacity=4 * TOP_K))
+    exchange = ExpertExchange(ExpertPlacement.linear(EXPERTS, ranks), capacity=12, device=DEVICE, transport="direct")
+    missed(rank, ranks, lambda *args: exchange(*args[:-1]), functools.partial(dispatched_moe, capacity=4 * TOP_K))
 
 
-def missed(rank: int, ranks: int, call: Callable[..., torch.Tensor]) -> None:
+def missed(rank: int, ranks: int, *calls: Callable[..., torch.Tensor]) -> None:
     placement = ExpertPlacement.linear(EXPERTS, ranks)
     hidden, weights, ids = tokens_of(0, 4, "uniform")
     own = (*shards(placement, rank, False), weights, ids, placement)
-    call(hidden, *own)  # the ranks have met
+    for call in calls:
+        call(hidden, *own)  # the ranks have met
     lose_patience()
     noticed = [Path(f"{sys.argv[3]}.noticed{each}") for each in range(ranks - 1)]
     if rank == ranks - 1:
         while not all(each.exists() for each in noticed):  # the watchdog of main() ends a wait in vain
             time.sleep(0.1)
         return
-    with pytest.raises(RankFailed, match=f"rank {rank} of {ranks}: .* is late, has stopped"):
-        call(hidden, *own)
+    for call in calls:
+        with pytest.raises(RankFailed, match=f"rank {rank} of {ranks}: .* is late, has stopped"):
+            call(hidden, *own)
     noticed[rank].touch()
 
 

@@ -12,6 +12,9 @@
 A *wire* of routes is ``[ranks * span, words]`` with ``span = capacity + header``: of each rank `capacity` rows, then
 `header` rows that hold the slot of every row as int16, -1 where there is no route.  A wire of tokens has no header:
 each row ends with its weights and slots.
+
+With `peers`, int64 ``[num_ranks]``, the part of a rank lies in that rank's own memory, so many times ALIGN bytes from
+the wire; then rows without a route are not written.
 """
 
 from __future__ import annotations
@@ -49,22 +52,34 @@ def route_of(order, at, end, num_routes):
 
 
 @triton.jit
-def copy_row(row, out, filled, words, BLOCK: tl.constexpr):
-    """A row of int16 words; zeros if it is not `filled`."""
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + columns, tl.load(row + columns, mask=filled & (columns < words), other=0), mask=columns < words)
+def part_of(memory, peers, rank, span, pitch, ALIGN: tl.constexpr):
+    """Where the part of `rank` starts: parts have `span` rows of `pitch` elements, or lie where `peers` says."""
+    if peers is None:
+        return memory + (rank * span).to(tl.int64) * pitch
+    else:  # no addresses as integers, of which the compiler would forget that they are aligned
+        return memory + tl.load(peers + rank) * (ALIGN * 8 // memory.dtype.element_ty.primitive_bitwidth)
 
 
 @triton.jit
-def narrow_row(row, data, scales, filled, hidden, GROUPS: tl.constexpr):
-    """A row in e4m3, and its scales behind it; of zeros if it is not `filled`."""
+def copy_row(row, out, filled, words, SPARSE: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of int16 words; if it is not `filled`, zeros, or nothing if SPARSE."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < words
+    there = inside & filled
+    tl.store(out + columns, tl.load(row + columns, mask=there, other=0), mask=there if SPARSE else inside)
+
+
+@triton.jit
+def narrow_row(row, data, scales, filled, hidden, SPARSE: tl.constexpr, GROUPS: tl.constexpr):
+    """A row in e4m3, and its scales behind it; if it is not `filled`, of zeros, or nothing if SPARSE."""
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     x = tl.load(row + columns, mask=filled & (columns < hidden), other=0.0).to(tl.float32)
     scale = scale_of(tl.max(tl.abs(x), 1))
     scale = tl.where(tl.max((x != x).to(tl.int32), 1) > 0, float("nan"), scale)
-    tl.store(data + columns, e4m3_bytes(x, scale[:, None]), mask=columns < hidden)
-    tl.store(scales + tl.cdiv(hidden, 4) + group, scale, mask=group * WIDTH < hidden)
+    stored = filled | (not SPARSE)
+    tl.store(data + columns, e4m3_bytes(x, scale[:, None]), mask=stored & (columns < hidden))
+    tl.store(scales + tl.cdiv(hidden, 4) + group, scale, mask=stored & (group * WIDTH < hidden))
 
 
 @triton.jit
@@ -115,9 +130,9 @@ def note_overflow(error_word, wanted, capacity):
 
 @triton.jit
 def pack_wire(
-    rows, ids, slots, order, positions, offsets, wire, routes, places, error_word,
+    rows, ids, slots, order, positions, offsets, wire, peers, routes, places, error_word,
     num_routes, top_k, words, stride, num_slots, capacity, span, num_ranks,
-    BLOCK: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Launched over (rows of the wire, then blocks of PLACES routes; blocks of columns).
 
@@ -132,11 +147,11 @@ def pack_wire(
     if row < num_ranks * span:
         rank, j = row // span, row % span
         start, end = span_of(offsets, rank, num_routes)
-        out = wire + row.to(tl.int64) * words
+        out = part_of(wire, peers, rank, span, words, ALIGN) + j.to(tl.int64) * words
         if j < capacity:
             route, filled = route_of(order, start + j, end, num_routes)
             token = tl.where(filled, route // top_k, 0).to(tl.int64)
-            copy_row(rows + token * stride, out, filled, words, BLOCK)
+            copy_row(rows + token * stride, out, filled, words, peers is not None, BLOCK)
             if tl.program_id(1) == 0:
                 tl.store(routes + row, tl.where(filled, route, num_routes))
                 if j == 0:
@@ -156,9 +171,9 @@ def pack_wire(
 
 @triton.jit
 def pack_wire_fp8(
-    rows, ids, slots, order, positions, offsets, wire, data, scales, routes, places, error_word,
+    rows, ids, slots, order, positions, offsets, wire, data, scales, peers, routes, places, error_word,
     num_routes, top_k, hidden, words, stride, num_slots, capacity, span, num_ranks,
-    GROUPS: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr,
+    GROUPS: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """:func:`pack_wire` with rows in e4m3: of each row `hidden` bytes, then float32 scales from a multiple of 4 on.
 
@@ -170,11 +185,13 @@ def pack_wire_fp8(
     if row < num_ranks * span:
         rank, j = row // span, row % span
         start, end = span_of(offsets, rank, num_routes)
-        first = row.to(tl.int64) * words
+        first = j.to(tl.int64) * words
         if j < capacity:
             route, filled = route_of(order, start + j, end, num_routes)
             token = tl.where(filled, route // top_k, 0).to(tl.int64)
-            narrow_row(rows + token * stride, data + first * 2, scales + first // 2, filled, hidden, GROUPS)
+            bytes_ = part_of(data, peers, rank, span, words * 2, ALIGN) + first * 2
+            floats = part_of(scales, peers, rank, span, words // 2, ALIGN) + first // 2
+            narrow_row(rows + token * stride, bytes_, floats, filled, hidden, peers is not None, GROUPS)
             if tl.program_id(1) == 0:
                 tl.store(routes + row, tl.where(filled, route, num_routes))
                 if j == 0:
@@ -182,9 +199,8 @@ def pack_wire_fp8(
         else:
             word = tl.program_id(1) * GROUPS * WIDTH + tl.arange(0, GROUPS * WIDTH)
             of = (j - capacity) * words + word
-            store_slots(
-                wire + first + word, word, of, ids, slots, order, start, end, num_routes, num_slots, capacity, words
-            )
+            out = part_of(wire, peers, rank, span, words, ALIGN) + first + word
+            store_slots(out, word, of, ids, slots, order, start, end, num_routes, num_slots, capacity, words)
             if tl.program_id(1) == 0:
                 tl.store(routes + row, num_routes)
     elif tl.program_id(1) == 0:
@@ -254,10 +270,11 @@ def first_of_ranks(
 
 @triton.jit
 def pack_tokens(
-    rows, factors, ids, rank_of, slots, order, positions, offsets, wire, data, floats, routes, places, error_word,
-    num_routes, top_k, width, words, stride, factor_stride, factor_step, num_ids, capacity, num_ranks,
+    rows, factors, ids, rank_of, slots, order, positions, offsets, wire, data, floats, peers, routes, places,
+    error_word, num_routes, top_k, width, words, stride, factor_stride, factor_step, num_ids, capacity, num_ranks,
     factors_at, slots_at,
     FP8: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, RANKS: tl.constexpr, PLACES: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Launched over (rows of the wire, then blocks of PLACES routes; blocks of columns).
 
@@ -277,11 +294,14 @@ def pack_tokens(
         start, end = span_of(offsets, rank, num_routes)
         route, filled = route_of(order, start + j, end, num_routes)
         token = tl.where(filled, route // top_k, 0).to(tl.int64)
-        out = row.to(tl.int64) * words
+        first = j.to(tl.int64) * words
+        out = part_of(wire, peers, rank, capacity, words, ALIGN) + first
+        tail = part_of(floats, peers, rank, capacity, words // 2, ALIGN) + first // 2
         if FP8:
-            narrow_row(rows + token * stride, data + out * 2, floats + out // 2, filled, width, BLOCK // WIDTH)
+            bytes_ = part_of(data, peers, rank, capacity, words * 2, ALIGN) + first * 2
+            narrow_row(rows + token * stride, bytes_, tail, filled, width, peers is not None, BLOCK // WIDTH)
         else:
-            copy_row(rows + token * stride, wire + out, filled, width, BLOCK)
+            copy_row(rows + token * stride, out, filled, width, peers is not None, BLOCK)
         if tl.program_id(1) == 0:
             choice = tl.arange(0, CHOICES)
             inside = choice < top_k
@@ -291,8 +311,8 @@ def pack_tokens(
             here = here & (tl.load(rank_of + expert, mask=here, other=-1) == rank)
             slot = tl.load(slots + expert, mask=here, other=-1)
             factor = tl.load(factors + token * factor_stride + choice * factor_step, mask=here, other=0.0)
-            tl.store(floats + out // 2 + factors_at + choice, factor.to(tl.float32), mask=inside)
-            tl.store(wire + out + slots_at + choice, slot.to(tl.int16), mask=inside)
+            tl.store(tail + factors_at + choice, factor.to(tl.float32), mask=inside)
+            tl.store(out + slots_at + choice, slot.to(tl.int16), mask=inside)
             tl.store(routes + row, tl.where(filled, route, num_routes))
             if j == 0:
                 note_overflow(error_word, end - start, capacity)
@@ -327,16 +347,16 @@ def unpack_tokens(
 
 @triton.jit
 def combine_wire(
-    wire, places, weights, out,
-    width, wire_rows, weight_stride, weight_step,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    wire, peers, places, weights, out,
+    width, span, wire_rows, weight_stride, weight_step,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """``out[t] = sum_j weights[t, j] * wire[places[t * TOP_K + j]]``, over j in order.
 
     Launched over (tokens, blocks of columns).
 
-    inputs      wire [wire_rows, width]; places [tokens * TOP_K]: a route is dropped, and neither its row nor its weight
-                read, unless 0 <= place < wire_rows; weights [tokens, TOP_K] of two strides
+    inputs      wire [wire_rows, width], `span` rows a rank; places [tokens * TOP_K]: a route is dropped, and neither
+                its row nor its weight read, unless 0 <= place < wire_rows; weights [tokens, TOP_K] of two strides
     output      out [tokens, width]
     tunable     BLOCK columns per program
     """
@@ -344,9 +364,14 @@ def combine_wire(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for j in tl.static_range(TOP_K):
-        at = tl.load(places + token * TOP_K + j).to(tl.int64)
+        at = tl.load(places + token * TOP_K + j)
         kept = (at >= 0) & (at < wire_rows)
         weight = tl.load(weights + token * weight_stride + j * weight_step, mask=kept, other=0.0).to(tl.float32)
-        values = tl.load(wire + at * width + columns, mask=kept & (columns < width), other=0.0)
+        if peers is None:
+            row = wire + at.to(tl.int64) * width
+        else:
+            at = tl.where(kept, at, 0)
+            row = part_of(wire, peers, at // span, span, width, ALIGN) + (at % span).to(tl.int64) * width
+        values = tl.load(row + columns, mask=kept & (columns < width), other=0.0)
         total += values.to(tl.float32) * weight
     tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=columns < width)

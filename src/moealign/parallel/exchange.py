@@ -21,8 +21,9 @@ from ..experts.quantized import data_of
 from ..experts.records import ExpertWeights, Routes
 from ..layout import INT32_MAX
 from . import wire, wire_fp8, wire_tokens
-from .collectives import Group, group_of, refuse_tracing, swap
+from .collectives import Group, group_of, refuse_tracing
 from .experts import ExpertPlacement, bins_of
+from .transports import transport_of
 
 __all__ = ["Arrived", "ExpertExchange", "Way"]
 
@@ -61,10 +62,14 @@ class ExpertExchange:
         rows: what a row is.  ``route``: one choice of a token, whose weight is applied at home.  ``token``: a token,
             once for each rank with any of its experts, together with its weights and slots there; that rank sums its
             experts, and home the ranks.  Fewer rows, of the same `k` and dtype on every rank; without gradients.
+        transport: how they travel.  ``collective``: by all-to-all of the group, always `capacity` rows.  ``direct``:
+            each rank writes its rows into the memory of their experts' rank and reads the results there, only rows that
+            are there; for GPUs that reach each other's memory, and CPU processes of one machine; without gradients,
+            and one batch at a time.
 
     Raises:
         InvalidInput: no process group, a placement of another number of ranks, a capacity below 1, more rows than int32
-            numbers, more than 32,767 experts a rank, or another `wire` or `rows`.
+            numbers, more than 32,767 experts a rank, or another `wire`, `rows` or `transport`.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class ExpertExchange:
         device: torch.device | str | None = None,
         wire: str = "same",
         rows: str = "route",
+        transport: str = "collective",
     ) -> None:
         if wire not in ("same", "fp8"):
             raise InvalidInput(f"wire: expected same or fp8, got {wire!r}")
@@ -97,7 +103,7 @@ class ExpertExchange:
             nccl = "nccl" in dist.get_backend(group)
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
         self.placement, self.capacity, self.ranks, self.slots = placement, capacity, placement.ranks, placement.slots
-        self.wire, self.rows = wire, rows
+        self.wire, self.rows, self.transport = wire, rows, transport
         self._passed: set[Any] = set()  # signatures of calls that need no more checks
         self.group = (group or dist.distributed_c10d._get_default_group()).group_name
         self.device = torch.device(device)
@@ -111,6 +117,7 @@ class ExpertExchange:
         # One for each row: a header has at most `capacity` rows.
         self._ones = torch.ones(1 if self._by_token else 2 * self.ranks * capacity, 1, device=self.device)
         self.device = self._ones.device  # with its index
+        self._transport = transport_of(transport, group, self.rank, self.ranks, self.device)
 
     @classmethod
     def of(
@@ -222,13 +229,15 @@ class ExpertExchange:
             refusal = modes.checked(self._check, *sizes, options)
             if isinstance(refusal, modes.Refusal):
                 return modes.refuse(refusal)[0]
+        self._transport.begin(alone=False)
         call = (hidden_states, topk_ids, topk_weights, num_valid_tokens, error_word)
         (rows, factors, slots), way = self._dispatch(*call)
+        out = self._transport.results(rows)
         if known:  # what fused_moe comes to for these tensors
             weights = ExpertWeights(gate_up_proj, down_proj)
-            result = operators.run_layer(rows, weights, Routes(factors, slots), "silu", None)
+            result = operators.run_layer(rows, weights, Routes(factors, slots), "silu", None, out=out)
         else:
-            result = fused_moe(rows, gate_up_proj, down_proj, factors, slots, **options)
+            result = fused_moe(rows, gate_up_proj, down_proj, factors, slots, out=out, **options)
             if signature is not None:
                 self._passed.add(signature)
         return self._combine(result, topk_weights, way)
@@ -258,6 +267,7 @@ class ExpertExchange:
         if isinstance(refusal, modes.Refusal):
             results = modes.refuse(refusal, 6)
             return Arrived(*results[:3]), Way(*results[3:])
+        self._transport.begin(alone=True)
         return self._dispatch(hidden_states, topk_ids, topk_weights, num_valid_tokens, error_word)
 
     def combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
@@ -278,6 +288,7 @@ class ExpertExchange:
         refusal = modes.checked(self._check_back, rows, topk_weights, way)
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
+        self._transport.end()
         return self._combine(rows, topk_weights, way)
 
     def overflow(self, way: Way) -> Tensor:
@@ -319,15 +330,13 @@ class ExpertExchange:
         by_rank = (order, positions, offsets[: self.ranks + 1])
         if self._by_token:
             assert topk_weights is not None
-            call = (hidden_states, topk_weights, ids, self._rank_of, self._slot_of, *by_rank, self.capacity, fp8)
-            sent, routes, places = wire_tokens.pack(*call, error_word=error_word)
-            arrived = wire_tokens.unpack(swap(sent, self.group), hidden, dtype, ids.shape[1], fp8)
+            all_of = (topk_weights, ids, self._rank_of, self._slot_of, *by_rank, self.capacity, fp8)
+            came, routes, places = self._transport.send(wire_tokens, hidden_states, all_of, error_word)
+            arrived = wire_tokens.unpack(came, hidden, dtype, ids.shape[1], fp8)
             return Arrived(*arrived), Way(routes, places, wanted)
         sizes = (ids.shape[1], self.capacity, self._header(hidden, dtype))
-        sent, routes, places = (wire_fp8 if fp8 else wire).pack(
-            hidden_states, ids, self._slot_of, *by_rank, *sizes, error_word=error_word
-        )
-        rows = swap(sent, self.group)
+        module, call = wire_fp8 if fp8 else wire, (ids, self._slot_of, *by_rank, *sizes)
+        rows, routes, places = self._transport.send(module, hidden_states, call, error_word)
         if fp8:
             rows, slots = wire_fp8.unpack(rows, self.ranks, self.capacity, hidden, dtype)
         else:
@@ -336,7 +345,7 @@ class ExpertExchange:
 
     def _combine(self, rows: Tensor, topk_weights: Tensor, way: Way) -> Tensor:
         weights = self._ones.expand(topk_weights.shape) if self._by_token else topk_weights
-        return wire.combine(swap(rows, self.group), weights, way.routes, way.places)
+        return self._transport.combine(rows, weights, way.routes, way.places)
 
     # ---- checks ------------------------------------------------------------------------------------------------------
 
@@ -396,7 +405,8 @@ class ExpertExchange:
                 f"{list(topk_weights.shape)}"
             )
         given = (hidden_states, data_of(gate_up_proj), data_of(down_proj), topk_weights, *(options or {}).values())
-        for name, other, got in (("wire", "same", self.wire), ("rows", "route", self.rows)):
+        ways = (("wire", "same", self.wire), ("rows", "route", self.rows), ("transport", "collective", self.transport))
+        for name, other, got in ways:
             if got != other and modes.wants_gradient(*given):
                 raise InvalidInput(
                     f"{name}: expected {other} where gradients are needed, got {got}, which has none; call it under "

@@ -7,7 +7,9 @@ in one collective of a size that no value decides.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +19,14 @@ from ..experts import launch, packed
 from ..layout import PAST_CAPACITY, cdiv, power_of_two
 
 __all__ = [
+    "HERE",
+    "Parts",
+    "Place",
     "combine",
     "combine_in_torch",
     "combine_launch",
     "header_rows",
+    "new_sums",
     "new_wire",
     "note_overflow",
     "pack",
@@ -29,7 +35,29 @@ __all__ = [
     "routes_in_torch",
     "rows_in_torch",
     "slots_of",
+    "sums_in_torch",
 ]
+
+
+class Parts(NamedTuple):
+    """Where kernels find the parts of a wire, one for each rank."""
+
+    shifts: (
+        Tensor | None
+    )  #: int64 ``[ranks]``, from the wire to each, in the memory of its rank; None: one after another
+    align: int  #: the unit of shifts, bytes
+
+    @classmethod
+    def between(cls, addresses: list[int], wire: int, device: torch.device) -> Parts:
+        """Parts at `addresses`, for kernels on `device` that are given a wire at the address `wire`."""
+        shifts = [each - wire for each in addresses]
+        align = math.gcd(16, *shifts)
+        return cls(torch.tensor([each // align for each in shifts], device=device), align)
+
+
+HERE = Parts(None, 1)
+#: Of rows, columns and a dtype, a wire's memory and its parts.
+Place = Callable[[int, int, torch.dtype], tuple[Tensor, Parts]]
 
 
 def words_of(hidden: int, itemsize: int) -> int:
@@ -66,7 +94,9 @@ def note_overflow(error_word: Tensor | None, offsets: Tensor, capacity: int) -> 
         error_word.bitwise_or_(over.to(torch.int32) * PAST_CAPACITY)
 
 
-def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def pack(
+    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The rows ``[T, H]`` of each route in a wire; differentiable in `rows`.
 
     Args:
@@ -74,6 +104,8 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
         args: ids ``[T, k]``, integer; slots int16 ``[E]``, that of each id; order ``[n]``, positions ``[n]`` and
             offsets ``[ranks + 1]`` of the routes by rank, a layout with blocks of one row; top_k, capacity and header.
         error_word: as of :func:`note_overflow`.
+        memory: where kernels put the wire, of so many rows and columns of a dtype, and its parts; by default in new
+            memory.
 
     Returns:
         The wire; int32 ``[ranks * span]``, the route of each of its rows or ``n``; int32 ``[n]``, the row of each
@@ -83,38 +115,40 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
         note_overflow(error_word, args[4], args[6])
         result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire, rows, *args)
         return result
-    return _pack(rows, *args, error_word=error_word)
+    return _pack(rows, *args, error_word=error_word, memory=memory)
 
 
 def new_wire(
-    rows: Tensor, positions: Tensor, offsets: Tensor, span: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three results of :func:`pack`, uninitialised, with a wire of `width` columns of `dtype`."""
+    rows: Tensor,
+    positions: Tensor,
+    offsets: Tensor,
+    span: int,
+    width: int,
+    dtype: torch.dtype,
+    memory: Place | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+    """The three results of :func:`pack`, uninitialised, with a wire of `width` columns of `dtype`; and its parts."""
     count = (offsets.shape[0] - 1) * span
-    maps = (positions.new_empty(size, dtype=torch.int32) for size in (count, positions.shape[0]))
-    return rows.new_empty(count, width, dtype=dtype), *maps  # type: ignore[return-value]
+    wire, parts = (rows.new_empty(count, width, dtype=dtype), HERE) if memory is None else memory(count, width, dtype)
+    routes, places = (positions.new_empty(size, dtype=torch.int32) for size in (count, positions.shape[0]))
+    return (wire, routes, places), parts
 
 
-def _new_wire(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return new_wire(rows, args[3], args[4], args[6] + args[7], rows.shape[1], rows.dtype)
+def _new_wire(rows: Tensor, *args: Any, memory: Place | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+    return new_wire(rows, args[3], args[4], args[6] + args[7], rows.shape[1], rows.dtype, memory)
 
 
 def _pack(
-    rows: Tensor,
-    ids: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    positions: Tensor,
-    offsets: Tensor,
-    *sizes: int,
-    error_word: Tensor | None = None,
+    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
-        out = _new_wire(rows, ids, slots, order, positions, offsets, *sizes)
-        launch.run([pack_launch(rows, ids, slots, order, positions, offsets, sizes, out, error_word)], rows.device)
+        ids, slots, order, positions, offsets, *sizes = args
+        out, parts = _new_wire(rows, *args, memory=memory)
+        one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word, parts)
+        launch.run([one], rows.device)
         return out
-    note_overflow(error_word, offsets, sizes[1])
-    return pack_in_torch(rows, ids, slots, order, positions, offsets, *sizes)
+    note_overflow(error_word, args[4], args[6])
+    return pack_in_torch(rows, *args)
 
 
 def pack_launch(
@@ -127,8 +161,10 @@ def pack_launch(
     sizes: tuple[int, ...],
     out: tuple[Tensor, ...],
     error_word: Tensor | None = None,
+    parts: Parts = HERE,
 ) -> launch.GemmLaunch:
-    """The launch that fills `out`, the three results of :func:`pack`; `sizes` are top_k, capacity and header."""
+    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`; `sizes` are top_k, capacity
+    and header."""
     top_k, capacity, header = sizes
     words = launch.row_major(rows).view(torch.int16)
     routes, ranks, width = positions.shape[0], offsets.shape[0] - 1, words.shape[1]
@@ -137,11 +173,11 @@ def pack_launch(
         "pack_wire",
         (ranks * (capacity + header) + cdiv(routes, places), cdiv(width, block)),
         (
-            words, launch.flat(ids), slots, order, positions, offsets, out[0].view(torch.int16), *out[1:],
-            error_word, routes, top_k, width, launch.row_stride(words), slots.shape[0], capacity, capacity + header,
-            ranks,
+            words, launch.flat(ids), slots, order, positions, offsets, out[0].view(torch.int16), parts.shifts,
+            *out[1:], error_word, routes, top_k, width, launch.row_stride(words), slots.shape[0], capacity,
+            capacity + header, ranks,
         ),
-        {"BLOCK": block, "RANKS": power_of_two(ranks), "PLACES": places},
+        {"BLOCK": block, "RANKS": power_of_two(ranks), "PLACES": places, "ALIGN": parts.align},
         4,
         1,
         False,
@@ -242,7 +278,7 @@ def _pack_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
 
 
 _library.impl("pack_wire", _pack, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::pack_wire", _new_wire, lib=_library)
+torch.library.register_fake("moealign::pack_wire", lambda *args: _new_wire(*args)[0], lib=_library)
 modes.differentiable(_library, "pack_wire", pack_in_torch, _pack_save, _pack_backward)
 
 
@@ -266,15 +302,21 @@ def combine(wire: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Te
     return _combine(wire, weights, routes, places)
 
 
+def sums_in_torch(wire: Tensor, weights: Tensor) -> bool:
+    """Whether :func:`combine` is not for kernels."""
+    return launch.refuses(wire) is not None or weights.dtype is torch.float64 or not weights.numel()
+
+
 def _combine(wire: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Tensor:
-    if launch.refuses(wire) is not None or weights.dtype is torch.float64 or not weights.numel():
+    if sums_in_torch(wire, weights):
         return combine_in_torch(wire, weights, routes, places)
-    out = _new_sums(wire, weights)
+    out = new_sums(wire, weights)
     launch.run([combine_launch(wire, weights, places, out)], wire.device)
     return out
 
 
-def _new_sums(wire: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
+def new_sums(wire: Tensor, weights: Tensor, *_: Tensor) -> Tensor:
+    """The result of :func:`combine`, uninitialised."""
     return wire.new_empty(weights.shape[0], wire.shape[1])
 
 
@@ -283,15 +325,17 @@ def combine_in_torch(wire: Tensor, weights: Tensor, routes: Tensor, places: Tens
     return packed.weighted_sum(packed.scatter_rows(wire, routes, places), weights, places)
 
 
-def combine_launch(wire: Tensor, weights: Tensor, places: Tensor, out: Tensor) -> launch.GemmLaunch:
-    """The launch of :func:`combine` that fills `out`."""
-    width = wire.shape[1]
+def combine_launch(
+    wire: Tensor, weights: Tensor, places: Tensor, out: Tensor, parts: Parts = HERE
+) -> launch.GemmLaunch:
+    """The launch of :func:`combine` that fills `out`; the wire is in `parts`, each of as many rows."""
+    width, ranks = wire.shape[1], 1 if parts.shifts is None else parts.shifts.shape[0]
     block = min(1024, power_of_two(width))
     return launch.GemmLaunch(
         "combine_wire",
         (out.shape[0], cdiv(width, block)),
-        (wire, places, weights, out, width, wire.shape[0], *weights.stride()),
-        {"TOP_K": weights.shape[1], "BLOCK": block},
+        (wire, parts.shifts, places, weights, out, width, wire.shape[0] // ranks, wire.shape[0], *weights.stride()),
+        {"TOP_K": weights.shape[1], "BLOCK": block, "ALIGN": parts.align},
         4,
         1,
         False,
@@ -300,5 +344,5 @@ def combine_launch(wire: Tensor, weights: Tensor, places: Tensor, out: Tensor) -
 
 
 _library.impl("combine_wire", _combine, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::combine_wire", _new_sums, lib=_library)
+torch.library.register_fake("moealign::combine_wire", new_sums, lib=_library)
 modes.differentiable(_library, "combine_wire", combine_in_torch)

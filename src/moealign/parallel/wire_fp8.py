@@ -16,7 +16,7 @@ from .. import modes
 from ..experts import launch
 from ..experts.quantized import GROUP, quantize_rows
 from ..layout import cdiv, power_of_two
-from .wire import new_wire, note_overflow, picked_in_torch, routes_in_torch
+from .wire import HERE, Parts, Place, new_wire, note_overflow, picked_in_torch, routes_in_torch
 
 __all__ = [
     "groups_of",
@@ -75,24 +75,28 @@ _library.define(
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def pack(
+    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`moealign.parallel.wire.pack`, with a wire of uint8 ``[ranks * span, pitch]``; gives no gradients."""
     if modes.watched(rows, *args[:5]):
         note_overflow(error_word, args[4], args[6])
         result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire_fp8, rows, *args)
         return result
-    return _pack(rows, *args, error_word=error_word)
+    return _pack(rows, *args, error_word=error_word, memory=memory)
 
 
-def _new_wire(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return new_wire(rows, args[3], args[4], args[6] + args[7], pitch_of(rows.shape[1]), torch.uint8)
+def _new_wire(rows: Tensor, *args: Any, memory: Place | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+    return new_wire(rows, args[3], args[4], args[6] + args[7], pitch_of(rows.shape[1]), torch.uint8, memory)
 
 
-def _pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(
+    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
         ids, slots, order, positions, offsets, *sizes = args
-        out = _new_wire(rows, *args)
-        one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word)
+        out, parts = _new_wire(rows, *args, memory=memory)
+        one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word, parts)
         launch.run([one], rows.device)
         return out
     note_overflow(error_word, args[4], args[6])
@@ -109,8 +113,10 @@ def pack_launch(
     sizes: tuple[int, ...],
     out: tuple[Tensor, ...],
     error_word: Tensor | None = None,
+    parts: Parts = HERE,
 ) -> launch.GemmLaunch:
-    """The launch that fills `out`, the three results of :func:`pack`; `sizes` are top_k, capacity and header."""
+    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`; `sizes` are top_k, capacity
+    and header."""
     top_k, capacity, header = sizes
     rows, wire = launch.row_major(rows), out[0]
     words, hidden = wire.view(torch.int16), rows.shape[1]
@@ -120,11 +126,11 @@ def pack_launch(
         "pack_wire_fp8",
         (ranks * (capacity + header) + cdiv(routes, places), cdiv(hidden, groups * GROUP)),
         (
-            rows, launch.flat(ids), slots, order, positions, offsets, words, wire, wire.view(torch.float32), *out[1:],
-            error_word, routes, top_k, hidden, words.shape[1], launch.row_stride(rows), slots.shape[0], capacity,
-            capacity + header, ranks,
+            rows, launch.flat(ids), slots, order, positions, offsets, words, wire, wire.view(torch.float32),
+            parts.shifts, *out[1:], error_word, routes, top_k, hidden, words.shape[1], launch.row_stride(rows),
+            slots.shape[0], capacity, capacity + header, ranks,
         ),
-        {"GROUPS": groups, "RANKS": power_of_two(ranks), "PLACES": places},
+        {"GROUPS": groups, "RANKS": power_of_two(ranks), "PLACES": places, "ALIGN": parts.align},
         4,
         1,
         False,
@@ -198,5 +204,5 @@ def _unpack_fake(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: to
 
 _library.impl("pack_wire_fp8", _pack, "CompositeExplicitAutograd")
 _library.impl("unpack_wire_fp8", _unpack, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::pack_wire_fp8", _new_wire, lib=_library)
+torch.library.register_fake("moealign::pack_wire_fp8", lambda *args: _new_wire(*args)[0], lib=_library)
 torch.library.register_fake("moealign::unpack_wire_fp8", _unpack_fake, lib=_library)

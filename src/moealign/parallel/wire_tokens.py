@@ -17,7 +17,7 @@ from .. import modes
 from ..experts import launch
 from ..experts.quantized import GROUP
 from ..layout import cdiv, power_of_two
-from .wire import new_wire, note_overflow, picked_in_torch, rows_in_torch
+from .wire import HERE, Parts, Place, new_wire, note_overflow, picked_in_torch, rows_in_torch
 from .wire_fp8 import groups_of, narrow_in_torch, size_of, widen_in_torch
 
 __all__ = [
@@ -138,7 +138,9 @@ def _known(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def pack(
+    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The pairs of the tokens `rows` ``[T, H]`` in a wire; gives no gradients.
 
     Args:
@@ -146,7 +148,7 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
         args: weights ``[T, k]``, floating; ids ``[T, k]``, integer; ranks int32 and slots int16 ``[E]``, those of each
             id; order ``[n]``, positions ``[n]`` and offsets ``[ranks + 1]`` of the pairs by rank, a layout of
             :func:`first_of_ranks` with blocks of one row; capacity, and whether values are in e4m3.
-        error_word: as of :func:`moealign.parallel.wire.note_overflow`.
+        error_word, memory: as of :func:`moealign.parallel.wire.pack`.
 
     Returns:
         The wire; int32 ``[ranks * capacity]``, the pair in each of its rows or ``n``; int32 ``[n]``, the row of each
@@ -156,19 +158,23 @@ def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Te
         note_overflow(error_word, args[6], args[7])
         result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_tokens, rows, *args)
         return result
-    return _pack(rows, *args, error_word=error_word)
+    return _pack(rows, *args, error_word=error_word, memory=memory)
 
 
-def _new_wire(rows: Tensor, weights: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _new_wire(
+    rows: Tensor, weights: Tensor, *args: Any, memory: Place | None = None
+) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
     positions, offsets, capacity, fp8 = args[4:]
     form = format_of(rows.shape[1], rows.dtype, weights.shape[1], fp8)
-    return new_wire(rows, positions, offsets, capacity, form.pitch, torch.uint8)
+    return new_wire(rows, positions, offsets, capacity, form.pitch, torch.uint8, memory)
 
 
-def _pack(rows: Tensor, *args: Any, error_word: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(
+    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     if launch.refuses(rows) is None:
-        out = _new_wire(rows, *args)
-        launch.run([pack_launch(rows, *args, out=out, error_word=error_word)], rows.device)
+        out, parts = _new_wire(rows, *args, memory=memory)
+        launch.run([pack_launch(rows, *args, out=out, error_word=error_word, parts=parts)], rows.device)
         return out
     note_overflow(error_word, args[6], args[7])
     return pack_in_torch(rows, *args)
@@ -188,8 +194,9 @@ def pack_launch(
     *,
     out: tuple[Tensor, ...],
     error_word: Tensor | None = None,
+    parts: Parts = HERE,
 ) -> launch.GemmLaunch:
-    """The launch that fills `out`, the three results of :func:`pack`."""
+    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`."""
     wire, count, top_k, hidden = out[0], offsets.shape[0] - 1, weights.shape[1], rows.shape[1]
     form = format_of(hidden, rows.dtype, top_k, fp8)
     rows = launch.row_major(rows) if fp8 else launch.row_major(rows).view(torch.int16)
@@ -200,11 +207,14 @@ def pack_launch(
         (count * capacity + cdiv(positions.shape[0], places), cdiv(width, block)),
         (
             rows, weights, launch.flat(ids), ranks, slots, order, positions, offsets, wire.view(torch.int16), wire,
-            wire.view(torch.float32), *out[1:], error_word, positions.shape[0], top_k, width, form.pitch // 2,
-            launch.row_stride(rows), *weights.stride(), ranks.shape[0], capacity, count, form.weights // 4,
-            form.slots // 2,
+            wire.view(torch.float32), parts.shifts, *out[1:], error_word, positions.shape[0], top_k, width,
+            form.pitch // 2, launch.row_stride(rows), *weights.stride(), ranks.shape[0], capacity, count,
+            form.weights // 4, form.slots // 2,
         ),
-        {"FP8": fp8, "BLOCK": block, "CHOICES": power_of_two(top_k), "RANKS": power_of_two(count), "PLACES": places},
+        {
+            "FP8": fp8, "BLOCK": block, "CHOICES": power_of_two(top_k), "RANKS": power_of_two(count), "PLACES": places,
+            "ALIGN": parts.align,
+        },
         4,
         1,
         False,
@@ -300,7 +310,7 @@ def unpack_in_torch(wire: Tensor, hidden: int, dtype: torch.dtype, top_k: int) -
 
 for _name, _eager, _fake in (
     ("first_of_ranks", _first, _new_first),
-    ("pack_tokens", _pack, _new_wire),
+    ("pack_tokens", _pack, lambda *args: _new_wire(*args)[0]),
     ("unpack_tokens", _unpack, _new_parts),
 ):
     _library.impl(_name, _eager, "CompositeExplicitAutograd")
