@@ -118,6 +118,7 @@ class Direct:
         self.rank, self.ranks, self.device = rank, ranks, device
         self.name = str(next(_names))
         _live[self.name] = self
+        self._turn = torch.zeros((), dtype=torch.int32, device=device)
         self._known: dict[tuple[str, int], tuple[Memory, wire.Parts]] = {}
         self._away = False
 
@@ -144,7 +145,7 @@ class Direct:
         if watched or launch.refuses(rows) is not None:
             sent, routes, places = module.pack(rows, *args, error_word=error_word)
             if watched:
-                return modes.call(torch.ops.moealign.push_rows, sent, self.name), routes, places
+                return modes.call(torch.ops.moealign.push_rows, sent, self.name, self._turn), routes, places
             return self.push(sent), routes, places
         came, routes, places = module.pack(rows, *args, error_word=error_word, memory=self._arrivals)
         self._memory("arrivals", came)[0].wait()
@@ -166,7 +167,7 @@ class Direct:
 
     def combine(self, rows: Tensor, weights: Tensor, routes: Tensor, places: Tensor) -> Tensor:
         if modes.watched(rows, weights, routes, places):
-            back = modes.call(torch.ops.moealign.pull_rows, rows, self.name)
+            back = modes.call(torch.ops.moealign.pull_rows, rows, self.name, self._turn)
             return wire.combine(back, weights, routes, places)
         if wire.sums_in_torch(rows, weights):
             return wire.combine(self.pull(rows), weights, routes, places)
@@ -214,17 +215,25 @@ _names = itertools.count()
 _live: weakref.WeakValueDictionary[str, Direct] = weakref.WeakValueDictionary()
 
 _library = torch.library.Library("moealign", "FRAGMENT")
-_library.define("push_rows(Tensor wire, str exchange) -> Tensor")
-_library.define("pull_rows(Tensor rows, str exchange) -> Tensor")
+# No compiler may change the order of these, so each says that it writes `turn`.
+_library.define("push_rows(Tensor rows, str exchange, Tensor(a!) turn) -> Tensor")
+_library.define("pull_rows(Tensor rows, str exchange, Tensor(a!) turn) -> Tensor")
 
 
-def _same(rows: Tensor, exchange: str) -> Tensor:
+def _push(rows: Tensor, exchange: str, turn: Tensor) -> Tensor:
+    return _live[exchange].push(rows).clone()
+
+
+def _pull(rows: Tensor, exchange: str, turn: Tensor) -> Tensor:
+    return _live[exchange].pull(rows)
+
+
+def _same(rows: Tensor, exchange: str, turn: Tensor) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
-_library.impl("push_rows", lambda sent, name: _live[name].push(sent).clone(), "CompositeExplicitAutograd")
-_library.impl("pull_rows", lambda rows, name: _live[name].pull(rows), "CompositeExplicitAutograd")
-for _name in ("push_rows", "pull_rows"):
+for _name, _eager in (("push_rows", _push), ("pull_rows", _pull)):
+    _library.impl(_name, _eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moealign::{_name}", _same, lib=_library)
 
 
