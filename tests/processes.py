@@ -20,7 +20,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch"])
+CONTEXT.set_forkserver_preload(["torch", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch.distributed.fsdp"])
 
 
 def environment(*paths: Path | str, **variables: str | None) -> dict[str, str]:
