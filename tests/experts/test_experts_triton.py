@@ -391,8 +391,9 @@ def compile_one(number):
 
 
 def compile_all():
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
-        list(pool.map(compile_one, range(len(distinct()))))
+    count = len(distinct())  # before the processes are forked, which have them too
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(compile_one, range(count)))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import types
@@ -148,6 +149,7 @@ def targets_of(target):
     }[target]
 
 
+@functools.cache
 def distinct():
     seen = {}
     for target, one in every_configuration():
@@ -173,8 +175,9 @@ def compile_one(number):
 
 
 def compile_all():
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
-        list(pool.map(compile_one, range(len(distinct()))))
+    count = len(distinct())  # before the processes are forked, which have them too
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(compile_one, range(count)))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
