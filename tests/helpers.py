@@ -72,8 +72,8 @@ def failures(cases: Iterable[tuple[str, str | None]]) -> int:
 # ---- Triton ------------------------------------------------------------------------------------------------------
 
 KIB = 1024
-#: `make test-targets` compiles every configuration of the kernels for every architecture, `make test` one in six of each
-#: kernel for that of the measured GPUs.
+#: `make test-targets` compiles every configuration of the kernels for every architecture, `make test` one in six of
+#: each kernel for that of the measured GPUs.
 EVERY_TARGET = os.environ.get("MOEALIGN_TARGETS") == "all"
 #: (backend, architecture, threads of a warp, bytes of shared memory).
 TARGETS = [("cuda", 90, 32, 227 * KIB)]

@@ -21,7 +21,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch.distributed.fsdp"])
+# Not torch._dynamo: it imports triton, which reads TRITON_INTERPRET.
+PRELOADED = ["torch", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch.distributed.fsdp"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def environment(*paths: Path | str, **variables: str | None) -> dict[str, str]:
