@@ -8,6 +8,7 @@ from collections.abc import Generator
 
 # Workers of pytest-xdist share the cores: a thread that spins until the next parallel loop takes them from the others.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # inductor would start a pool of processes in each
 
 import pytest
 import torch

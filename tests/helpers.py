@@ -72,8 +72,8 @@ def failures(cases: Iterable[tuple[str, str | None]]) -> int:
 # ---- Triton ------------------------------------------------------------------------------------------------------
 
 KIB = 1024
-#: `make test-targets` compiles every configuration of the kernels for every architecture, `make test` one in three for
-#: that of the measured GPUs.
+#: `make test-targets` compiles every configuration of the kernels for every architecture, `make test` one in six of
+#: each kernel for that of the measured GPUs.
 EVERY_TARGET = os.environ.get("MOEALIGN_TARGETS") == "all"
 #: (backend, architecture, threads of a warp, bytes of shared memory).
 TARGETS = [("cuda", 90, 32, 227 * KIB)]
@@ -86,9 +86,13 @@ if EVERY_TARGET:
     ]
 
 
-def compiled_here(configurations: list[_T]) -> list[_T]:
-    """Those that this run compiles: all of them, or one in three."""
-    return configurations if EVERY_TARGET else random.Random(0).sample(configurations, -(-len(configurations) // 3))
+def compiled_here(configurations: Iterable[_T], kernel: Callable[[_T], object]) -> list[_T]:
+    """Those that this run compiles: all of them, or one in six of each `kernel`, and one at least."""
+    by_kernel: dict[object, list[_T]] = {}
+    for each in configurations:
+        by_kernel.setdefault(kernel(each), []).append(each)
+    share, chance = 1 if EVERY_TARGET else 6, random.Random(0)
+    return [one for some in by_kernel.values() for one in chance.sample(some, -(-len(some) // share))]
 
 
 def specialisation(function, one):

@@ -1,7 +1,8 @@
 """Processes of their own that need not import torch, which takes longer than most of what they do.
 
-They are forked from a server that has imported it and nothing else.  What Python reads when it starts (options,
-encodings) and what torch does (OMP_NUM_THREADS) is as in the server; anything else follows `env`.
+They are forked from a server that has imported it, with what torch.compile and FSDP need, and nothing else.  What
+Python reads when it starts (options, encodings but PYTHONIOENCODING) and what torch does (OMP_NUM_THREADS) is as in the
+server; anything else follows `env`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch"])
+# Not torch._dynamo: it imports triton, which reads TRITON_INTERPRET.
+PRELOADED = ["torch", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch.distributed.fsdp"]
+CONTEXT.set_forkserver_preload(PRELOADED)
 
 
 def environment(*paths: Path | str, **variables: str | None) -> dict[str, str]:
@@ -77,8 +80,9 @@ def _run(arguments: list[str], env: dict[str, str], cwd: str, outputs: list[str]
     os.chdir(cwd)
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), number)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    encoding = env.get("PYTHONIOENCODING", "utf-8")
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding, closefd=False, buffering=1, errors="backslashreplace")  # noqa: SIM115
     sys.path[:0] = [each for each in env.get("PYTHONPATH", "").split(os.pathsep) if each]
     try:
         if arguments[0] == "-c":

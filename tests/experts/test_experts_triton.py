@@ -362,25 +362,28 @@ def product_with_blocks(tokens, size, gated):
     return launch.product_launches(Product(a, b, layout, top_k, weights, None, name, gated, False), out, H200)[0]
 
 
+def targets_of(one):
+    """Those of this run that may launch it."""
+    if one.module == "gradient_kernels" and one.num_stages == 2:
+        return TARGETS
+    hopper = one.pdl or one.module == "gradient_kernels"
+    return [each for each in TARGETS if hopper == (each[0] == "cuda" and each[1] >= 90)]
+
+
 @functools.cache
 def distinct():
     seen = {}
     for one in every_configuration():
         kinds = tuple((kind_of(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
-        seen[one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = one
-    return compiled_here(list(seen.values()))
+        if targets_of(one):
+            seen[one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = one
+    return compiled_here(seen.values(), lambda one: one.kernel)
 
 
 def compile_one(number):
     """Compile one configuration for its targets; it waits for the previous kernel before it accesses memory."""
     one = distinct()[number]
-    function = kernel_of(one)
-    if one.module == "gradient_kernels" and one.num_stages == 2:
-        targets = TARGETS
-    else:
-        hopper = one.pdl or one.module == "gradient_kernels"
-        targets = [each for each in TARGETS if hopper == (each[0] == "cuda" and each[1] >= 90)]
-    for arch, binary in compile_launch(function, one, targets):
+    for arch, binary in compile_launch(kernel_of(one), one, targets_of(one)):
         if arch == 90 and one.constants.get("B_TMA") and (one.constants["BLOCK_M"] >= 64 or one.constants.get("SWAP")):
             assert "wgmma.mma_async" in binary.asm["ptx"], "Hopper's matrix instruction is used"
         if arch == 90 and one.pdl and disassembler():
@@ -388,8 +391,9 @@ def compile_one(number):
 
 
 def compile_all():
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
-        list(pool.map(compile_one, range(len(distinct()))))
+    count = len(distinct())  # before the processes are forked, which have them too
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(compile_one, range(count)))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import multiprocessing
 import types
@@ -139,24 +140,30 @@ def every_configuration():
     yield A100, planned(ODD, 300, A100, torch.float32, SCHEMES[1])[1][0]
 
 
-def distinct():
-    seen = {}
-    for target, one in every_configuration():
-        kinds = tuple((kind_of(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
-        seen[target, one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = target, one
-    return compiled_here(list(seen.values()))
-
-
-def compile_one(number):
-    target, one = distinct()[number]
-    function = getattr(importlib.import_module(f"moealign.experts.{one.module}"), one.kernel)
-    targets = {
+def targets_of(target):
+    """Those of this run that are such a GPU."""
+    return {
         HOPPER: [each for each in TARGETS if each[1] == 90 or (each[1] == 100 and NEW_TRITON)],
         B200: [each for each in TARGETS if each[1] == 100],
         ADA: [each for each in TARGETS if each[1] == 89],
         A100: [each for each in TARGETS if each[1] in (80, "gfx942")],
     }[target]
-    for arch, binary in compile_launch(function, one, targets):
+
+
+@functools.cache
+def distinct():
+    seen = {}
+    for target, one in every_configuration():
+        kinds = tuple((kind_of(a), isinstance(a, int) and (a == 1, a % 16 == 0)) for a in one.arguments)
+        if targets_of(target):
+            seen[target, one.kernel, kinds, tuple(one.constants.items()), one.num_warps, one.num_stages] = target, one
+    return compiled_here(seen.values(), lambda each: each[1].kernel)
+
+
+def compile_one(number):
+    target, one = distinct()[number]
+    function = getattr(importlib.import_module(f"moealign.experts.{one.module}"), one.kernel)
+    for arch, binary in compile_launch(function, one, targets_of(target)):
         case = f"{one.kernel} {one.constants} on {arch}"
         odd = one.kernel == "gemm" and not one.constants["EVEN_K"]  # weights are then loaded byte by byte
         if arch in (80, 89, 90) and disassembler() and not odd:
@@ -169,8 +176,9 @@ def compile_one(number):
 
 
 def compile_all():
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("forkserver")) as pool:
-        list(pool.map(compile_one, range(len(distinct()))))
+    count = len(distinct())  # before the processes are forked, which have them too
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(compile_one, range(count)))
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

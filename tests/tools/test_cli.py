@@ -39,9 +39,14 @@ def run(*arguments: str, **variables: str | None):
     return CliRunner().invoke(app, list(arguments), env=variables)
 
 
-def process(*arguments: str, cwd: Path | None = None, **variables: str | None) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moealign", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), cwd=cwd, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(**variables), timeout=300)
+
+
+def forked(*arguments: str, cwd: Path | None = None, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """:func:`process` without the start of Python and torch, for where that is not what is tested."""
+    return processes.run("-m", "moealign", *arguments, env=environment(**variables), cwd=cwd)
 
 
 def write_trace(path: Path, ids=None, experts: int = 4, model: str = "a model", source: str = "a text") -> str:
@@ -165,7 +170,7 @@ def test_check_sees_wrong_experts_and_experts_that_fail(monkeypatch):
 
 
 def test_info():
-    done = process("info", MOEALIGN_BACKENDS="cpu")
+    done = forked("info", MOEALIGN_BACKENDS="cpu")
     assert done.returncode == 0, done.stderr
     for words in (moealign.__version__, "torch", "reference", "MOEALIGN_BACKEND", "available", "No problems."):
         assert words in done.stdout, words
@@ -582,7 +587,7 @@ def test_without_the_extra_info_works_and_the_rest_is_one_line(tmp_path, missing
 
 
 def test_bad_input_is_on_stderr_without_a_traceback():
-    done = process("inspect", "/no/such/file")
+    done = forked("inspect", "/no/such/file")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "moealign: /no/such/file: expected a .safetensors file, got no such file\n"
 
@@ -633,7 +638,7 @@ def test_a_terminal_that_cannot_encode(variables, tmp_path):
 @pytest.mark.parametrize("arguments", [("report", "-o", "r.html", "t.safetensors"), ("demo", "-h")], ids=lambda a: a[0])
 def test_every_command_prints_what_the_terminal_can_encode(arguments, tmp_path):
     write_trace(tmp_path / "t.safetensors", model="modèle")
-    done = process(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    done = forked(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.isascii()
 
