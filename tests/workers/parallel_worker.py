@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -442,6 +443,16 @@ def check_direct(rank: int, ranks: int) -> None:
         direct(hidden.clone().requires_grad_(), *own, weights, ids)
     with pytest.raises(InvalidInput, match="transport: expected collective or direct, got 'nvlink'"):
         ExpertExchange(placement, capacity=1, device=DEVICE, transport="nvlink")
+    if DEVICE.type == "cpu":  # one rank cannot, and all say why
+        full = mock.patch.object(os, "posix_fallocate", side_effect=OSError("No space left on device"))
+        elsewhere = mock.patch.object(Path, "exists", return_value=False)
+        for broken, message in (
+            (full, f"room for {96 * ranks} bytes, got No space left"),
+            (elsewhere, "ranks of one machine"),
+        ):
+            with broken if rank == 0 else contextlib.nullcontext(), pytest.raises(InvalidInput, match=message):
+                direct(hidden, *own, weights, ids)
+        assert direct(hidden, *own, weights, ids).shape == hidden.shape
 
 
 def check_expected_capacity(rank: int, ranks: int) -> None:

@@ -277,27 +277,49 @@ def _patience(group: Group, device: torch.device) -> int:
 
 def _shared(group: Group, ranks: int, rank: int, size: int, device: torch.device) -> Memory:
     """A file of each rank, mapped by the processes of one machine."""
-    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    handle, path = tempfile.mkstemp(prefix="moealign-", dir=folder)
+    path, problem = "", ""
     try:
-        os.ftruncate(handle, size)
-        os.close(handle)
-        paths: list[Any] = [None] * ranks
-        collective(group, lambda: dist.all_gather_object(paths, path, group=group))
-        found: list[Any] = [None] * ranks
-        there = all(Path(each).exists() for each in paths)
-        collective(group, lambda: dist.all_gather_object(found, there, group=group))
-        if not all(found):
-            raise InvalidInput(
-                "transport: expected ranks of one machine for direct on CPUs, got ranks that do not see each other's "
-                "files; use transport='collective'"
-            )
+        path = _file(size)
+    except OSError as error:
+        problem = f"expected room for {size} bytes, got {error}"
+    try:
+        paths = _told(group, ranks, path)
+        there = [each for each in paths if each and not Path(each).exists()]
+        problem = problem or (
+            "expected ranks of one machine, got some that do not see each other's files" if there else ""
+        )
+        problem = next((each for each in _told(group, ranks, problem) if each), "")
+        if problem:
+            raise InvalidInput(f"transport: {problem}; use transport='collective'")
         buffers = [torch.from_file(each, shared=True, size=size, dtype=torch.uint8) for each in paths]
         collective(group, lambda: dist.barrier(group=group))
     finally:
-        Path(path).unlink(missing_ok=True)
-    return Memory(
-        buffers,
-        [each.data_ptr() for each in buffers],
-        lambda: collective(group, lambda: dist.barrier(group=group)),
-    )
+        if path:
+            Path(path).unlink(missing_ok=True)
+
+    def wait() -> None:
+        collective(group, lambda: dist.barrier(group=group))
+
+    return Memory(buffers, [each.data_ptr() for each in buffers], wait)
+
+
+def _file(size: int) -> str:
+    """A new file of `size` bytes, in memory where the system has a folder for that; its room is taken now, for a write
+    without room ends the process."""
+    folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    handle, path = tempfile.mkstemp(prefix="moealign-", dir=folder)
+    try:
+        getattr(os, "posix_fallocate", lambda handle, start, size: os.ftruncate(handle, size))(handle, 0, size)
+    except OSError:
+        Path(path).unlink()
+        raise
+    finally:
+        os.close(handle)
+    return path
+
+
+def _told(group: Group, ranks: int, mine: str) -> list[str]:
+    """What each rank says."""
+    every: list[Any] = [None] * ranks
+    collective(group, lambda: dist.all_gather_object(every, mine, group=group))
+    return every
