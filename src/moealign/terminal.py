@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
-__all__ = ["bars", "escape", "exit_with", "paragraph", "table", "width"]
+__all__ = ["bars", "complain", "escape", "exit_with", "paragraph", "table", "width"]
 
 MIN_WIDTH, PIPE_WIDTH = 40, 120
 MIN_BARS = 8  # with less room, bars say nothing
@@ -36,6 +36,11 @@ def width() -> int:
 def escape(text: object) -> str:
     """`text` on one line: characters that would move the cursor or end the line are written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def complain(message: object) -> None:
+    """`message` in one line on stderr."""
+    print(f"moealign: {escape(message)}", file=sys.stderr, flush=True)
 
 
 def paragraph(text: str, columns: int | None = None, indent: int = 0) -> str:

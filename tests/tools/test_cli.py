@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -35,8 +36,12 @@ TRACE = str(example_trace())
 COMMANDS = ("demo", "inspect", "report", "bench", "check", "tune", "info", "completion")
 
 
+#: click before 8.2 captures stderr by itself only if asked.
+RUNNER = CliRunner(**({"mix_stderr": False} if "mix_stderr" in inspect.signature(CliRunner).parameters else {}))
+
+
 def run(*arguments: str, **variables: str | None):
-    return CliRunner().invoke(app, list(arguments), env=variables)
+    return RUNNER.invoke(app, list(arguments), env=variables)
 
 
 def process(*arguments: str, **variables: str | None) -> subprocess.CompletedProcess[str]:

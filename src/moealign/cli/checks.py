@@ -6,14 +6,13 @@ import contextlib
 import errno
 import os
 import stat
-import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from ..terminal import escape
+from ..terminal import complain
 from ..trace import Trace, example_trace, load_trace
 
 __all__ = ["BLOCK_SIZES", "BlockSizes", "Hidden", "Intermediate", "Json", "TracePath"]
@@ -44,7 +43,7 @@ SHIPPED = example_trace()
 
 def fail(message: object) -> NoReturn:
     """Refuse: one line on stderr, status 2."""
-    print(f"moealign: {escape(message)}", file=sys.stderr)
+    complain(message)
     raise typer.Exit(2)
 
 
@@ -153,4 +152,5 @@ def progress() -> Any:
     from rich.progress import Progress
 
     stderr = Console(stderr=True)
-    return Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
+    bar = Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
+    return contextlib.nullcontext(bar) if bar.disable else bar  # which rich before 14 ends with an empty line

@@ -10,16 +10,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from .. import diagnosis
 from ..errors import InvalidInput, MoealignError
-from ..terminal import escape, width
+from ..terminal import complain, width
 
 __all__ = ["Command", "Group"]
 
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130
 BOXES_FROM = 80  # columns: in fewer, help in boxes cuts the names of options
-
-
-def _report(message: object) -> None:
-    print(f"moealign: {escape(message)}", file=sys.stderr)
 
 
 class _Help:
@@ -54,18 +50,18 @@ class Group(_Help, TyperGroup):
         except (KeyboardInterrupt, typer.Abort):
             status = INTERRUPTED
         except MoealignError as error:
-            _report(error)
+            complain(error)
             status = REFUSED
         except MemoryError as error:
-            _report(f"out of memory: {error}" if str(error) else "out of memory")
+            complain(f"out of memory: {error}" if str(error) else "out of memory")
             status = FAILED
         except OSError as error:
-            _report(error)
+            complain(error)
             status = FAILED
         except Exception as error:
             if not hasattr(error, "format_message"):  # of click, which typer bundles since 0.20
                 raise
-            _report(_usage(error))
+            complain(_usage(error))
             status = REFUSED
         sys.exit(status)
 
@@ -83,6 +79,6 @@ class Command(_Help, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         if self.name != "info" and (wrong := diagnosis.problems()):
             more = f" (and {len(wrong) - 1} more; see moealign info)" if len(wrong) > 1 else ""
-            _report(wrong[0] + more)
+            complain(wrong[0] + more)
             raise typer.Exit(REFUSED)
         return super().invoke(ctx)
