@@ -674,6 +674,7 @@ def test_autocast_of_a_product_and_of_a_router(low):
 def test_autocast_under_torch_compile():
     floats, (ids,) = split(CASES["fused_moe"], inputs(CASES["fused_moe"]))
     floats = [each.float().requires_grad_() for each in floats]
+    torch._dynamo.reset()
     function = torch.compile(moe, backend="aot_eager", fullgraph=True)
     for low in (torch.bfloat16, None):
         with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
