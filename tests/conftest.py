@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Generator
 
 # Workers of pytest-xdist share the cores: a thread that spins until the next parallel loop takes them from the others.
@@ -52,9 +53,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Random inputs do not depend on the tests that ran before."""
+def anew() -> None:
+    """Neither random inputs nor what Dynamo compiles, and at last refuses to, depend on the tests that ran before."""
     torch.manual_seed(0)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def places() -> list[tuple[str, str]]:

@@ -408,7 +408,6 @@ def export(case: Case) -> None:
 
 def compiled(backend: str, dynamic: bool) -> Callable[[Case], None]:
     def run(case: Case) -> None:
-        torch._dynamo.reset()
         function = torch.compile(case.call, backend=backend, dynamic=dynamic, fullgraph=True)
         for tokens, seed in ((5, 1), (9, 2)) if dynamic else ((5, 1),):  # a static graph is compiled for each size anew
             given = inputs(case, tokens, seed, gradients=True)
@@ -674,7 +673,6 @@ def test_autocast_of_a_product_and_of_a_router(low):
 def test_autocast_under_torch_compile():
     floats, (ids,) = split(CASES["fused_moe"], inputs(CASES["fused_moe"]))
     floats = [each.float().requires_grad_() for each in floats]
-    torch._dynamo.reset()
     function = torch.compile(moe, backend="aot_eager", fullgraph=True)
     for low in (torch.bfloat16, None):
         with torch.autocast("cpu", low or torch.bfloat16, enabled=low is not None):
@@ -801,7 +799,6 @@ def test_refusals_are_the_same_in_every_mode(name, mode):
     if mode == "meta":
         given = [each.to("meta") for each in given]
     elif mode.startswith("compiled"):
-        torch._dynamo.reset()
         tried = torch.compile(function, backend="eager", fullgraph=mode == "compiled, whole")
     elif mode == "FakeTensor":
         from torch._subclasses.fake_tensor import FakeTensorMode
