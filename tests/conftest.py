@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def anew() -> None:
-    """Neither random inputs nor what Dynamo compiles, and at last refuses to, depend on the tests that ran before."""
+    """Random inputs and what Dynamo has compiled do not depend on the tests that ran before."""
     torch.manual_seed(0)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

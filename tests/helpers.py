@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import subprocess
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import processes
 import pytest
@@ -178,6 +179,13 @@ def compile_launch(function, one, targets=TARGETS):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
     yield from compile_ahead(function, signature, constants, attributes, targets, **options)
+
+
+def compile_in_processes(compile_one: Callable[[int], None], distinct: Callable[[], list[Any]]) -> None:
+    """``compile_one(number)`` of each of `distinct`, which is enumerated once: the processes are forked after that."""
+    count = len(distinct())
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        list(pool.map(compile_one, range(count)))
 
 
 def patch_interpreter() -> None:

@@ -127,8 +127,8 @@ def threads_of(defines: tuple[tuple[str, int], ...]) -> int:
 @pytest.mark.targets
 @pytest.mark.parametrize("arch", COMPILED)
 def test_every_specialisation_compiles_and_spills_nothing(arch):
-    # A kernel of 1,024 threads keeps 64-bit ids and every extra in 64 registers; and for a router of 1,024 experts and
-    # more the compiler may take a register or two less than it could, so that one more block fits a multiprocessor.
+    # A kernel of 1,024 threads keeps 64-bit ids and every extra in 64 registers.  For a router of 1,024 or more experts
+    # the compiler may use a register or two fewer than it could, so that one more block fits on a multiprocessor.
     few = 16  # bytes
     wrong = []
     for file, name, defines in compiled_here(compiled_for(arch), lambda each: each[:2]):

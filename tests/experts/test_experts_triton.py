@@ -5,12 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-from helpers import TARGETS, WORKERS, assert_passes, compile_launch, compiled_here, cut, kind_of, specialisation
+from helpers import (
+    TARGETS,
+    WORKERS,
+    assert_passes,
+    compile_in_processes,
+    compile_launch,
+    compiled_here,
+    cut,
+    kind_of,
+    specialisation,
+)
 from sass import disassembler, touched_before_the_wait
 
 from moealign import Gate
@@ -390,12 +398,6 @@ def compile_one(number):
             assert touched_before_the_wait(binary.asm["cubin"]) == [], f"{one.kernel} {one.constants}"
 
 
-def compile_all():
-    count = len(distinct())  # before the processes are forked, which have them too
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        list(pool.map(compile_one, range(count)))
-
-
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -715,4 +717,4 @@ def test_gpu_one_product_and_torch_compile():
 
 
 if __name__ == "__main__":
-    compile_all()
+    compile_in_processes(compile_one, distinct)

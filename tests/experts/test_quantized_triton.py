@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import multiprocessing
 import types
-from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
 from cases.experts import SCHEMES, quantized_loop, random_layer, random_quantized, relative_error
-from helpers import TARGETS, WORKERS, assert_passes, compile_launch, compiled_here, kind_of
+from helpers import TARGETS, WORKERS, assert_passes, compile_in_processes, compile_launch, compiled_here, kind_of
 from sass import disassembler, spilled, touched_before_the_wait
 
 import moealign
@@ -175,12 +173,6 @@ def compile_one(number):
             assert touched_before_the_wait(binary.asm["cubin"]) == [], case
 
 
-def compile_all():
-    count = len(distinct())  # before the processes are forked, which have them too
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        list(pool.map(compile_one, range(count)))
-
-
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -300,4 +292,4 @@ def test_gpu_graphs_torch_compile_batches_and_one_product():
 
 
 if __name__ == "__main__":
-    compile_all()
+    compile_in_processes(compile_one, distinct)

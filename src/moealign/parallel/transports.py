@@ -203,8 +203,10 @@ class Direct:
         """The buffers ``arrivals`` or ``results``, of `size` bytes each, and this rank's part of them for kernels."""
         found = self._known.get((kind, size))
         if found is None:
-            make = _symmetric if self.device.type == "cuda" else _shared
-            memory = make(self.group, self.ranks, self.rank, size, self.device)
+            if self.device.type == "cuda":
+                memory = _symmetric(self.group, self.ranks, self.rank, size, self.device)
+            else:
+                memory = _shared(self.group, self.ranks, size)
             mine = [each + self.rank * (size // self.ranks) for each in memory.addresses]
             parts = wire.Parts.between(mine, memory.addresses[self.rank], self.device)
             found = self._known[kind, size] = memory, parts
@@ -275,8 +277,12 @@ def _patience(group: Group, device: torch.device) -> int:
     return int(timeout / datetime.timedelta(milliseconds=1))
 
 
-def _shared(group: Group, ranks: int, rank: int, size: int, device: torch.device) -> Memory:
+def _shared(group: Group, ranks: int, size: int) -> Memory:
     """A file of each rank, mapped by the processes of one machine."""
+
+    def wait() -> None:
+        collective(group, lambda: dist.barrier(group=group))
+
     path, problem = "", ""
     try:
         path = _file(size)
@@ -284,32 +290,29 @@ def _shared(group: Group, ranks: int, rank: int, size: int, device: torch.device
         problem = f"expected room for {size} bytes, got {error}"
     try:
         paths = _told(group, ranks, path)
-        there = [each for each in paths if each and not Path(each).exists()]
-        problem = problem or (
-            "expected ranks of one machine, got some that do not see each other's files" if there else ""
-        )
+        if not problem and any(each and not Path(each).exists() for each in paths):
+            problem = "expected ranks of one machine, got some that do not see each other's files"
         problem = next((each for each in _told(group, ranks, problem) if each), "")
         if problem:
             raise InvalidInput(f"transport: {problem}; use transport='collective'")
         buffers = [torch.from_file(each, shared=True, size=size, dtype=torch.uint8) for each in paths]
-        collective(group, lambda: dist.barrier(group=group))
+        wait()
     finally:
         if path:
             Path(path).unlink(missing_ok=True)
-
-    def wait() -> None:
-        collective(group, lambda: dist.barrier(group=group))
-
     return Memory(buffers, [each.data_ptr() for each in buffers], wait)
 
 
 def _file(size: int) -> str:
-    """A new file of `size` bytes, in memory where the system has a folder for that; its room is taken now, for a write
-    without room ends the process."""
+    """A new file of `size` bytes, in memory where the system has a folder for that.  Its room is taken at once: a write
+    without room would end the process."""
     folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     handle, path = tempfile.mkstemp(prefix="moealign-", dir=folder)
     try:
-        getattr(os, "posix_fallocate", lambda handle, start, size: os.ftruncate(handle, size))(handle, 0, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)
+        else:  # macOS
+            os.ftruncate(handle, size)
     except OSError:
         Path(path).unlink()
         raise

@@ -42,10 +42,8 @@ __all__ = [
 class Parts(NamedTuple):
     """Where kernels find the parts of a wire, one for each rank."""
 
-    shifts: (
-        Tensor | None
-    )  #: int64 ``[ranks]``, from the wire to each, in the memory of its rank; None: one after another
-    align: int  #: the unit of shifts, bytes
+    shifts: Tensor | None  #: int64 ``[ranks]``, from the wire to each, in its rank's memory; None: they are the wire
+    align: int  #: bytes in a unit of `shifts`
 
     @classmethod
     def between(cls, addresses: list[int], wire: int, device: torch.device) -> Parts:

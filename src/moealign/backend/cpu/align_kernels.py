@@ -50,8 +50,8 @@ PAIRS_MAX_EXPERTS = 2048
 # The scatter prefetches the cache line behind the one it writes: the hardware follows only a few bins by itself.
 LINE_BYTES = 64
 NEXT_LINE_MAX_EXPERTS = 3071
-# With more experts most bins end before their next line: then, from so many routes on, it prefetches for the route
-# AHEAD routes later.  The rows of fewer routes are in a cache anyway.
+# With more experts most bins end before their next line: then it prefetches for the route AHEAD routes later, from so
+# many routes on.  With fewer, the rows are in a cache anyway.
 AHEAD = 24
 AHEAD_MIN_ROUTES = 196_608
 # Up to so many routes per bin all rows are filled at once, before the scatter, unless they are too many for a cache.
