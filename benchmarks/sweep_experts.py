@@ -87,6 +87,10 @@ def tiles_for(routes: int, experts: int, gated: bool, fp8: bool) -> list[Tile]:
                     tiles.append(Tile(128, 128, 64, group, 8, stages, 2, ctas, 0, half))
             if not gated:
                 tiles.append(Tile(128, 128, 64, group, 4, 3, 2, ctas, 0, half))
+            # Two programs a multiprocessor: one's products beside the other's first loads and last stores.
+            n, by_tma = (64, 1) if gated else (128, 2)
+            for shared, warps in product((1, 2, 4) if rows < 200 else (4, 8), (4, 8)):
+                tiles.append(Tile(128, n, 64, shared, warps, 3, by_tma, 2 * ctas, 0, half))
             if rows < 200 and not half:
                 for n, warps in ((128, 4), (128, 8), (64, 4)) if gated else ((256, 8), (128, 4), (256, 4)):
                     tiles.append(Tile(64, n, 64, group, warps, 4 if n < 256 else 3, 1 if gated else 2, ctas))
