@@ -305,6 +305,27 @@ def test_batch_invariance_knows_the_valid_tokens():
     assert fused_moe(layer[0][:0], *layer[1:3], layer[3][:0], ids[:0], batch_invariant=True).shape == (0, 8)
 
 
+def test_how_many_routes_are_expected_changes_no_values():
+    x, gate_up, down, weights, ids, _ = random_layer(6, 2, 4, 8, 6, dtype=torch.float32)
+    leaves = [each.requires_grad_() for each in (x, gate_up, down, weights)]
+
+    def step(call, **options):
+        out = call(*leaves, ids, **options)
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    want = step(fused_moe)
+    compiled = torch.compile(fused_moe, backend="aot_eager", dynamic=True)
+    for call, expected in ((fused_moe, 0), (fused_moe, 3), (compiled, 3), (compiled, 5)):
+        for one, other in zip(step(call, expected_routes=expected), want, strict=True):
+            torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        half = {"activation": lambda rows: rows[:, :6].tanh()}
+        torch.testing.assert_close(fused_moe(*leaves, ids, **half, expected_routes=3), fused_moe(*leaves, ids, **half))
+    for wrong, error in ((-1, InvalidInput), (2.0, InvalidType), (True, InvalidType), ("all", InvalidType)):
+        with pytest.raises(error, match="expected_routes: expected"):
+            fused_moe(*leaves, ids, expected_routes=wrong)
+
+
 def test_buffers_that_cannot_hold_the_gradients_are_refused():
     x, gate_up, down, weights, ids, _ = random_layer(3, 2, 3, 4, 4, dtype=torch.bfloat16)
     right = (torch.zeros(gate_up.shape), torch.zeros(down.shape))
@@ -491,6 +512,7 @@ def test_the_operators_of_the_kernels_work_where_the_kernels_do_not():
     x, gate_up, down, weights, ids, _ = random_layer(5, 2, 4, 8, 6, dtype=torch.float32)
     layer = (x, gate_up, down, weights, ids, None, None, "silu", None, None, False, None)
     torch.library.opcheck(torch.ops.moealign.fused_moe.default, layer)
+    torch.library.opcheck(torch.ops.moealign.fused_moe.default, (*layer, False, None, None, False, 4))
     want = fused_moe(x, gate_up, down, weights, ids)
     assert relative_error(torch.ops.moealign.fused_moe(*layer), want) < 1e-6
     layout = align(ids, block_size=16, num_experts=4)

@@ -313,6 +313,34 @@ def test_a_batch_invariant_layer_varies_its_tiles_only_where_products_are_wgmma(
         assert len(for_rows) == 1  # as many partial sums for a routing weight
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_tiles_are_of_the_routes_that_are_likely_to_have_an_expert_here(quantized):
+    """One of eight ranks that each send 64 tokens: with all experts, in the fixed room of an exchange, with a map."""
+    target = H200._replace(fp8=True, wgmma=True)
+    dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+    gate_up, down = (torch.empty(32, *size, dtype=dtype, device="meta") for size in ((2048, 7168), (7168, 1024)))
+    layer = ExpertWeights(gate_up, down, quantized=(None, None) if quantized else None)
+
+    def selected(rows, top_k, experts_here=None, ids=torch.int16, **options):
+        new = functools.partial(torch.empty, device="meta")
+        local = None if experts_here is None else new(experts_here, dtype=torch.int32)
+        routes = Routes(new(rows, top_k), new(rows, top_k, dtype=ids), local)
+        x = new(rows, 7168, dtype=torch.bfloat16)
+        return tiles.select_tiles(x, layer, routes, target=target, **options)
+
+    likely = selected(64, 8)
+    assert selected(8 * 64 * 8, 1) != likely
+    assert selected(8 * 64 * 8, 1, expected_routes=64 * 8) == likely
+    assert selected(8 * 64, 8, 256) == likely
+    assert selected(8 * 64, 8, 256, expected_routes=8 * 64 * 8) == selected(8 * 64, 8)
+    assert selected(64, 8, expected_routes=10**9) == likely
+    assert selected(8 * 64 * 8, 1, expected_routes=0).block_size == 16
+    assert selected(1, 8, 256).first == selected(1, 8).first  # measured with all experts
+    assert selected(8, 1, ids=torch.int32, expected_routes=1).block_size == 16  # never a tile for each of the rows
+    pinned = {"batch_invariant": True}
+    assert selected(8 * 64 * 8, 1, expected_routes=64 * 8, **pinned) == selected(64, 8, **pinned)
+
+
 def test_a_layer_without_experts_or_tokens_has_tiles():
     for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
         for target in (H200, A100):

@@ -18,6 +18,7 @@ from .tiles import BLOCK_SIZES
 __all__ = [
     "PATHS",
     "check_accumulation",
+    "check_expected_routes",
     "check_inference",
     "check_layer",
     "check_out",
@@ -117,6 +118,14 @@ def check_layer(
     if block_size is not None and block_size not in BLOCK_SIZES:
         raise InvalidInput(f"block_size: expected one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
     return gated
+
+
+def check_expected_routes(expected: object) -> None:
+    """Refuse what :func:`moealign.fused_moe` does not take as `expected_routes`."""
+    if isinstance(expected, bool) or not isinstance(expected, (int, torch.SymInt)):
+        raise InvalidType(f"expected_routes: expected an int, got {type(expected).__name__}")
+    if expected < 0:
+        raise InvalidInput(f"expected_routes: expected 0 or more, got {expected}")
 
 
 def check_training(

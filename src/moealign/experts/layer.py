@@ -19,12 +19,22 @@ from torch import Tensor
 from .. import modes
 from . import operators, packed, quantized_operators
 from .activations import Gate, Rows, function_of
-from .checks import check_inference, check_layer, check_out, check_quantized_layer, check_training, select_path
+from .checks import (
+    check_expected_routes,
+    check_inference,
+    check_layer,
+    check_out,
+    check_quantized_layer,
+    check_training,
+    select_path,
+)
 from .quantized import QuantizedWeights, data_of
 from .records import ExpertWeights, Product, Routes
 from .tiles import select_block_size
 
 __all__ = ["fused_moe"]
+
+_NO_TRAINING = (False, None, None, False)  # recompute, both of weight_grads, batch_invariant
 
 
 def fused_moe(
@@ -45,6 +55,7 @@ def fused_moe(
     recompute: bool = False,
     weight_grads: tuple[Tensor, Tensor] | None = None,
     batch_invariant: bool = False,
+    expected_routes: int | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -78,6 +89,9 @@ def fused_moe(
             (``.grad`` stays as it is): gradient accumulation without a second pass.  Eager calls only.
         batch_invariant: the bits of a token's output, and of its gradients, do not depend on the other tokens of the
             batch.  Kernels then take the same tiles for every batch; ``packed`` computes one token after the other.
+        expected_routes: how many of the ``T * k`` routes are likely to have an expert here, where many have none, such
+            as in the fixed room of an exchange: tiles are chosen for so many.  By default all, or with `expert_map` the
+            share of the local experts.  It changes speed and rounding alone.
         out: contiguous ``[T, H]`` buffer in the dtype of `hidden_states` for the result, or `hidden_states` itself; it
             overlaps no other argument.  Not if gradients are needed.
         backend: ``triton`` or ``packed``; by default chosen by the device, the dtype and the derivatives needed.
@@ -98,8 +112,12 @@ def fused_moe(
     quantized = both if any(isinstance(each, QuantizedWeights) for each in both) else None
     weights = ExpertWeights(gate_up, down, biases[0], biases[1], transposed, quantized)
     routes = Routes(topk_weights, topk_ids, expert_map, num_valid_tokens)
+    if expected_routes is not None:
+        refusal = modes.checked(check_expected_routes, expected_routes)
+        if isinstance(refusal, modes.Refusal):
+            return modes.refuse(refusal)[0]
     if quantized is not None:
-        options = (recompute, weight_grads, batch_invariant)
+        options = (recompute, weight_grads, batch_invariant, expected_routes)
         return _quantized(hidden_states, x, weights, routes, activation, output_rows, block_size, options, out, backend)
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
@@ -110,6 +128,7 @@ def fused_moe(
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
         training = (recompute, *(weight_grads or (None, None)), batch_invariant)
+    hint = () if expected_routes is None else (*(training or _NO_TRAINING), expected_routes)
     gradients = modes.wants_gradient(x, *weights, topk_weights)
     if out is not None:
         shape, derivatives = hidden_states.shape, gradients or modes.forward_mode()
@@ -124,17 +143,20 @@ def fused_moe(
     if name is not None:
         watched = modes.watched(x, gate_up, down, *biases, *routes) and backend != "packed"
         if watched or (path == "triton" and gradients):
-            options = (name, *biases, transposed, block_size, *training)
+            options = (name, *biases, transposed, block_size, *(hint or training))
             result: Tensor = modes.call(torch.ops.moealign.fused_moe, x, gate_up, down, *routes, *options)
         elif path == "triton":
             buffer = out if x is hidden_states else None  # else the result is of autocast's dtype
-            result = operators.run_layer(x, weights, routes, name, block_size, None, batch_invariant, buffer)
+            result = operators.run_layer(
+                x, weights, routes, name, block_size, None, batch_invariant, buffer, expected_routes
+            )
         else:
             result = modes.call(packed.run_training, x, weights, routes, apply, *training)
     elif path == "triton" and not operators.is_empty(x, weights, routes):
-        result = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size)
+        rest = (output_rows, block_size, None, expected_routes)
+        result = modes.call(_with_callable, x, weights, routes, apply, *rest)
     else:
-        options = (*(training or (False, None, None, False)), output_rows, True)
+        options = (*(training or _NO_TRAINING), output_rows, True)
         result = modes.call(packed.run_training, x, weights, routes, apply, *options)
     return _returned(result, hidden_states, out)
 
@@ -163,7 +185,7 @@ def _quantized(
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
-    refusal = modes.checked(check_quantized_layer, x, weights, routes, training, named)
+    refusal = modes.checked(check_quantized_layer, x, weights, routes, training[:3], named)
     if isinstance(refusal, modes.Refusal):
         return modes.refuse(refusal)[0]
     if out is not None:
@@ -174,10 +196,12 @@ def _quantized(
     if named:
         name = activation.text if isinstance(activation, Gate) else activation
         buffer = out if x is hidden_states else None  # else the result is of autocast's dtype
-        result = quantized_operators.run_layer(x, weights, routes, name, block_size, training[2], buffer, backend)
+        options = (training[2], buffer, backend, training[3])
+        result = quantized_operators.run_layer(x, weights, routes, name, block_size, *options)
     else:
         apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
-        result = modes.call(_with_callable, x, weights, routes, apply, output_rows, block_size, backend)
+        rest = (output_rows, block_size, backend, training[3])
+        result = modes.call(_with_callable, x, weights, routes, apply, *rest)
     return _returned(result, hidden_states, out)
 
 
@@ -188,13 +212,14 @@ def _with_callable(
     apply: Rows,
     output_rows: Rows | None,
     block_size: int | None,
-    backend: str | None = None,
+    backend: str | None,
+    expected_routes: int | None,
 ) -> Tensor:
     """Run callables between and after the kernels, on rows in the order of the routes."""
     if block_size is None and (modes.traced() or torch.compiler.is_exporting()):
         size = 64  # one program for all numbers of tokens
     else:
-        size = block_size or select_block_size(hidden_states, weights, routes.ids.numel())
+        size = block_size or select_block_size(hidden_states, weights, routes, expected_routes)
     layout = routes.layout(size, weights.experts())
     blocks = (layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded)
     first, second = weights.quantized or (None, None)

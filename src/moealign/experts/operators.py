@@ -39,9 +39,12 @@ _LAYER = (
     "Tensor? expert_map, Tensor? num_valid_tokens, str activation, Tensor? gate_up_bias, Tensor? down_bias, "
     "bool transposed, int? block_size"
 )
-_TRAINING = "bool recompute=False, Tensor? gate_up_grad=None, Tensor? down_grad=None, bool batch_invariant=False"
+_TRAINING = (
+    "bool recompute=False, Tensor? gate_up_grad=None, Tensor? down_grad=None, bool batch_invariant=False, "
+    "SymInt? expected_routes=None"
+)
 _library.define(f"fused_moe({_LAYER}, {_TRAINING}) -> Tensor")
-_library.define(f"fused_moe_forward({_LAYER}, bool batch_invariant) -> (Tensor, Tensor)")
+_library.define(f"fused_moe_forward({_LAYER}, bool batch_invariant, SymInt? expected_routes) -> (Tensor, Tensor)")
 _BACKWARD = f"Tensor grad, Tensor? before, {_LAYER}, bool batch_invariant, bool[] needed"
 _library.define(f"fused_moe_backward({_BACKWARD}) -> Tensor[]")
 _library.define(
@@ -64,6 +67,7 @@ def run_layer(
     before: Tensor | None = None,
     batch_invariant: bool = False,
     out: Tensor | None = None,
+    expected_routes: int | None = None,
 ) -> Tensor:
     """A layer of experts on plain tensors, ``[T, H]``; `before` receives the first product's rows.
 
@@ -72,7 +76,7 @@ def run_layer(
     if launch.refuses(hidden_states) is not None or is_empty(hidden_states, weights, routes):
         run = packed.run_tokens if batch_invariant else packed.run_layer
         return run(hidden_states, weights, routes, function_of(activation, weights.gated()))
-    tiles = select_tiles(hidden_states, weights, routes, block_size, batch_invariant=batch_invariant)
+    tiles = select_tiles(hidden_states, weights, routes, block_size, None, batch_invariant, expected_routes)
     layout = routes.layout(tiles.block_size, weights.experts()) if tiles.block_size else None
     return launch.run_layer(tiles, hidden_states, weights, routes, layout, activation, before, out)
 
@@ -96,20 +100,22 @@ def _records(
     return hidden_states, weights, Routes(topk_weights, topk_ids, expert_map, num_valid_tokens), activation, block_size
 
 
-def _training(args: tuple[Any, ...]) -> tuple[bool, Tensor | None, Tensor | None, bool]:
-    """recompute, both buffers and batch_invariant from all arguments of the operator, which may leave them out."""
-    defaults = (False, None, None, False)
+def _training(args: tuple[Any, ...]) -> tuple[bool, Tensor | None, Tensor | None, bool, int | None]:
+    """recompute, both buffers, batch_invariant and expected_routes from all arguments of the operator, which may leave
+    them out."""
+    defaults = (False, None, None, False, None)
     return (*args[12:], *defaults[len(args) - 12 :])  # type: ignore[return-value]
 
 
 def _layer(*args: Any) -> Tensor:
-    return run_layer(*_records(*args[:12]), batch_invariant=_training(args)[3])
+    *_, batch_invariant, expected_routes = _training(args)
+    return run_layer(*_records(*args[:12]), batch_invariant=batch_invariant, expected_routes=expected_routes)
 
 
 def _layer_formula(*args: Any) -> Tensor:
     hidden_states, weights, routes, activation, _ = _records(*args[:12])
     return packed.run_training(
-        hidden_states, weights, routes, function_of(activation, weights.gated()), *_training(args)
+        hidden_states, weights, routes, function_of(activation, weights.gated()), *_training(args)[:4]
     )
 
 
@@ -131,7 +137,8 @@ def _layer_forward(*args: Any) -> tuple[Tensor, Tensor]:
     """The layer, and the rows of the first product before the activation, in the order of the routes."""
     hidden_states, weights, routes, activation, block_size = _records(*args[:12])
     before = _before_like(hidden_states, weights, routes)
-    return run_layer(hidden_states, weights, routes, activation, block_size, before, args[12]), before
+    call = (hidden_states, weights, routes, activation, block_size, before, args[12])
+    return run_layer(*call, expected_routes=args[13]), before
 
 
 def _layer_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -141,10 +148,10 @@ def _layer_forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _layer_kept(*args: Any) -> tuple[Tensor, Tensor | None]:
     """The result of the forward, and what it keeps for the backward beside its inputs."""
-    recompute, _, _, batch_invariant = _training(args)
+    recompute, _, _, *options = _training(args)
     if recompute:
-        return torch.ops.moealign.fused_moe.default(*args[:12], batch_invariant=batch_invariant), None
-    result: tuple[Tensor, Tensor] = torch.ops.moealign.fused_moe_forward.default(*args[:12], batch_invariant)
+        return torch.ops.moealign.fused_moe.default(*args[:12], False, None, None, *options), None
+    result: tuple[Tensor, Tensor] = torch.ops.moealign.fused_moe_forward.default(*args[:12], *options)
     return result
 
 
@@ -155,7 +162,7 @@ _FLOATING = (0, 1, 2, 3, 8, 9)
 def _layer_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     tensors = [each if isinstance(each, Tensor) else None for each in inputs[:12]]
     ctx.options = [None if isinstance(each, Tensor) else each for each in inputs[:12]]
-    _, *ctx.buffers, ctx.batch_invariant = _training(inputs)
+    _, *ctx.buffers, ctx.batch_invariant, _ = _training(inputs)
     ctx.arguments = len(inputs)
     ctx.save_for_backward(output[1], *tensors)
 

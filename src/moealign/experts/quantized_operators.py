@@ -23,7 +23,8 @@ _WEIGHTS = "Tensor {0}, Tensor {0}_scales, int[] {0}_block, str {0}_activations,
 _library.define(
     f"fused_moe_quantized(Tensor hidden_states, {_WEIGHTS.format('gate_up')}, {_WEIGHTS.format('down')}, "
     "Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor? num_valid_tokens, str activation, "
-    "Tensor? gate_up_bias, Tensor? down_bias, int? block_size, bool batch_invariant) -> Tensor"
+    "Tensor? gate_up_bias, Tensor? down_bias, int? block_size, bool batch_invariant, SymInt? expected_routes=None) "
+    "-> Tensor"
 )
 _library.define(
     f"grouped_gemm_quantized(Tensor a, {_WEIGHTS.format('b')}, Tensor sorted_token_ids, Tensor expert_ids, "
@@ -48,6 +49,7 @@ def run_layer(
     batch_invariant: bool,
     out: Tensor | None,
     backend: str | None,
+    expected_routes: int | None,
 ) -> Tensor:
     """A layer with quantised weights whose arguments are checked, ``[T, H]``: `out` where kernels fill it."""
     assert weights.quantized is not None
@@ -57,19 +59,21 @@ def run_layer(
         run = packed.run_tokens if batch_invariant else packed.run_layer
         return run(hidden_states, weights, routes, function_of(activation, weights.gated()))
     if modes.watched(hidden_states, *first, *second, *biases, *routes):
-        options = (activation, *biases, block_size, batch_invariant)
+        options = (activation, *biases, block_size, batch_invariant, expected_routes)
         call = torch.ops.moealign.fused_moe_quantized
         result: Tensor = modes.call(call, hidden_states, *first, *second, *routes, *options)
         return result
-    return operators.run_layer(hidden_states, weights, routes, activation, block_size, None, batch_invariant, out)
+    plain = (hidden_states, weights, routes, activation, block_size)
+    return operators.run_layer(*plain, None, batch_invariant, out, expected_routes)
 
 
 def _layer(hidden_states: Tensor, *args: Any) -> Tensor:
     both = _weights(*args[:5]), _weights(*args[5:10])
-    activation, gate_up_bias, down_bias, block_size, batch_invariant = args[14:]
+    activation, gate_up_bias, down_bias, block_size, batch_invariant, expected_routes = (*args[14:], None)[:6]
     weights = ExpertWeights(both[0].data, both[1].data, gate_up_bias, down_bias, False, both)
     routes = Routes(*args[10:14])
-    return operators.run_layer(hidden_states, weights, routes, activation, block_size, None, batch_invariant)
+    plain = (hidden_states, weights, routes, activation, block_size)
+    return operators.run_layer(*plain, None, batch_invariant, None, expected_routes)
 
 
 def _layer_fake(hidden_states: Tensor, *args: object) -> Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "Target",
     "Tile",
     "invariant_routes",
+    "likely_routes",
     "parse_tuning",
     "select_block_size",
     "select_tiles",
@@ -263,35 +264,53 @@ def select_tiles(
     block_size: int | None = None,
     target: Target | None = None,
     batch_invariant: bool = False,
+    expected_routes: int | None = None,
 ) -> LayerTiles:
     """The tiles of one call: those tuned for the nearest number of tokens, else those of the rule.
 
     With `batch_invariant`, those of the rule for :func:`invariant_routes`.
+
+    Args:
+        expected_routes: how many routes are likely to have an expert here; by default all, of `expert_map`'s experts.
     """
     target = target or target_of(hidden_states.device)
-    tokens, top_k = routes.ids.shape
+    top_k = routes.ids.shape[1]
+    likely = likely_routes(weights, routes, expected_routes)
     itemsize = hidden_states.element_size() if weights.quantized is None else 1
     sizes = (weights.experts(), weights.hidden(), weights.inner())
     known = tuned(target) if weights.quantized is None else {}
     if batch_invariant:
-        alike = invariant_routes(target, tokens * top_k, sizes[0], itemsize)
+        alike = invariant_routes(target, likely, sizes[0], itemsize)
         tiles = tiles_by_rule(target, alike, 0, *sizes, itemsize)
         return tiles if block_size is None else with_block_size(tiles, block_size, itemsize)
     entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
     if entry and block_size is None:
-        tiles = entry[min(entry, key=lambda count: abs(math.log(count / max(tokens, 1))))]
+        tiles = entry[min(entry, key=lambda count: abs(math.log(count * top_k / max(likely, 1))))]
     else:
-        tiles = tiles_by_rule(target, tokens * top_k, top_k, *sizes, itemsize)
+        tiles = tiles_by_rule(target, likely, top_k, *sizes, itemsize)
         if block_size is not None:
             tiles = with_block_size(tiles, block_size, itemsize)
     no_layout = (
         tiles.block_size == 0
         and block_size is None
+        and expected_routes is None
         and routes.expert_map is None
         and routes.num_valid_tokens is None
         and routes.ids.dtype in (torch.int32, torch.int64)
     )
     return tiles if no_layout else tiles._replace(block_size=tiles.first.m)
+
+
+def likely_routes(weights: ExpertWeights, routes: Routes, expected: int | None) -> int:
+    """How many routes are likely to have an expert here: those `expected`, else all, of which `expert_map` leaves the
+    share of the local experts."""
+    count = routes.ids.numel()
+    if expected is not None:
+        return min(expected, count)
+    if routes.expert_map is None or routes.ids.shape[0] <= 2:  # whose tiles were measured with all experts
+        return count
+    everywhere = max(routes.expert_map.numel(), weights.experts(), 1)
+    return -(-count * weights.experts() // everywhere)
 
 
 def invariant_routes(target: Target, routes: int, experts: int, itemsize: int) -> int:
@@ -304,9 +323,11 @@ def invariant_routes(target: Target, routes: int, experts: int, itemsize: int) -
     return max(routes, pinned) if target.wgmma and itemsize < 4 else pinned
 
 
-def select_block_size(hidden_states: Tensor, weights: ExpertWeights, routes: int) -> int:
+def select_block_size(
+    hidden_states: Tensor, weights: ExpertWeights, routes: Routes, expected_routes: int | None = None
+) -> int:
     """The rule's block size for a layer with a callable between the products."""
     target = target_of(hidden_states.device)
     sizes = (weights.experts(), hidden_states.shape[1], weights.inner())
     itemsize = hidden_states.element_size() if weights.quantized is None else 1
-    return tiles_by_rule(target, routes, 1, *sizes, itemsize).first.m
+    return tiles_by_rule(target, likely_routes(weights, routes, expected_routes), 1, *sizes, itemsize).first.m

@@ -233,10 +233,13 @@ class ExpertExchange:
         call = (hidden_states, topk_ids, topk_weights, num_valid_tokens, error_word)
         (rows, factors, slots), way = self._dispatch(*call)
         out = self._transport.results(rows)
+        # A rank receives about what it sends, or what a capacity that is never exceeded has room for.
+        expected = max(topk_ids.numel(), self.capacity * (topk_ids.shape[1] if self._by_token else 1))
         if known:  # what fused_moe comes to for these tensors
-            weights = ExpertWeights(gate_up_proj, down_proj)
-            result = operators.run_layer(rows, weights, Routes(factors, slots), "silu", None, out=out)
+            layer = (rows, ExpertWeights(gate_up_proj, down_proj), Routes(factors, slots))
+            result = operators.run_layer(*layer, "silu", None, None, False, out, expected)
         else:
+            options = {"expected_routes": expected, **options}
             result = fused_moe(rows, gate_up_proj, down_proj, factors, slots, out=out, **options)
             if signature is not None:
                 self._passed.add(signature)
@@ -420,13 +423,10 @@ class ExpertExchange:
             raise InvalidInput(
                 f"rows: expected a floating [{count}, H], the results of what came, got {rows.dtype} {list(rows.shape)}"
             )
-        if (
-            topk_weights.dim() != 2
-            or topk_weights.numel() != way.places.shape[0]
-            or not topk_weights.is_floating_point()
-        ):
+        routes, floating = way.places.shape[0], topk_weights.is_floating_point()
+        if topk_weights.dim() != 2 or topk_weights.numel() != routes or not floating:
             raise InvalidInput(
-                f"topk_weights: expected a floating [T, k] of {way.places.shape[0]} routes, got {topk_weights.dtype} "
+                f"topk_weights: expected a floating [T, k] of {routes} routes, got {topk_weights.dtype} "
                 f"{list(topk_weights.shape)}"
             )
 
