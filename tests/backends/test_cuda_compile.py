@@ -305,6 +305,76 @@ def test_a_router_passes_what_its_kernels_take(ids, factors, shared, monkeypatch
             assert args[-1] == scale.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("tokens", "experts", "facts", "mean", "launched"),
+    [
+        (1, 256, {}, False, ("warp", 4, 3)),
+        (2, 256, {}, False, ("warp", 1, 3)),
+        (9, 256, {}, False, ("topk", 4, 9)),
+        (256, 896, {}, False, ("topk", 4, 256)),
+        (257, 896, {}, False, ("topk", 1, 65)),
+        (256, 160, {}, False, ("topk", 1, 64)),
+        (1, 160, {}, False, ("warp", 1, 3)),
+        (1, 256, {"has_bias": False}, False, ("warp", 1, 3)),
+        (256, 256, {"has_bias": False}, False, ("topk", 1, 64)),
+        (1, 256, {"replay_dtype": torch.int32}, False, ("warp", 1, 3)),
+        (256, 256, {"replay_dtype": torch.int32}, False, ("topk", 1, 64)),
+        (1, 256, {}, True, ("topk_with_mean", 1, 1)),
+        (1, 2048, {}, False, ("topk", 4, 1)),
+    ],
+    ids=str,
+)
+def test_four_warps_share_the_scores_of_a_token(tokens, experts, facts, mean, launched, monkeypatch):
+    """With a bias, for few tokens: the kernel, its warps per token and its CTAs."""
+    align_, route_ = (sys.modules[f"moealign.backend.cuda.{name}"] for name in ("align", "route"))
+    seen = []
+
+    def kernel(file: str, name: str, defines: tuple[tuple[str, int], ...], index: int) -> types.SimpleNamespace:
+        macros = dict(defines)
+        assert macros["SPLIT"] == 1 or macros["THREADS"] == 32 * macros["SPLIT"]
+
+        def prepare(grid: int, threads: int, *shape: int) -> Any:
+            assert threads == macros["THREADS"]
+            return lambda *args: seen.append((name, macros["SPLIT"], grid))
+
+        return types.SimpleNamespace(multiprocessors=132, max_blocks=lambda *shape: 2, prepare=prepare)
+
+    device = types.SimpleNamespace(multi_processor_count=132, major=9, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
+    monkeypatch.setattr(route_, "green_multiprocessors", lambda index: 0)
+    monkeypatch.setattr(route_, "kernel", kernel)
+    monkeypatch.setattr(align_, "kernel", lambda *key: types.SimpleNamespace(prepare=lambda *shape: lambda *args: None))
+    logits, bias, ids = torch.zeros(tokens, experts), torch.zeros(experts), torch.zeros(tokens, 6, dtype=torch.int32)
+    problem = check_route(logits, 6, "sigmoid", True, bias, 1, 1, 1.0, None, None, None, 0)
+    problem = problem._replace(device=torch.device("cuda", 0), **facts)
+    layout, sizes = check_align(ids, 16, experts, None, False, False, None, None, ())
+    out = BlockLayout(*(torch.zeros(getattr(sizes, name), dtype=torch.int32) for name in REQUIRED))
+    router = cuda.prepare_route(problem, layout._replace(device=problem.device))
+    replay = None if problem.replay_dtype is None else ids
+    shares = torch.zeros(experts) if mean else None
+    router.run_with_layout(
+        logits, bias if problem.has_bias else None, None, torch.zeros(ids.shape), ids, shares, None, None, out, replay
+    )
+    assert seen == [launched]
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("topk", {"EXPERTS": 160}, "whole vectors"),
+        ("topk", {"BIAS": 0}, "whole vectors"),
+        ("topk", {"THREADS": 256}, "the CTA has one token"),
+        ("topk", {"MEAN": 1}, "all logits of which it computes shares"),
+        ("warp", {"ONE_TOKEN": 0}, "have the same token"),
+    ],
+)
+def test_warps_that_cannot_share_scores_are_refused_by_the_compiler(name, changed, message):
+    kernel = next(each for each in specialisations(9) if each[1] == name and ("SPLIT", 4) in each[2])
+    assert refusal_of(*kernel) == ""
+    assert message in refusal_of(*kernel, **changed)
+
+
 def test_what_a_router_s_kernels_do_not_count_is_refused():
     problem = check_route(torch.zeros(3, 16), 4, "softmax", True, None, 1, 1, 1.0, None, None, None, 33)
     reason = sys.modules["moealign.backend.cuda.route"].refuses(problem)

@@ -181,7 +181,8 @@ def run_batched(case: tuple[Any, ...], backend: str, device: torch.device, draw:
     return found
 
 
-#: tokens, experts, top_k, dtype and options of route: one launch without and with a barrier, two launches, the mean;
+#: tokens, experts, top_k, dtype and options of route: one launch without and with a barrier, two launches, the mean,
+#: scores that warps share;
 #: then the same of replayed ids and factors of experts, each by its dtype, and shared experts.
 ROUTED: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (1, 256, 8, torch.bfloat16, {}),
@@ -194,6 +195,9 @@ ROUTED: list[tuple[int, int, int, torch.dtype, dict[str, Any]]] = [
     (5, 60, 4, torch.float32, {"num_groups": 6, "topk_groups": 3, "bias": True}),
     (300, 896, 16, torch.bfloat16, {"bias": True, "renormalize": False}),
     (40, 256, 6, torch.float32, {"scoring": "sqrtsoftplus", "bias": True, "scale": 1.5}),
+    (40, 768, 12, torch.bfloat16, {"bias": True, "renormalize": False}),
+    (1, 256, 8, torch.float32, {"bias": True}),
+    (1, 896, 16, torch.float32, {"scoring": "sigmoid", "bias": True}),
     (1, 256, 8, torch.bfloat16, {"replay": torch.int32, "shared_experts": 1}),
     (3, 60, 4, torch.float32, {"replay": torch.int64, "factors": torch.float32, "renormalize": False}),
     (8, 128, 8, torch.bfloat16, {"factors": torch.bfloat16, "shared_experts": 2}),

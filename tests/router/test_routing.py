@@ -405,6 +405,24 @@ def test_gpu_sizes_and_layouts(tokens, experts):
 
 
 @gpu
+@pytest.mark.parametrize("tokens", [1, 2, 255, 256, 257])
+@pytest.mark.parametrize("experts", [128, 130, 160, 256, 384, 512, 896])
+def test_gpu_around_the_sizes_where_warps_share_the_scores_of_a_token(tokens, experts):
+    """They share those with a bias at one token, and up to 256 in two launches, of a multiple of 128 experts."""
+    generator = torch.Generator().manual_seed(experts + tokens)
+    dtypes = itertools.cycle((torch.float32, torch.bfloat16, torch.float16))
+    kinds = [kind for kind, given in KINDS.items() if "correction_bias" in given and given.get("num_groups") != 0]
+    for kind, dtype in zip(kinds, dtypes, strict=False):
+        if "num_groups" in KINDS[kind] and experts % 4:
+            continue
+        call = {**arguments(kind, experts, 8, generator), "block_size": 16}
+        call["correction_bias"] = call["correction_bias"].cuda()
+        logits = awkward(tokens, experts, generator).to("cuda", dtype)
+        want = moealign.route(logits, 8, **call, backend="reference")
+        assert_alike(moealign.route(logits, 8, **call, backend="cuda"), want)
+
+
+@gpu
 def test_gpu_in_a_graph_with_other_logits_and_without_a_wait():
     sizes = [(tokens, 256) for tokens in (1, 8, 32, 256, 300, 1024, 2048)]
     for tokens, experts in (*sizes, (33, 8), (33, 512)):

@@ -37,7 +37,9 @@ MAX_SHARED = 32  #: one per lane
 
 # -------------------------------------------------------------------------------------------------------------- tuning
 
-_WARPS = 4  #: tokens per CTA of the router alone
+_WARPS = 4  #: per CTA of the router alone
+_SPLIT = 4  #: warps, a CTA, that share the scores of a token with a bias
+_MAX_SPLIT_TOKENS = 256  #: beyond, every multiprocessor has enough warps without
 _MEAN_CTAS = 2  #: per multiprocessor, with mean_probability
 _MAX_FUSED_ROUTES = 256
 _MAX_FUSED_TOKENS = 8  #: every CTA chooses for all tokens, a warp each; more tokens are faster in two launches
@@ -78,7 +80,13 @@ _CONSTANTS = (
 )
 
 
-def _macros(routing: RouteProblem, vector: bool) -> Defines:
+def _warps_per_token(routing: RouteProblem) -> int:
+    """Warps that share the scores of a token, in a CTA that has no other token: `SPLIT` of router.cuh."""
+    shares = routing.has_bias and routing.num_experts % (32 * _SPLIT) == 0 and routing.tokens <= _MAX_SPLIT_TOKENS
+    return _SPLIT if shares else 1
+
+
+def _macros(routing: RouteProblem, vector: bool, split: int) -> Defines:
     """The macros of router.cuh except EXPERTS."""
     return (
         ("TOP_K", routing.top_k),
@@ -91,6 +99,7 @@ def _macros(routing: RouteProblem, vector: bool) -> Defines:
         ("TOP_GROUPS", routing.topk_groups),
         ("REPLAY", 0 if routing.replay_dtype is None else 32 if routing.replay_dtype is torch.int32 else 64),
         ("EXPERT_SCALE", 0 if routing.scale_dtype is None else 1 + _LOGITS[routing.scale_dtype]),
+        ("SPLIT", split),
         ("SHARED", routing.shared_experts),
         *((name, _float_bits(value)) for name, value in _CONSTANTS),
     )
@@ -142,19 +151,23 @@ class _Inputs:
         self.vector = _vectors(routing, self.logits, self.bias)
 
 
-def _router(routing: RouteProblem, vector: bool, mean: bool, green: int, index: int) -> tuple[Launch, int]:
-    """The launch of the router alone, and its floats of scratch memory.  `green` counts the multiprocessors of the
-    green context, 0 for the whole device; it matters for `mean` only."""
-    macros = (
+def _alone_defines(routing: RouteProblem, vector: bool, mean: bool) -> Defines:
+    return (
         ("EXPERTS", routing.num_experts),
-        *_macros(routing, vector),
+        *_macros(routing, vector, 1 if mean else _warps_per_token(routing)),
         ("NVALID", int(routing.has_num_valid_tokens)),
         ("THREADS", 32 * _WARPS),
         ("PDL_LAUNCH_EARLY", int(routing.tokens <= _MAX_EARLY_TOKENS)),
         ("MEAN", int(mean)),
     )
-    compiled: Kernel = kernel("router.cu", "topk_with_mean" if mean else "topk", macros, index)
-    grid = cdiv(routing.tokens, _WARPS)
+
+
+def _router(routing: RouteProblem, vector: bool, mean: bool, green: int, index: int) -> tuple[Launch, int]:
+    """The launch of the router alone, and its floats of scratch memory.  `green` counts the multiprocessors of the
+    green context, 0 for the whole device; it matters for `mean` only."""
+    defines = _alone_defines(routing, vector, mean)
+    compiled: Kernel = kernel("router.cu", "topk_with_mean" if mean else "topk", defines, index)
+    grid = cdiv(routing.tokens * dict(defines)["SPLIT"], _WARPS)
     if not mean:
         return compiled.prepare(grid, 32 * _WARPS, 0, PLAIN), 0
     resident = min(_MEAN_CTAS, compiled.max_blocks(32 * _WARPS, 0))
@@ -274,7 +287,9 @@ def _fused_defines(routing: RouteProblem, problem: AlignProblem, path: Path, vec
         has_num_valid_tokens=routing.has_num_valid_tokens, num_experts=routing.num_experts
     )  # the kernel adds the shared experts
     defines = defines_of(problem, path, vector_in=False, vector_out=aligned)
-    return (*defines, ("FUSED_ROUTER", 1), ("ONE_TOKEN", int(routing.tokens == 1)), *_macros(routing, vector))
+    one = routing.tokens == 1
+    split = _warps_per_token(routing) if one and path.threads == 32 * _SPLIT else 1
+    return (*defines, ("FUSED_ROUTER", 1), ("ONE_TOKEN", int(one)), *_macros(routing, vector, split))
 
 
 def _fused(routing: RouteProblem, problem: AlignProblem, vector: bool, aligned: bool, index: int) -> Launch | None:
@@ -329,13 +344,9 @@ def specialisations(major: int) -> Iterator[tuple[str, str, Defines]]:
     ]
     for each in routers:
         vector = each.num_experts % 128 == 0
-        macros = (("EXPERTS", each.num_experts), *_macros(each, vector), ("NVALID", int(each.has_num_valid_tokens)))
-        for mean, name in enumerate(("topk", "topk_with_mean")):
-            yield (
-                "router.cu",
-                name,
-                (*macros, ("THREADS", 32 * _WARPS), ("PDL_LAUNCH_EARLY", int(vector)), ("MEAN", mean)),
-            )
+        many = each._replace(tokens=_MAX_EARLY_TOKENS + (not vector))
+        for of, mean in ((each, False), (many, False), (many, True)):
+            yield "router.cu", "topk_with_mean" if mean else "topk", _alone_defines(of, vector, mean)
         for tokens in (1, _MAX_FUSED_TOKENS):
             of = each._replace(tokens=tokens)
             routes, experts = tokens * each.columns, each.num_experts + each.shared_experts

@@ -2,12 +2,14 @@
 // Every CTA chooses for all tokens, a warp each, so no CTA waits for another.  All but the last write the layout; the
 // last one writes weights and ids.
 //
-//   FUSED_ROUTER  1, with the macros of router.cuh      ONE_TOKEN  there is one token, and every warp chooses for it
+//   FUSED_ROUTER  1, with the macros of router.cuh      ONE_TOKEN  there is one token, and every warp chooses for it;
+//                 with SPLIT, behind Part::share
 
 #if FUSED_ROUTER
 #include "router.cuh"
 
 static_assert(COLUMNS <= 32, "a lane per expert of a token");
+static_assert(ONE_TOKEN || SPLIT == 1, "the warps that share scores have the same token");
 
 // logits: tokens x EXPERTS, row_stride elements apart.  bias: EXPERTS or null.  weights, ids_out: tokens x COLUMNS.
 #define ROUTER_PARAMETERS , const raw_t *__restrict__ logits, const float *__restrict__ bias, \
@@ -19,11 +21,13 @@ struct Token {
     const raw_t *row;
     __align__(16) raw_t raw[PER_LANE];
     u32 number;
+    Part part;
 
-    __device__ __forceinline__ void load(const raw_t *logits, i64 row_stride, u32 tokens) {
+    __device__ __forceinline__ void load(const raw_t *logits, const float *bias, i64 row_stride, u32 tokens) {
         number = ONE_TOKEN ? 0 : warp_id();
         row = logits + (i64)number * row_stride;
         if (number < tokens) load_row(row, lane_id(), raw);
+        part.load(row, bias, lane_id());
     }
 
     // Its experts: lane j < COLUMNS returns the j-th, and -1 from route `limit` on.

@@ -39,9 +39,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) pairwise(PARAMETERS ROU
     u32 errors = 0;
     wait_for_dependency(ids);
 #if FUSED_ROUTER
+    static_assert(SPLIT == 1, "a token has one warp");
     const u32 tokens = n / COLUMNS;
     Token token;
-    token.load(logits, row_stride, tokens);
+    token.load(logits, bias, row_stride, tokens);
 #else
     id_t v = t < n ? id_at(ids, t, top_k, id_stride0, id_stride1) : (id_t)0;
 #endif

@@ -14,6 +14,8 @@
 
 #define WARPS (THREADS / 32)
 
+static_assert(!MEAN || SPLIT == 1, "a warp has all logits of which it computes shares");
+
 // Allow the next kernel in the stream to start, if it was launched to overlap with this one.
 DEV void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
@@ -33,7 +35,7 @@ DEV u32 valid_tokens(const int *num_valid, u32 tokens) {
 #if !MEAN
 
 // Weights and ids of every token.
-// Launch: a warp per token, so cdiv(tokens, WARPS) CTAs of THREADS threads.
+// Launch: SPLIT warps per token, so cdiv(SPLIT * tokens, WARPS) CTAs of THREADS threads.
 extern "C" __global__ void __launch_bounds__(THREADS) topk(
     // Inputs: tokens x EXPERTS, row_stride elements apart; EXPERTS or null; 1 or null.
     const raw_t *__restrict__ logits, const float *__restrict__ bias, const int *__restrict__ num_valid,
@@ -42,11 +44,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) topk(
     // Sizes, and the bits of the float by which weights are scaled.
     i64 tokens64, i64 row_stride, i64 scale_bits OPTION_PARAMETERS) {
     if (PDL_LAUNCH_EARLY) launch_dependents();
-    const u32 lane = lane_id(), token = blockIdx.x * WARPS + warp_id(), tokens = (u32)tokens64;
+    const u32 lane = lane_id(), token = (blockIdx.x * WARPS + warp_id()) / SPLIT, tokens = (u32)tokens64;
     if (token >= tokens) return;
     const raw_t *row = logits + (i64)token * row_stride;
     __align__(16) raw_t raw[PER_LANE];
     load_row(row, lane, raw);
+    Part part;
+    part.load(row, bias, lane);
+    part.share(raw, lane);
+    if (SPLIT > 1 && warp_id() > 0) return;  // one warp chooses
     const Selected selected = experts_of(raw, bias, OPTIONS, token, lane);
     if (!PDL_LAUNCH_EARLY) launch_dependents();
     float weight = weight_of(raw, row, selected, __int_as_float((int)scale_bits), OPTIONS, lane, nullptr);

@@ -6,6 +6,7 @@
 //   GROUPS, TOP_GROUPS  at most 32 groups
 //   REPLAY  0 experts are chosen; 32, 64 they are read, as ints of so many bits, and BIAS is 0 and GROUPS 1
 //   EXPERT_SCALE  0 none, else a factor of each expert's weight: 1 float32, 2 bfloat16, 3 float16
+//   SPLIT  1, or 4: a CTA has so many warps and one token, whose scores they share; BIAS is 1 and E a multiple of 128
 //   SHARED  at most 32 experts that every valid token takes behind its TOP_K, with weight 1: EXPERTS and on
 //   EXP32_*, LOG1P_*, FLOAT_MAX, NEAR_ZERO, TINY  bits of the float32 constants in moealign.backend.reference.route
 //
@@ -20,6 +21,8 @@
 #define SOFTMAX (SCORING == 0)
 #define HIGHEST (SOFTMAX && (BIAS || GROUPS > 1))  // the highest logit may not be the first that is selected
 #define COLUMNS (TOP_K + SHARED)                   // of weights and ids
+#define SPLIT_KEYS (SPLIT > 1 && GROUPS == 1)      // warps share the scores' keys: no group's sum needs the scores
+#define PART (PER_LANE / SPLIT)                    // scores that a lane computes
 
 #if PER_LANE > 32
 typedef u64 bits_t;  // a bit for each expert of a lane
@@ -207,24 +210,128 @@ DEV float highest_logit(const raw_t raw[PER_LANE], u32 lane) {
 }
 #endif
 
+#if SPLIT > 1
+static_assert(SPLIT == 4 && BIAS && EXPERTS % 128 == 0, "a lane has as many experts as another, whole vectors");
+static_assert(THREADS == 32 * SPLIT, "the CTA has one token");
+
+// A number for each expert, those of a lane LANE_WORDS behind those of the lane before it: an odd number of vectors, so
+// that no two lanes that read theirs together meet in a bank.
+#define LANE_WORDS (PER_LANE | 4)
+struct __align__(16) PerExpert { float of[32 * LANE_WORDS]; };
+
+// What the warps tell each other.  A word is written by one thread, once, and read behind the next barrier.
+__shared__ PerExpert split_scores;  // or their keys
+#if SOFTMAX
+__shared__ uint2 split_sums[SPLIT];  // of each warp's numerators: upper and lower half
+#if !RENORM
+__shared__ PerExpert split_numerators;
+__shared__ float split_highest;  // the highest logit
+#endif
+#endif
+
+// Expert `i` of those whose scores the warp computes: neighbouring lanes have neighbouring experts.
+DEV u32 expert_of_part(int i, u32 lane) { return (warp_id() * PART + i) * 32 + lane; }
+
+DEV void write_part(const float part[PART], u32 lane, PerExpert &to) {
+#pragma unroll
+    for (int i = 0; i < PART; i++) {
+        const u32 e = expert_of_part(i, lane);
+        to.of[e + e / PER_LANE * (LANE_WORDS - PER_LANE)] = part[i];
+    }
+}
+
+// What the warps wrote of the lane's experts.
+DEV void read_parts(const PerExpert &from, u32 lane, float to[PER_LANE]) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += 4) {
+        const float4 v = *(const float4 *)(from.of + lane * LANE_WORDS + i);
+        to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+    }
+}
+#endif
+
 #if SOFTMAX && BIAS
-// softmax32 of the lane's logits.  The sum is in units of 2**-40, its halves of 20 bits apart: each fits 32 bits.
-DEV void probabilities(const raw_t raw[PER_LANE], float highest, u32 lane, float p[PER_LANE]) {
+// softmax32 of logits.  The sum is in units of 2**-40, its halves of 20 bits apart: each fits 32 bits.
+DEV void probabilities(const raw_t raw[PART], float highest, u32 lane, float p[PART]) {
     u32 upper = 0, lower = 0;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
+    for (int i = 0; i < PART; i++) {
         p[i] = EXPERTS % 32 == 0 || lane * PER_LANE + i < EXPERTS ? numerator(to_float(raw[i]), highest) : 0.f;
         const float scaled = __fmul_rn(p[i], 1048576.f);
         const u32 whole = __float2uint_rz(scaled);
         upper += whole;
         lower += __float2uint_rz(__fmul_rn(__fsub_rn(scaled, __uint2float_rn(whole)), 1048576.f));
     }
-    const u64 sum = ((u64)__reduce_add_sync(FULL, upper) << 20) + __reduce_add_sync(FULL, lower);
+    upper = __reduce_add_sync(FULL, upper), lower = __reduce_add_sync(FULL, lower);
+#if SPLIT > 1
+#if !RENORM
+    write_part(p, lane, split_numerators);
+    if (threadIdx.x == 0) split_highest = highest;
+#endif
+    if (lane == 0) split_sums[warp_id()] = make_uint2(upper, lower);
+    __syncthreads();
+    upper = lower = 0;
+#pragma unroll
+    for (int w = 0; w < SPLIT; w++) upper += split_sums[w].x, lower += split_sums[w].y;
+#endif
+    const u64 sum = ((u64)upper << 20) + lower;
     const float total = __fmul_rn(__ull2float_rn(sum), __int_as_float((127 - 40) << 23)), inverse = reciprocal(total);
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) p[i] = p[i] >= FLOAT(NEAR_ZERO) ? quotient(p[i], total, inverse) : 0.f;
+    for (int i = 0; i < PART; i++) p[i] = p[i] >= FLOAT(NEAR_ZERO) ? quotient(p[i], total, inverse) : 0.f;
 }
 #endif
+
+// By what experts are chosen, given their logits and biases.
+DEV void scores_of(const raw_t raw[PART], const float correction[PART], float highest, u32 lane, float score[PART]) {
+#if BIAS && SOFTMAX
+    probabilities(raw, highest, lane, score);
+#elif BIAS
+#pragma unroll
+    for (int i = 0; i < PART; i++) score[i] = numerator(to_float(raw[i]), 0.f);
+#endif
+#pragma unroll
+    for (int i = 0; i < PART; i++) {
+        const float x = to_float(raw[i]);
+#if BIAS
+        score[i] = x == x ? __fadd_rn(score[i], correction[i]) : x;
+#else
+        score[i] = x;
+#endif
+    }
+}
+
+// The warp's part of the scores of a token; nothing to do unless warps share them.
+struct Part {
+#if SPLIT > 1
+    raw_t raw[PART];
+    float correction[PART];
+
+    __device__ __forceinline__ void load(const raw_t *row, const float *bias, u32 lane) {
+#pragma unroll
+        for (int i = 0; i < PART; i++) {
+            raw[i] = row[expert_of_part(i, lane)];
+            correction[i] = bias[expert_of_part(i, lane)];
+        }
+    }
+
+    // Compute it, and wait for that of the other warps: for every thread of the CTA.
+    __device__ __forceinline__ void share(const raw_t raw_of_lane[PER_LANE], u32 lane) const {
+        float score[PART], highest = 0.f;
+#if SOFTMAX
+        highest = highest_logit(raw_of_lane, lane);
+#endif
+        scores_of(raw, correction, highest, lane, score);
+#pragma unroll
+        for (int i = 0; i < PART; i++)
+            if (SPLIT_KEYS) score[i] = __uint_as_float(to_key(score[i]));
+        write_part(score, lane, split_scores);
+        __syncthreads();
+    }
+#else
+    __device__ __forceinline__ void load(const raw_t *, const float *, u32) {}
+    __device__ __forceinline__ void share(const raw_t *, u32) const {}
+#endif
+};
 
 #if GROUPS > 1
 // The best TOP_GROUPS groups, a bit each.
@@ -342,31 +449,27 @@ DEV void select_top_k(u32 keys[RUNS * RUN], const u32 given[PER_LANE], u32 lane,
 #endif
 }
 
-// The experts of the row in `raw`.
+// The experts of the row in `raw`; with SPLIT, behind Part::share.
 DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 lane) {
     u32 keys[RUNS * RUN];
     Selected selected;
     float score[PER_LANE];  // by which experts are chosen
-#if BIAS
+#if SPLIT > 1
+    read_parts(split_scores, lane, score);
+#if SOFTMAX && !RENORM
+    selected.highest = split_highest;
+#endif
+#else
     __align__(16) float correction[PER_LANE];
+    selected.highest = 0.f;
+#if BIAS
     load_row(bias, lane, correction);  // early, for what it waits
 #if SOFTMAX
     selected.highest = highest_logit(raw, lane);
-    probabilities(raw, selected.highest, lane, score);
-#else
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) score[i] = numerator(to_float(raw[i]), 0.f);
 #endif
 #endif
-#pragma unroll
-    for (int i = 0; i < PER_LANE; i++) {
-        const float x = to_float(raw[i]);
-#if BIAS
-        score[i] = x == x ? __fadd_rn(score[i], correction[i]) : x;
-#else
-        score[i] = x;
+    scores_of(raw, correction, selected.highest, lane, score);
 #endif
-    }
 #if SHORT_KEYS
     u32 pair = 0;
 #endif
@@ -379,7 +482,7 @@ DEV Selected select_experts(const raw_t raw[PER_LANE], const float *bias, u32 la
         if (i % 2 == 0) pair = short_keys(raw[at] | next);
         keys[i] = exists ? __byte_perm(0xffffu - e, pair, i % 2 == 0 ? 0x5410 : 0x7610) : 0;
 #else
-        keys[i] = exists ? to_key(score[at]) : 0;
+        keys[i] = exists ? (SPLIT_KEYS ? __float_as_uint(score[at]) : to_key(score[at])) : 0;
 #endif
     }
 #if GROUPS > 1
@@ -452,9 +555,17 @@ DEV float weight_of(
     float total = 1.f;
     if (shares || (SOFTMAX && !RENORM)) {
         float sum = 0.f;
+#if SPLIT > 1 && SOFTMAX && !RENORM
+        float numerators[PER_LANE];
+        read_parts(split_numerators, lane, numerators);
+#endif
 #pragma unroll
         for (int i = 0; i < PER_LANE; i++) {
+#if SPLIT > 1 && SOFTMAX && !RENORM
+            const float f = numerators[i];
+#else
             const float f = lane * PER_LANE + i < EXPERTS ? numerator(to_float(raw[i]), highest) : 0.f;
+#endif
             if (shares) shares[i] = f;
             sum = __fadd_rn(sum, f);
         }

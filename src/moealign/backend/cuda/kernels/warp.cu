@@ -1,5 +1,5 @@
 // The layout of up to 32 routes.  Every warp ranks all routes with ballots and writes its own share of the outputs, so
-// there is no barrier, except behind a fused router of several tokens.
+// there is no barrier, except in a fused router whose warps share scores, and behind one of several tokens.
 //
 // Launch: any number of CTAs of THREADS threads, one more with FUSED_ROUTER; no dynamic shared memory, no scratch.
 // common.cuh lists macros and parameters.
@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) warp(PARAMETERS ROUTER_
 #if FUSED_ROUTER
     const u32 tokens = ONE_TOKEN ? 1 : n / COLUMNS;
     Token token;
-    token.load(logits, row_stride, tokens);
+    token.load(logits, bias, row_stride, tokens);
 #else
     id_t v = lane < n ? id_at(ids, lane, top_k, id_stride0, id_stride1) : (id_t)0;
 #endif
@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) warp(PARAMETERS ROUTER_
     fill(sorted, from, to, (int)n, lane, 32);
 #if FUSED_ROUTER
     const bool writes = blockIdx.x == LAYOUT_CTAS;
+    token.part.share(token.raw, lane);
     if (ONE_TOKEN && writes && threadIdx.x >= 32) return;
     int e = -1;
     if (token.number < tokens) e = token.route(bias, OPTIONS, weights, ids_out, scale_bits, limit, writes);
