@@ -19,11 +19,13 @@ from .quantized_kernels import (
     GROUP,
     NATIVE,
     QUANTIZED,
+    RESULT_BY,
     ROW,
     ROWS_BY,
     STATIC,
     factor_of,
     quantize,
+    quantize_result,
     scaled_dot,
     scales_of_columns,
     scales_of_rows,
@@ -50,7 +52,7 @@ def product(
     strides     in elements, of a's rows and of b's experts, outputs and K
     B_TMA       1: b describes [experts * outputs, K]; 2: [experts * K, outputs], where BLOCK_K divides K
     SCALING     None or the constants of FP8 weights; scales: those of a and the distance of its rows, those of b and
-                the distances of its experts and outputs
+                the distances of its experts and outputs, and those of the result
     """
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -216,6 +218,8 @@ def _rows(
     if weights is not None:
         weighted = kept & (slot < tl.where(local, BLOCK_M, 0))
         x = x * tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
+    if SCALING is not None and SCALING[RESULT_BY] is not None:
+        x = quantize_result(x, scales, out_rows, kept, column, N, SCALING, BLOCK_M, BLOCK_N)
     tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
 
 
@@ -280,13 +284,13 @@ def _tile(
 # one element per route or block, which may be slices of others.
 @triton.jit(
     do_not_specialize=["num_routes", "num_blocks", "num_local"],
-    do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total"],
+    do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total", "result_scales"],
 )
 def gemm(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, total, before, out,
     num_routes, num_blocks, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    a_scales, b_scales, a_scale_stride, b_scale_stride_e, b_scale_stride_n,
+    a_scales, b_scales, result_scales, a_scale_stride, b_scale_stride_e, b_scale_stride_n,
     ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
     NO_LAYOUT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -307,14 +311,15 @@ def gemm(
     sizes       num_routes; num_blocks: those that the layout's tensors hold; N output columns; K; num_local experts;
                 outputs: rows of an expert's weights, N or with GATED 2 N, the gate's first; top_k
     strides     in elements; K is contiguous in a, N in out
-    FP8         a_scales, b_scales and their strides, of which SCALING tells the meaning; None and 0 without
+    FP8         a_scales, b_scales and their strides, of which SCALING tells the meaning; None and 0 without.
+                result_scales: those of out, or the static one, where out is quantised (`quantize_result`)
     options     ACT, GATED, GATE: the epilogue; A_LAYOUT: a is in layout order; EVEN_K: BLOCK_K divides K; PRECISION of
                 float32 products
     tunable     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, HALF_ROWS, PERSISTENT, A_TMA, B_TMA; SWAP: weights are the left
                 operand
     """
     num_n = tl.cdiv(N, BLOCK_N)
-    scales = (a_scales, a_scale_stride, b_scales, b_scale_stride_e, b_scale_stride_n)
+    scales = (a_scales, a_scale_stride, b_scales, b_scale_stride_e, b_scale_stride_n, result_scales)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
