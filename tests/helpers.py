@@ -193,7 +193,7 @@ def patch_interpreter() -> None:
 
     Triton 3.6.0 turns one-element arrays into ints in a way that NumPy 2.4 refuses; 3.7.0 does as here.  A product is
     summed in the order of k: how NumPy rounds a row depends on where it stands in the matrix.  Products of
-    FP8 multiply bytes, and casts to it do not round to even.
+    FP8 multiply bytes, casts to it do not round to even, and a fused multiplication and addition rounds twice.
 
     The time goes into what is always the same: at every call of a function by a kernel the interpreter looks for the
     language's operations and replaces them again, every value describes its shape anew, operands of one type and shape
@@ -223,6 +223,10 @@ def patch_interpreter() -> None:
         for k in range(left.shape[-1]):
             total += left[..., k, None].astype(total.dtype) * right[..., k, None, :].astype(total.dtype)
         return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
+
+    def create_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
     def patch_builtin(owner, builder, scope):
         if owner not in operations:
@@ -322,7 +326,7 @@ def patch_interpreter() -> None:
     builder.create_masked_load = with_bool_mask(builder.create_masked_load, 1)
     builder.create_masked_store = with_bool_mask(builder.create_masked_store, 2)
     to_fp = builder.create_fp_to_fp
-    builder.create_fp_to_fp, builder.create_dot = create_fp_to_fp, create_dot
+    builder.create_fp_to_fp, builder.create_dot, builder.create_fma = create_fp_to_fp, create_dot, create_fma
     interpreter._patch_lang_tensor = patched
 
 

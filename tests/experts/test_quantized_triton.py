@@ -74,23 +74,54 @@ def planned(shape, tokens, target=HOPPER, dtype=torch.bfloat16, scheme=SCHEMES[0
     return selected, launches
 
 
-def test_a_pass_quantises_rows_unless_an_expert_has_its_own_scale():
-    def kernels(*args, **options):
-        return [one.kernel for one in planned(*args, **options)[1]]
+def kernels(*args, **options):
+    return [one.kernel for one in planned(*args, **options)[1]]
 
+
+def test_a_pass_quantises_rows_unless_an_expert_has_its_own_scale():
     passed = ["quantize_rows", "gemm", "quantize_rows", "gemm", "sum_rows"]
     for scheme in SCHEMES:
-        for tokens in (1, 40, 2000):
+        for tokens in (1, 40):
             alone = scheme[1] == "static" and scheme[2]
             assert kernels(SHAPE, tokens, scheme=scheme) == (["gemm", "gemm", "sum_rows"] if alone else passed)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_tiles_with_whole_groups_quantise_their_result(scheme):
+    """One launch less.  A scale of a row is known when all its tiles are."""
+    result = ["quantize_rows"] if scheme[1] == "row" else []
+    want = ["quantize_rows", "gemm", *result, "gemm", "sum_rows"]
+    if scheme[1] == "static" and scheme[2]:
+        want = ["gemm", "gemm", "sum_rows"]
+    assert kernels(SHAPE, 2000, scheme=scheme) == want
+
+
+def test_the_width_of_a_tile_counts_as_it_is_launched():
+    """Without TMA a tile of neighbouring gate and up columns is halved."""
+    gate = Gate(interleaved=True).text
+    for shape, width in ((SHAPE, 128), ((16, 8, 2040, 768), 64)):  # rows of 2040 bytes are no multiple of 16
+        names, launches = kernels(shape, 2000, activation=gate), planned(shape, 2000, activation=gate)[1]
+        assert launches[1].constants["BLOCK_N"] == width
+        assert names.count("quantize_rows") == (1 if width == 128 else 2)
+    for target in (ADA, A100):  # tiles of 32 columns
+        assert kernels(SHAPE, 2000, target).count("quantize_rows") == 2
+
+
 def test_a_pass_reads_a_token_once_and_halves_the_bytes():
-    _, launches = planned(SHAPE, 2000)
-    assert launches[0].grid == (2000 * 2048 // 128 // 16,)
+    assert planned(SHAPE, 2000)[1][0].grid == (2000 * 2048 // 128 // 16,)
+    _, launches = planned(SHAPE, 40)
     for one in (launches[0], launches[2]):
         assert [each.dtype for each in one.arguments[:2]] == [torch.bfloat16, torch.float8_e4m3fn]
     assert launches[2].arguments[4] is not None  # rows of the layout without a route are left out
+
+
+def test_a_result_that_tiles_quantise_has_half_the_bytes():
+    _, (_, first, second, _) = planned(SHAPE, 2000)
+    out, scales = first.arguments[9], first.arguments[25]
+    assert out.dtype is torch.float8_e4m3fn
+    assert scales.shape == (out.shape[0], 768 // 128)
+    assert second.arguments[0].base is out  # by TMA
+    assert second.arguments[23] is scales
 
 
 @pytest.mark.parametrize("block_size", tiles.BLOCK_SIZES)
@@ -131,6 +162,8 @@ def every_configuration():
             yield from ((HOPPER, one) for one in planned(SHAPE, tokens, scheme=scheme)[1][:-1])
     for tokens in (1, 16, 256):
         yield from ((B200, one) for one in planned(SHAPE, tokens, B200)[1][:-1])
+    for size in (16, 32):  # tiles with swapped operands that quantise their result
+        yield from ((HOPPER, one) for one in planned(SHAPE, 3000, block_size=size)[1][1:2])
     gate = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
     for tokens in (16, 256):
         launches = planned(SHAPE, tokens, activation=gate.text)[1]
@@ -239,7 +272,7 @@ def test_gpu_a_pass_gives_the_bits_of_torch(activations):
     x = torch.randn(200, 1111, device="cuda") * torch.logspace(-12, 6, 200, device="cuda")[:, None]
     static = torch.tensor([0.03], device="cuda") if activations == "static" else None
     by = QuantizedWeights(x, x, (0, 0), activations, static)
-    one, data, scales = launch.quantize_launch(launch.target_of(x.device), x, by, None, 200)
+    one, (data, scales, *_) = launch.quantize_launch(launch.target_of(x.device), x, by, None, 200)
     launch.run([one], x.device)
     for want_data, want_scales in (
         quantized.quantize_rows(x, activations, static),
@@ -247,6 +280,26 @@ def test_gpu_a_pass_gives_the_bits_of_torch(activations):
     ):
         assert scales is None if static is not None else torch.equal(scales.cpu(), want_scales.cpu())
         assert torch.equal(data.float().cpu(), want_data.float().cpu())
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[4], SCHEMES[5]], ids=str)
+def test_gpu_tiles_quantise_their_result_as_a_pass_does(scheme, dtype, monkeypatch):
+    """The same bits of the result, also where activated values are zero, tiny, infinite or NaN."""
+    x, *call = layer_of(700, 4, 8, 256, 192, scheme, dtype)
+    x[:100] *= torch.logspace(-14, 5 if dtype is torch.float16 else 20, 100, device="cuda")[:, None].to(dtype)
+    x[7], x[8, 3], x[9, 3] = 0, float("nan"), float("inf")
+    interleaved = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
+    for activation in ("silu", "relu", Gate("situ"), interleaved):
+        for block_size in (None, *tiles.BLOCK_SIZES):
+            options = {"activation": activation, "block_size": block_size}
+            with monkeypatch.context() as patch:
+                patch.setattr(launch, "quantizes_result", lambda *args: False)
+                want = fused_moe(x, *call, **options)
+            got = fused_moe(x, *call, **options)
+            assert torch.equal(got.isnan(), want.isnan())
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 @gpu

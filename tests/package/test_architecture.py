@@ -21,6 +21,7 @@ HEAVY_ALLOWED = {
     "backend/cpu/route_kernels.py": {"numba"},
     "backend/triton/align_kernels.py": {"triton"},
     "backend/triton/route_kernels.py": {"triton"},
+    "experts/activation_kernels.py": {"triton"},
     "experts/gradient_kernels.py": {"triton"},
     "experts/kernels.py": {"triton"},
     "experts/quantized_kernels.py": {"triton"},

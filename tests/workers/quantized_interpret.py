@@ -89,6 +89,60 @@ def tilings():
         yield str(tuple(tiles)), relative_error(got, want)
 
 
+def bits(tensor):
+    """Of every value; -1 for NaN, whose sign is free."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.contiguous().view(kind).int().masked_fill(tensor.float().isnan(), -1)
+
+
+def stored(tiles, x, layer, routes, layout, activation):
+    """The launches of a layer, what it returns, and the rows of the second product that have a route, with scales."""
+    launches, out = launch.layer_launches(tiles, x, layer, routes, layout, activation, launch.target_of(x.device))
+    launch.run(launches, x.device)
+    second = [one for one in launches if one.kernel == "gemm"][1]
+    rows = (layout.sorted_token_ids[: int(layout.num_tokens_post_padded)] < routes.ids.numel()).nonzero()[:, 0]
+    values, scales = second.arguments[0][rows], second.arguments[-6]
+    return len(launches), bits(out), bits(values), bits(scales if scales.numel() == 1 else scales[rows])
+
+
+def epilogues():
+    """Bits: tiles that quantise their result, and a pass over it."""
+    whole, halved = Tile(32, 128, 128, 2, 4, 2), Tile(32, 128, 128, 2, 4, 2, 0, 0, 0, 16)
+    looping, swapped, wide = whole._replace(ctas=1), whole._replace(m=16, swap=1), whole._replace(n=256)
+    interleaved = Gate(limit=0.5, alpha=1.702, offset=1.0, interleaved=True)
+    grouped, static, by_row, by_expert = SCHEMES[0], SCHEMES[5], SCHEMES[1], SCHEMES[2]
+    for dtype, inner, tile, gate, (of_first, of_second) in (
+        (torch.float32, 192, whole, "silu", (grouped, grouped)),
+        (torch.bfloat16, 96, whole, "relu", (SCHEMES[4], SCHEMES[4])),  # zeros of both signs
+        (torch.float16, 130, swapped, "gelu_tanh", (by_row, grouped)),
+        (torch.bfloat16, 300, wide, Gate("situ").text, (by_expert, grouped)),
+        (torch.bfloat16, 192, wide, interleaved.text, (grouped, grouped)),
+        (torch.float16, 256, halved, "silu", (grouped, static)),
+        (torch.float32, 140, looping, "relu2", (static, static)),
+        (torch.bfloat16, 257, looping, "gelu", (static, grouped)),
+    ):
+        plain = gate == "relu2"
+        x, _, _, weights, ids = layer(23, hidden=72, inner=1)
+        ids[:5] = 0
+        x[7], x[8] = 0, x[8] * 1e-12
+        both = random_quantized(4, (2 - plain) * inner, 72, of_first, 1), random_quantized(4, 72, inner, of_second, 2)
+        bias = random_layer(1, 1, 4, 72, inner, dtype=dtype, gated=not plain, bias=True)[5][0]
+        records = ExpertWeights(both[0].data, both[1].data, bias, None, False, both)
+        expert_map = torch.tensor([0, 2, -1, 7, 3])  # expert 1 is empty, and 7 has no weights
+        for factor in (1, 300 if dtype is torch.float16 else 2e19):  # some activated values are infinite
+            values = (x * factor).to(dtype)
+            values[9, 1] = float("nan")
+            routes = Routes(weights, ids, expert_map, torch.tensor([21], dtype=torch.int32))
+            layout = routes.layout(tile.m, 4)
+            call = (LayerTiles(tile.m, tile, tile), values, records, routes, layout, gate)
+            count, *got = stored(*call)
+            with mock.patch.object(launch, "quantizes_result", return_value=False):
+                more, *want = stored(*call)
+            same = all(map(torch.equal, got, want)) and count + 1 == more
+            case = f"an epilogue, {dtype}, {inner} columns, {tile}, {gate}, {of_second[1]}, times {factor}"
+            yield case, float(not same)
+
+
 def products():
     x, gate_up, _, weights, ids = layer(11, 3)
     for size in (16, 64):
@@ -138,7 +192,7 @@ def values():
     for activations in quantized.SCHEMES:
         static = torch.tensor([0.03]) if activations == "static" else None
         by = QuantizedWeights(x, x, (0, 0), activations, static)
-        one, data, scales = launch.quantize_launch(launch.target_of(x.device), x, by, None, 37)
+        one, (data, scales, *_) = launch.quantize_launch(launch.target_of(x.device), x, by, None, 37)
         launch.run([one], x.device)
         want_data, want_scales = quantized.quantize_rows(x, activations, static)
         same = scales is None if static is not None else torch.equal(scales, want_scales)
@@ -159,8 +213,8 @@ def batches():
 
 def compared():
     """(what, its relative error or None) of every case; NaN is an error too."""
-    without = (lambda: schemes((16,)), sizes, options, products)
-    for target, parts in zip(TARGETS, (without, (values, schemes, tilings, batches)), strict=True):
+    without = (lambda: schemes((16,)), sizes, options, products, epilogues)
+    for target, parts in zip(TARGETS, (without, (values, schemes, tilings, batches, epilogues)), strict=True):
         with mock.patch.object(launch, "target_of", lambda device, target=target: target):
             for part in parts:
                 for name, error in part():

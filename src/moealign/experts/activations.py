@@ -87,7 +87,7 @@ class Gate:
 
     @property
     def constants(self) -> tuple[float | bool | None, ...]:
-        """What kernels are compiled for, in the order of `GATE` in kernels.py."""
+        """What kernels are compiled for, in the order of `GATE` in activation_kernels.py."""
         situ = self.activation == "situ"
         beta, linear_beta = (self.beta, self.linear_beta) if situ else (1.0, None)
         return (self.limit, self.limit_after, self.alpha, self.offset, beta, linear_beta, self.interleaved)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import (
+from .activation_kernels import (
     ALPHA,
     BETA,
     GELU,
@@ -29,10 +29,9 @@ from .kernels import (
     RELU2,
     SILU,
     SITU,
-    product,
     tanh,
-    tile_of,
 )
+from .kernels import product, tile_of
 
 __all__ = ["activation_gradient", "bias_gradient", "routing_gradient", "weights_gradient"]
 

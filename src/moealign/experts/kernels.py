@@ -13,92 +13,25 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .activation_kernels import INTERLEAVED, activate, gated
 from .quantized_kernels import (
     DEEP,
     GROUP,
     NATIVE,
     QUANTIZED,
+    RESULT_BY,
     ROW,
     ROWS_BY,
     STATIC,
     factor_of,
     quantize,
+    quantize_result,
     scaled_dot,
     scales_of_columns,
     scales_of_rows,
 )  # fmt: skip
 
-__all__ = ["gemm", "product", "sum_rows", "tanh", "tile_of"]
-
-# The activations, as `ACT` of a kernel.
-NONE = tl.constexpr(0)
-SILU = tl.constexpr(1)
-GELU = tl.constexpr(2)
-GELU_TANH = tl.constexpr(3)
-RELU = tl.constexpr(4)
-RELU2 = tl.constexpr(5)
-SITU = tl.constexpr(6)
-# The constants of a gate (activations.Gate), as `GATE` of a kernel: limit or None, whether that is of the activation's
-# value, alpha, offset, beta, linear_beta or None, and whether gate and up are neighbouring columns instead of halves.
-LIMIT = tl.constexpr(0)
-LIMIT_AFTER = tl.constexpr(1)
-ALPHA = tl.constexpr(2)
-OFFSET = tl.constexpr(3)
-BETA = tl.constexpr(4)
-LINEAR_BETA = tl.constexpr(5)
-INTERLEAVED = tl.constexpr(6)
-
-
-@triton.jit
-def tanh(x):
-    """In float32, to a few units in the last place: a series near zero, where the formula cancels."""
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    far = tl.where(x < 0, -far, far)
-    y = x * x
-    series = 0.13333333333333333 + y * (-0.05396825396825397 + y * 0.0218694885361552)
-    near = x + x * y * (-0.3333333333333333 + y * series)
-    return tl.where(tl.abs(x) < 0.25, near, far)
-
-
-@triton.jit
-def _activate(x, ACT: tl.constexpr, GATE: tl.constexpr):
-    """The activation of a block of any shape, in float32."""
-    if ACT == SILU:
-        if GATE[ALPHA] == 1:
-            x = x / (1 + tl.exp(-x))
-        else:
-            x = x / (1 + tl.exp(-GATE[ALPHA] * x))
-    elif ACT == GELU:
-        x = 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    elif ACT == GELU_TANH:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        x = x * (1 / (1 + tl.exp(-2 * inner)))  # (1 + tanh(y)) / 2
-    elif ACT == RELU:
-        x = tl.maximum(x, 0.0)
-    elif ACT == RELU2:
-        x = tl.maximum(x, 0.0)
-        x = x * x
-    elif ACT == SITU:
-        x = GATE[BETA] * tanh(x / GATE[BETA]) / (1 + tl.exp(-x))
-    return x
-
-
-@triton.jit
-def _gated(x, up, ACT: tl.constexpr, GATE: tl.constexpr):
-    """The activation of a gate, times its up part, in float32."""
-    if GATE[LIMIT] is not None:
-        if not GATE[LIMIT_AFTER]:
-            x = tl.minimum(x, GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
-        up = tl.clamp(up, -GATE[LIMIT], GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
-    x = _activate(x, ACT, GATE)
-    if GATE[LIMIT] is not None and GATE[LIMIT_AFTER]:
-        x = tl.minimum(x, GATE[LIMIT], propagate_nan=tl.PropagateNan.ALL)
-    if GATE[LINEAR_BETA] is not None:
-        up = GATE[LINEAR_BETA] * tanh(up / GATE[LINEAR_BETA])
-    if GATE[OFFSET] != 0:
-        up += GATE[OFFSET]
-    return x * up
+__all__ = ["gemm", "product", "sum_rows", "tile_of"]
 
 
 @triton.jit
@@ -119,7 +52,7 @@ def product(
     strides     in elements, of a's rows and of b's experts, outputs and K
     B_TMA       1: b describes [experts * outputs, K]; 2: [experts * K, outputs], where BLOCK_K divides K
     SCALING     None or the constants of FP8 weights; scales: those of a and the distance of its rows, those of b and
-                the distances of its experts and outputs
+                the distances of its experts and outputs, and those of the result
     """
     columns = column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
@@ -279,12 +212,14 @@ def _rows(
             if GATED:
                 tl.store(before_at + N, up.to(before.dtype.element_ty), mask=stored)
     if GATED:
-        x = _gated(x, up, ACT, GATE)
+        x = gated(x, up, ACT, GATE)
     else:
-        x = _activate(x, ACT, GATE)
+        x = activate(x, ACT, GATE)
     if weights is not None:
         weighted = kept & (slot < tl.where(local, BLOCK_M, 0))
         x = x * tl.load(weights + routes, mask=weighted, other=0.0).to(tl.float32)[:, None]
+    if SCALING is not None and SCALING[RESULT_BY] is not None:
+        x = quantize_result(x, scales, out_rows, kept, column, N, SCALING, BLOCK_M, BLOCK_N)
     tl.store(out_at, x.to(out.dtype.element_ty), mask=stored)
 
 
@@ -349,13 +284,13 @@ def _tile(
 # one element per route or block, which may be slices of others.
 @triton.jit(
     do_not_specialize=["num_routes", "num_blocks", "num_local"],
-    do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total"],
+    do_not_specialize_on_alignment=["weights", "sorted_ids", "expert_ids", "total", "result_scales"],
 )
 def gemm(
     a, a_half, b, bias, weights, sorted_ids, expert_ids, total, before, out,
     num_routes, num_blocks, N, K, num_local, outputs, top_k,
     a_stride, b_stride_e, b_stride_n, b_stride_k, bias_stride, out_stride,
-    a_scales, b_scales, a_scale_stride, b_scale_stride_e, b_scale_stride_n,
+    a_scales, b_scales, result_scales, a_scale_stride, b_scale_stride_e, b_scale_stride_n,
     ACT: tl.constexpr, GATED: tl.constexpr, GATE: tl.constexpr, A_LAYOUT: tl.constexpr, OUT_LAYOUT: tl.constexpr,
     A_TMA: tl.constexpr, B_TMA: tl.constexpr, EVEN_K: tl.constexpr, SWAP: tl.constexpr, HALF_ROWS: tl.constexpr,
     NO_LAYOUT: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr, PERSISTENT: tl.constexpr,
@@ -376,14 +311,15 @@ def gemm(
     sizes       num_routes; num_blocks: those that the layout's tensors hold; N output columns; K; num_local experts;
                 outputs: rows of an expert's weights, N or with GATED 2 N, the gate's first; top_k
     strides     in elements; K is contiguous in a, N in out
-    FP8         a_scales, b_scales and their strides, of which SCALING tells the meaning; None and 0 without
+    FP8         a_scales, b_scales and their strides, of which SCALING tells the meaning; None and 0 without.
+                result_scales: those of out, or the static one, where out is quantised (`quantize_result`)
     options     ACT, GATED, GATE: the epilogue; A_LAYOUT: a is in layout order; EVEN_K: BLOCK_K divides K; PRECISION of
                 float32 products
     tunable     BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, HALF_ROWS, PERSISTENT, A_TMA, B_TMA; SWAP: weights are the left
                 operand
     """
     num_n = tl.cdiv(N, BLOCK_N)
-    scales = (a_scales, a_scale_stride, b_scales, b_scale_stride_e, b_scale_stride_n)
+    scales = (a_scales, a_scale_stride, b_scales, b_scale_stride_e, b_scale_stride_n, result_scales)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -13,7 +13,7 @@ from ..backend.triton.launch import interpreted, on_device, unavailable
 from ..layout import BlockLayout, cdiv, power_of_two
 from .activations import NO_CONSTANTS, Gate, parse
 from .quantized import GROUP, SCHEMES, QuantizedWeights
-from .quantized_launch import needs_pass, scaling
+from .quantized_launch import QuantizedRows, needs_pass, quantizes_result, scaling
 from .records import ExpertWeights, Product, Routes, product_columns
 from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, triton_release, with_block_size
 
@@ -178,6 +178,22 @@ def row_stride(matrix: Tensor) -> int:
     return matrix.shape[1] if matrix.shape[0] == 1 else matrix.stride(0)
 
 
+def _as_launched(
+    target: Target, tile: Tile, product: Product, options: dict[str, Any], transposed_tma: bool = False
+) -> tuple[Tile, int]:
+    """The tile that the kernel takes with these constants of the activation, and how it loads weights: `B_TMA`."""
+    b, tma = product.b, 0
+    if tile.tma and target.hopper and b.is_contiguous() and takes_tma(b):
+        if not product.transposed:
+            tma = 1
+        elif transposed_tma and b.shape[1] % tile.k == 0:
+            tma = 2
+    if not tma and product.gated and options["GATE"][-1]:
+        # One accumulator of twice the columns: whole, it would not fit the registers.
+        tile = tile._replace(n=max(tile.n // 2, 16))
+    return tile, tma
+
+
 def gemm_launch(
     target: Target,
     tile: Tile,
@@ -191,6 +207,7 @@ def gemm_launch(
     out_layout: bool = False,
     transposed_tma: bool = False,
     row_scales: Tensor | None = None,
+    result: QuantizedRows | None = None,
 ) -> GemmLaunch:
     """A launch of the kernel `gemm`.
 
@@ -203,23 +220,18 @@ def gemm_launch(
         out_layout: rows of `out` are in layout order.
         transposed_tma: load transposed weights by TMA too.  The rules for a layer's tiles were measured without.
         row_scales: of ``a``, if that is quantised.
+        result: `out` and its scales, if tiles quantise it for the next product.
     """
     a, b, layout, top_k, weights, bias, activation, gated, transposed, _ = product
     experts = b.shape[0]
     outputs, depth = (b.shape[2], b.shape[1]) if transposed else (b.shape[1], b.shape[2])
     columns = product_columns(b, gated, transposed)
     strides = strides_of(b, transposed)
-    by_tma = tile.tma and target.hopper and b.is_contiguous() and takes_tma(b)
-    if transposed:
-        b_tma = 2 if by_tma and transposed_tma and depth % tile.k == 0 else 0
-    else:
-        b_tma = 1 if by_tma else 0
     options = activation_constants(activation, gated)
+    tile, b_tma = _as_launched(target, tile, product, options, transposed_tma)
     interleaved = gated and options["GATE"][-1]
-    if interleaved and not b_tma:  # one accumulator of twice the columns: whole, it would not fit the registers
-        tile = tile._replace(n=max(tile.n // 2, 16))
     width = 2 * tile.n if interleaved else tile.n
-    b, scales, constants = scaling(target, product, width, bool(gated and not interleaved), row_scales)
+    b, scales, constants = scaling(target, product, width, bool(gated and not interleaved), row_scales, result)
     a_tma = bool(b_tma and tile.tma > 1 and a_layout and takes_tma(a))
     no_layout = layout is None
     if layout is None:
@@ -259,38 +271,50 @@ def gemm_launch(
 
 
 def gemm_launches(
-    target: Target, tile: Tile, product: Product, out: Tensor, routes: int, ids: Tensor | None = None, **options: Any
+    target: Target,
+    tile: Tile,
+    product: Product,
+    out: Tensor,
+    routes: int,
+    ids: Tensor | None = None,
+    *,
+    rows: QuantizedRows | None = None,
+    **options: Any,
 ) -> list[GemmLaunch]:
-    """The launch of the kernel `gemm`, after one that quantises its rows if that needs a pass."""
-    if not needs_pass(product):
-        return [gemm_launch(target, tile, product, out, routes, ids, **options)]
-    assert product.quantized is not None
-    layout = product.layout if options.get("a_layout") else None
-    first, rows, scales = quantize_launch(target, product.a, product.quantized, layout, routes)
-    product = product._replace(a=rows)
-    return [first, gemm_launch(target, tile, product, out, routes, ids, row_scales=scales, **options)]
+    """The launch of the kernel `gemm`, after one that quantises its rows if that needs a pass.
+
+    Args:
+        rows: those of `product`, if the launch before quantises them.
+    """
+    launches = []
+    if rows is None and needs_pass(product.quantized):
+        assert product.quantized is not None
+        layout = product.layout if options.get("a_layout") else None
+        one, rows = quantize_launch(target, product.a, product.quantized, layout, routes)
+        launches.append(one)
+    if rows is not None:
+        product = product._replace(a=rows.values)
+        options["row_scales"] = rows.scales
+    return [*launches, gemm_launch(target, tile, product, out, routes, ids, **options)]
 
 
 def quantize_launch(
     target: Target, rows: Tensor, quantized: QuantizedWeights, layout: BlockLayout | None, routes: int
-) -> tuple[GemmLaunch, Tensor, Tensor | None]:
-    """A launch of the kernel `quantize_rows`, and the values and scales that it fills; None for a static scale.
+) -> tuple[GemmLaunch, QuantizedRows]:
+    """A launch of the kernel `quantize_rows`, and what it fills.
 
     Args:
         layout: in whose order `rows` are; then rows without one of the `routes` are left out.
     """
     count, depth = rows.shape
     by_row = quantized.activations == "row"
-    values = rows.new_empty(rows.shape, dtype=torch.float8_e4m3fn if target.fp8 else torch.float16)
-    groups = cdiv(depth, GROUP)
-    static = quantized.activation_scale
-    scales = rows.new_empty(count, 1 if by_row else groups, dtype=torch.float32) if static is None else None
+    filled = QuantizedRows.empty(target, quantized, count, depth, rows)
     block = max(min(power_of_two(depth), 4096), GROUP) if by_row else 16
     one = GemmLaunch(
         "quantize_rows",
-        (count if by_row else cdiv(count * groups, block),),
+        (count if by_row else cdiv(count * cdiv(depth, GROUP), block),),
         (
-            rows, values, scales, static,
+            rows, filled.values, filled.scales, quantized.activation_scale,
             *((None, None) if layout is None else (layout.sorted_token_ids, layout.num_tokens_post_padded)),
             count, routes, depth, row_stride(rows),
         ),
@@ -300,7 +324,7 @@ def quantize_launch(
         target.hopper,
         "quantized_kernels",
     )  # fmt: skip
-    return one, values, scales
+    return one, filled
 
 
 def product_launches(product: Product, out: Tensor, target: Target) -> list[GemmLaunch]:
@@ -357,16 +381,22 @@ def layer_launches(
         ids = None
         kept, limit, rows = layout.positions, 2**31 - 1, layout.expert_ids.numel() * tiles.first.m
     in_layout = layout is not None
-    activated = new(rows, weights.inner())
     out, of_routes = new(tokens, hidden) if out is None else out, new(count, hidden)
     gate_up, down, gate_up_bias, down_bias, transposed, quantized = weights
     of_first, of_second = quantized or (None, None)
     x = row_major(hidden_states)
     first = Product(x, gate_up, layout, top_k, None, gate_up_bias, activation, weights.gated(), transposed, of_first)
+    result = None
+    if of_second is not None and in_layout:
+        tile, _ = _as_launched(target, tiles.first, first, activation_constants(activation, first.gated))
+        if quantizes_result(tile, of_second):
+            result = QuantizedRows.empty(target, of_second, rows, weights.inner(), x)
+    activated = new(rows, weights.inner()) if result is None else result.values
     second = Product(activated, down, layout, 1, routes.weights, down_bias, None, False, transposed, of_second)
+    options: dict[str, Any] = {"before": before, "out_layout": in_layout, "result": result}
     launches = [
-        *gemm_launches(target, tiles.first, first, activated, count, ids, before=before, out_layout=in_layout),
-        *gemm_launches(target, tiles.second, second, of_routes, count, ids, a_layout=in_layout),
+        *gemm_launches(target, tiles.first, first, activated, count, ids, **options),
+        *gemm_launches(target, tiles.second, second, of_routes, count, ids, rows=result, a_layout=in_layout),
         sum_launch(target, of_routes, top_k, kept, limit, out),
     ]
     return launches, out

@@ -1,7 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """What the kernels of the experts do with FP8 weights: quantise rows, and multiply e4m3 values and apply their scales.
 
-`quantize_rows`   a pass over rows; :func:`moealign.experts.kernels.product` only quantises by the scales of experts.
+`quantize_rows`     a pass over rows; :func:`moealign.experts.kernels.product` only quantises by the scales of experts.
+`quantize_result`   the same in the epilogue of a product, whose result another product with FP8 weights reads.
 
 Machines without e4m3 (NATIVE is 0) multiply the same values in float16, which holds all of them.
 """
@@ -12,7 +13,17 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["factor_of", "quantize", "quantize_rows", "scaled_dot", "scales_of_columns", "scales_of_rows", "widen"]
+__all__ = [
+    "factor_of",
+    "quantize",
+    "quantize_result",
+    "quantize_rows",
+    "scale_of",
+    "scaled_dot",
+    "scales_of_columns",
+    "scales_of_rows",
+    "widen",
+]
 
 # The constants of a product with FP8 weights, as `SCALING` of a kernel.
 NATIVE = tl.constexpr(0)  # the GPU multiplies e4m3; otherwise rows are float16 and weights bytes
@@ -21,10 +32,14 @@ QUANTIZED = tl.constexpr(2)  # whether rows are quantised already; otherwise loa
 COLUMNS_BY = tl.constexpr(3)  # rows of weights that share a scale, 0 for all
 DEEP = tl.constexpr(4)  # whether scales of weights are per GROUP inputs too
 ONE_SCALE = tl.constexpr(5)  # whether the columns of every tile share their scale of weights
+RESULT_BY = tl.constexpr(6)  # what of a row of the result shares a scale, GROUP or STATIC; None: it is not quantised
+RESULT_DTYPE = tl.constexpr(7)  # what the result is rounded to before: BFLOAT16, FLOAT16 or nothing
 
 GROUP = tl.constexpr(0)
 ROW = tl.constexpr(1)
 STATIC = tl.constexpr(2)
+BFLOAT16 = tl.constexpr(0)
+FLOAT16 = tl.constexpr(1)
 WIDTH = tl.constexpr(128)  # columns of a group
 MAX = tl.constexpr(448.0)
 MIN_AMAX = tl.constexpr(1e-10)
@@ -40,7 +55,13 @@ def scale_of(largest):
 def quantize(x, scale, USE_E4M3: tl.constexpr):
     """``x / scale`` of float32 blocks that broadcast, as e4m3 or, without that, as float16 of the same values."""
     x, scale = tl.broadcast(x, scale)
-    x = tl.clamp(tl.div_rn(x, scale), -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
+    return rounded(tl.div_rn(x, scale), USE_E4M3)
+
+
+@triton.jit
+def rounded(x, USE_E4M3: tl.constexpr):
+    """Quotients as e4m3 or, without that, as float16 of the same values."""
+    x = tl.clamp(x, -MAX, MAX, propagate_nan=tl.PropagateNan.ALL)
     if USE_E4M3:
         x = x.to(tl.float8e4nv)
     else:
@@ -112,6 +133,51 @@ def scaled_dot(x, w, total, of_rows, of_columns, SWAP: tl.constexpr, SCALING: tl
     else:
         total = tl.dot(x, w.T, total, max_num_imprecise_acc=WIDTH)
     return total
+
+
+@triton.jit
+def quotients(x, scale):
+    """``x / scale`` of groups ``[., ., WIDTH]`` and their scales ``[., .]``, rounded as a division rounds.
+
+    That would branch for every value.  Here a group takes one division, and a value two corrections by its remainder,
+    after which the last bit is right (Markstein).  The last bits of what e4m3 has no value but zero for may differ.
+    """
+    inverse = tl.div_rn(tl.full(scale.shape, -1.0, tl.float32), scale)
+    scale = tl.where(scale == float("inf"), 0.0, scale)  # then all quotients but that of infinity are zero
+    x, scale = tl.broadcast(x * -1.0, scale[:, :, None])  # of both signs changed, zero keeps its own
+    x, inverse = tl.broadcast(x, inverse[:, :, None])
+    quotient = x * inverse
+    for _ in tl.static_range(2):
+        quotient = tl.fma(tl.fma(quotient, scale, x), inverse, quotient)
+    return quotient
+
+
+@triton.jit
+def quantize_result(
+    x, scales, rows, kept, column, N, SCALING: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """A tile ``[BLOCK_M, BLOCK_N]`` of a result as the pass over the stored rows would give it, bit by bit.
+
+    scales      the last one: ``[rows, cdiv(N, WIDTH)]`` to fill, or the static scale
+    rows, kept  [BLOCK_M]: the rows of the result, and which of them get scales
+    column      the first one, where a group starts; those from N on count as zeros
+    """
+    if SCALING[RESULT_DTYPE] == BFLOAT16:
+        x = x.to(tl.bfloat16).to(tl.float32)
+    elif SCALING[RESULT_DTYPE] == FLOAT16:
+        x = x.to(tl.float16).to(tl.float32)
+    if SCALING[RESULT_BY] == STATIC:
+        x = quantize(x, tl.load(scales[5]), SCALING[NATIVE])
+    else:
+        count: tl.constexpr = BLOCK_N // WIDTH
+        x = tl.where((column + tl.arange(0, BLOCK_N) < N)[None, :], x, 0.0).reshape(BLOCK_M, count, WIDTH)
+        scale = scale_of(tl.max(tl.abs(x), 2))
+        groups = tl.cdiv(N, WIDTH)
+        group = column // WIDTH + tl.arange(0, count)
+        at = scales[5] + rows[:, None] * groups + group[None, :]
+        tl.store(at, scale, mask=kept[:, None] & (group < groups)[None, :])
+        x = rounded(quotients(x, scale), SCALING[NATIVE]).reshape(BLOCK_M, BLOCK_N)
+    return x
 
 
 # `total`, the ids and the static scale have one element per call, block or route, as in `gemm`.
