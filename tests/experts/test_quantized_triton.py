@@ -44,6 +44,7 @@ def test_compile_ahead_without_spills_on_every_target():
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
+INTERLEAVED = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
 
 
 def weights_of(count, outputs, depth, scheme=SCHEMES[0]):
@@ -164,9 +165,8 @@ def every_configuration():
         yield from ((B200, one) for one in planned(SHAPE, tokens, B200)[1][:-1])
     for size in (16, 32):  # tiles with swapped operands that quantise their result
         yield from ((HOPPER, one) for one in planned(SHAPE, 3000, block_size=size)[1][1:2])
-    gate = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
     for tokens in (16, 256):
-        launches = planned(SHAPE, tokens, activation=gate.text)[1]
+        launches = planned(SHAPE, tokens, activation=INTERLEAVED.text)[1]
         yield HOPPER, next(one for one in launches if one.kernel == "gemm")
     yield A100, planned(ODD, 300, A100, torch.float32, SCHEMES[1])[1][0]
 
@@ -283,23 +283,30 @@ def test_gpu_a_pass_gives_the_bits_of_torch(activations):
 
 
 @gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("scheme", [SCHEMES[0], SCHEMES[4], SCHEMES[5]], ids=str)
-def test_gpu_tiles_quantise_their_result_as_a_pass_does(scheme, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "activation"),
+    [
+        (SCHEMES[0], torch.bfloat16, "silu"),
+        (SCHEMES[0], torch.float16, Gate("situ")),
+        (SCHEMES[0], torch.float32, "relu"),
+        (SCHEMES[4], torch.bfloat16, INTERLEAVED),
+        (SCHEMES[5], torch.float16, INTERLEAVED),
+    ],
+    ids=str,
+)
+def test_gpu_tiles_quantise_their_result_as_a_pass_does(scheme, dtype, activation, monkeypatch):
     """The same bits of the result, also where activated values are zero, tiny, infinite or NaN."""
     x, *call = layer_of(700, 4, 8, 256, 192, scheme, dtype)
     x[:100] *= torch.logspace(-14, 5 if dtype is torch.float16 else 20, 100, device="cuda")[:, None].to(dtype)
     x[7], x[8, 3], x[9, 3] = 0, float("nan"), float("inf")
-    interleaved = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
-    for activation in ("silu", "relu", Gate("situ"), interleaved):
-        for block_size in (None, *tiles.BLOCK_SIZES):
-            options = {"activation": activation, "block_size": block_size}
-            with monkeypatch.context() as patch:
-                patch.setattr(launch, "quantizes_result", lambda *args: False)
-                want = fused_moe(x, *call, **options)
-            got = fused_moe(x, *call, **options)
-            assert torch.equal(got.isnan(), want.isnan())
-            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    for block_size in (None, 32, 128):
+        options = {"activation": activation, "block_size": block_size}
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "quantizes_result", lambda *args: False)
+            want = fused_moe(x, *call, **options)
+        got = fused_moe(x, *call, **options)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 @gpu
@@ -312,7 +319,7 @@ def test_gpu_maps_valid_tokens_gates_and_nan(block_size):
     bias = {"gate_up_bias": torch.randn(8, 256).bfloat16().cuda(), "down_bias": torch.randn(8, 256).bfloat16().cuda()}
     options = {
         "expert_map": expert_map, "num_valid_tokens": torch.tensor([190], dtype=torch.int32, device="cuda"), **bias,
-        "activation": Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True),
+        "activation": INTERLEAVED,
     }  # fmt: skip
     got = fused_moe(x, gate_up, down, weights, ids, **options, block_size=block_size)
     want = fused_moe(x, gate_up, down, weights, ids, **options, backend="packed")
