@@ -44,6 +44,7 @@ def test_compile_ahead_without_spills_on_every_target():
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
+
 INTERLEAVED = Gate(limit=7.0, alpha=1.702, offset=1.0, interleaved=True)
 
 
