@@ -341,6 +341,33 @@ def test_tiles_are_of_the_routes_that_are_likely_to_have_an_expert_here(quantize
     assert selected(8 * 64 * 8, 1, expected_routes=64 * 8, **pinned) == selected(64, 8, **pinned)
 
 
+def test_a_faster_memory_makes_launches_persistent_at_fewer_rows():
+    """Where products take the time, not weights: benchmarks/trials.csv has the measurements."""
+    cards = {name: H200._replace(bandwidth=rate) for name, rate in (("H100", 3.35), ("H200", 4.9), ("unknown", 0.0))}
+    from_rows = {}
+    for name, target in cards.items():
+        chosen = {rows: tiles.tiles_by_rule(target, 64 * rows, 8, 64, 4096, 1024, 2) for rows in range(49, 300)}
+        assert all(bool(each.first.ctas) != bool(each.first.half_tile_rows) for each in chosen.values())
+        from_rows[name] = min(rows for rows, each in chosen.items() if each.first.ctas)
+        assert all(bool(each.first.ctas) == (rows >= from_rows[name]) for rows, each in chosen.items())
+    assert from_rows == {"H100": 158, "H200": 108, "unknown": 108}
+
+
+def test_the_tiles_of_very_few_routes_leave_few_multiprocessors_without_work():
+    few, more = (tiles.tiles_by_rule(H200, routes, 1, 4, 4096, 14336, 2) for routes in (2, 3))
+    assert (few.block_size, few.second.n, more.second.n) == (16, 64, 128)
+    assert few[1:] == tiles.tiles_by_rule(H200, 2, 2, 8, 4096, 14336, 2)[1:]  # those of one token
+    assert tiles.tiles_by_rule(H200, 1000, 1, 1, 2048, 1024, 2).block_size == 128  # one expert with many rows
+
+
+@gpu
+def test_gpu_its_bandwidth_is_known():
+    target = tiles.target_of(torch.device("cuda", 0))
+    assert 0.1 < target.bandwidth < 20
+    if target.name.startswith("NVIDIA H"):
+        assert 2 < target.bandwidth < 6
+
+
 def test_a_layer_without_experts_or_tokens_has_tiles():
     for shape, tokens in (((0, 2, 64, 32), 3), ((0, 2, 64, 32), 0), ((8, 2, 64, 32), 0), ((8, 2, 64, 0), 3)):
         for target in (H200, A100):

@@ -493,7 +493,7 @@ def test_goals_of_an_exchange_are_told_from_the_file():
     fast = [{**row, "median_us": "1.0"} if row["impl"].startswith("dispatched") else row for row in rows]
     better = tables_parallel.goals(fast)
     assert "missed" not in better
-    assert "met at 18 of 18 sizes." in better
+    assert "the fastest exchange meets it at 18 of 18 sizes." in better
 
 
 def test_one_row_a_token_is_a_column_where_it_was_measured():

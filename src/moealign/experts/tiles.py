@@ -91,6 +91,7 @@ class Target(NamedTuple):
     hopper: bool  # has TMA and programmatic dependent launch
     fp8: bool = False  # multiplies e4m3
     wgmma: bool = False  # multiplies 16 bits or fewer by wgmma, from 64 rows on: every such tile rounds a product alike
+    bandwidth: float = 0.0  # of memory, TB/s; 0: not known
 
     @property
     def slug(self) -> str:
@@ -114,7 +115,11 @@ def target_of(device: torch.device) -> Target:
     fp8 = torch.version.hip is None and (properties.major, properties.minor) >= (8, 9)
     if fp8 and properties.major >= 10:  # Triton before 3.7 stops at some e4m3 products for Blackwell
         fp8 = triton_release() >= (3, 7)
-    return Target(properties.name, properties.multi_processor_count, hopper, fp8, hopper and properties.major == 9)
+    clock, width = (getattr(properties, name, 0) for name in ("memory_clock_rate", "memory_bus_width"))  # kHz, bits
+    bandwidth = 2 * clock * 1e3 * width / 8 / 1e12  # two transfers a cycle
+    return Target(
+        properties.name, properties.multi_processor_count, hopper, fp8, hopper and properties.major == 9, bandwidth
+    )
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def target_of(device: torch.device) -> Target:
 def tiles_by_rule(
     target: Target, routes: int, top_k: int, experts: int, hidden: int, inner: int, itemsize: int
 ) -> LayerTiles:
-    """Tiles by the rows per expert, measured on an H200 by benchmarks/sweep_experts.py."""
+    """Tiles by the rows per expert, measured on an H200 and an H100 by benchmarks/sweep_experts.py."""
     rows = routes / max(experts, 1)
     no_layout = routes == top_k or (routes <= 2 * top_k and routes * NO_LAYOUT_EXPERTS_PER_ROUTE <= experts)
     if itemsize == 1:
@@ -133,9 +138,11 @@ def tiles_by_rule(
         tile = Tile(m, 64, 32 if itemsize == 4 else 64, 8 if rows > 128 else 2, 8 if m == 128 else 4, 2)
         second = tile if itemsize == 4 or m == 128 else tile._replace(n=128)
         return LayerTiles(0 if no_layout else m, tile._replace(n=32 if m < 64 else 64), second)
-    if no_layout:
-        deep = Tile(16, 64, 128, 1, 4, 6, 1, 0, 1)
-        return LayerTiles(0, Tile(16, 64, 128, 1, 4, 4), deep if inner > 4096 else Tile(16, 32, 256, 1, 4, 3))
+    # So few experts that tiles of 128 columns would leave half of the multiprocessors without one.
+    few = rows <= 10 and 2 * min(routes, experts) * -(-hidden // 128) <= target.multiprocessors
+    if no_layout or few:
+        deep, size = Tile(16, 64, 128, 1, 4, 6, 1, 0, 1), 0 if no_layout else 16
+        return LayerTiles(size, Tile(16, 64, 128, 1, 4, 4), deep if inner > 4096 else Tile(16, 32, 256, 1, 4, 3))
     if rows <= 10:
         deep = Tile(16, 128, 128, 2, 4, 3, 1, 0, 1)
         first = Tile(16, 64, 128, 2, 4, 3, 1, 0, 1)
@@ -145,9 +152,10 @@ def tiles_by_rule(
         return LayerTiles(32, first, Tile(32, 128, 128, 1, 4, 3))
     if rows <= 48:
         return LayerTiles(64, Tile(64, 64, 128, 2, 4, 4, 1, 0, 1), Tile(64, 128, 64, 2, 4, 3, 1, 0, 1))
-    # From here on either a persistent launch, whose loop has no condition, or a half tile, which needs one.
+    # From here on either a persistent launch, whose loop has no condition, or a half tile, which needs one.  The former
+    # pays once products and not weights take the time: from 158 rows on an H100, 107 on an H200.
     halved = Tile(128, 256, 64, 4, 8, 4, 2, 0, 0, 64)
-    if rows <= 96:
+    if rows <= max(96, min(4 * target.multiprocessors / (target.bandwidth or 4.9), 200)):
         return LayerTiles(128, Tile(128, 128, 64, 2, 8, 4, 1, 0, 0, 64), halved)
     if rows <= 200:
         return LayerTiles(128, Tile(128, 128, 64, 2, 8, 4, 1, 1), halved)
