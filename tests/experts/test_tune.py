@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 from moealign import BackendUnavailable
 from moealign.cli import app
 from moealign.experts import tiles, tune
+from moealign.experts.quantized import QuantizedWeights
+from moealign.experts.records import ExpertWeights, Routes
 from moealign.experts.tiles import LayerTiles, Tile
 
 SHAPE = tune.Shape(128, 8, 2048, 768)
@@ -32,6 +35,56 @@ def test_neighbours_differ_in_one_thing_and_keep_the_rows():
     for other in neighbours:
         assert sum(a != b for a, b in zip(tile, other, strict=True)) == 1
         assert other.m == 128
+
+
+def test_tiles_of_fp8_weights_step_by_the_inputs_that_share_a_scale(tmp_path):
+    shape = SHAPE._replace(dtype=torch.float8_e4m3fn)
+    assert shape.rows is torch.bfloat16
+    hopper = H200._replace(fp8=True, wgmma=True)
+    for tokens in (1, 64, 4096):
+        start = tune.starting_tiles(hopper, shape, tokens)
+        assert start[0] == tiles.tiles_by_rule(hopper, tokens * 8, 8, 128, 2048, 768, 1)
+        seen = []
+        tune.search(start, lambda chosen, seen=seen: seen.append(chosen) or float(len(seen)), fp8=True)
+        assert {tile.k for chosen in seen for tile in chosen[1:]} == {128}
+        assert {tile.warps for chosen in seen for tile in chosen[1:]} == {4, 8}
+    path, chosen = tmp_path / "mine.json", seen[-1]
+    tune.write(path, shape, [tune.TuningResult(4096, chosen, 1.0, 2.0, 5)], {"device": "x"})
+    assert tiles.parse_tuning(path.read_bytes())[shape.key][4096] == chosen
+    contents = json.loads(path.read_text())
+    contents["plans"][shape.key]["4096"]["second"][2] = 64
+    with pytest.raises(ValueError, match="no tuning file") as caught:
+        tiles.parse_tuning(json.dumps(contents).encode())
+    assert "steps of 64" in str(caught.value.__cause__)
+
+
+def test_a_layer_takes_the_tiles_tuned_for_its_weights(tmp_path, monkeypatch):
+    """Those of FP8 weights and of bfloat16 ones of the same sizes are apart."""
+    of_fp8 = tiles.tiles_by_rule(H200._replace(fp8=True), 512, 8, 128, 2048, 768, 1)
+    path = tmp_path / "mine.json"
+    fp8 = SHAPE._replace(dtype=torch.float8_e4m3fn)
+    tune.write(path, fp8, [tune.TuningResult(16, of_fp8, 1.0, 2.0, 5)], {"device": "x"})
+    monkeypatch.setenv("MOEALIGN_TUNING", str(path))
+    tiles.tuned.cache_clear()
+    target = H200._replace(fp8=True)
+    new = functools.partial(torch.empty, device="meta")
+    routes = Routes(new(4096, 8), new(4096, 8, dtype=torch.int32))
+    x = new(4096, 2048, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        both = [QuantizedWeights(new(size, dtype=dtype), new(1)) for size in ((128, 1536, 2048), (128, 2048, 768))]
+        quantized = tuple(both) if dtype is not torch.bfloat16 else None
+        layer = ExpertWeights(both[0].data, both[1].data, quantized=quantized)
+        assert (tiles.select_tiles(x, layer, routes, target=target) == of_fp8) is (quantized is not None)
+    monkeypatch.undo()
+    tiles.tuned.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_gpu_finds_tiles_that_run_and_are_right(dtype):
+    (found,) = tune.tune(tune.Shape(8, 2, 256, 192, dtype), [64], torch.device("cuda", 0))
+    assert 0 < found.microseconds <= found.by_rule < float("inf")
+    assert found.tried >= 5
 
 
 def test_finds_better_tiles_and_skips_those_that_cannot_run():

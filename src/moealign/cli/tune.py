@@ -19,6 +19,12 @@ from . import checks
 __all__ = ["tune"]
 
 MAX_COUNT = 1_048_576  # experts, columns, tokens
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "fp8": torch.float8_e4m3fn,
+}
 Size = typer.Option(min=1, max=MAX_COUNT, help="Columns of down_proj: half of the rows of gate_up_proj.")
 
 
@@ -50,21 +56,23 @@ def tune(
     intermediate: Annotated[int | None, Size] = None,
     inner: Annotated[int | None, typer.Option(min=1, max=MAX_COUNT, hidden=True)] = None,
     tokens: Annotated[str, typer.Option(help="Numbers of tokens, separated by commas.")] = "1,4,16,64,256,1024,4096",
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: bfloat16, float16, float32, or fp8 with bfloat16 rows.")
+    ] = "bfloat16",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to add to (default: the one that fused_moe reads).")
     ] = None,
 ) -> None:
     """Find fast tiles for fused_moe on this GPU, and write them to a file that other machines can use."""
     counts = checks.ints("--tokens", tokens, MAX_COUNT)
-    if dtype not in ("bfloat16", "float16", "float32"):
-        checks.fail(f"--dtype: expected bfloat16, float16 or float32, got {dtype!r}")
+    if dtype not in DTYPES:
+        checks.fail(f"--dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     if top_k > experts:
         checks.fail(f"--top-k: expected at most --experts = {experts}, got {top_k}")
     width = intermediate or inner
     if width is None or (intermediate and inner and intermediate != inner):
         checks.fail(f"--intermediate: expected one width inside an expert, got {'two' if width else 'none'}")
-    shape = tuning.Shape(experts, top_k, hidden, width, getattr(torch, dtype))
+    shape = tuning.Shape(experts, top_k, hidden, width, DTYPES[dtype])
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     target = target_of(device)
     path = output or tuning_path(target)
@@ -72,7 +80,7 @@ def tune(
         checks.fail("--output: expected a file, as the cache folder cannot be used; pass one or set MOEALIGN_TUNING")
     if path.exists() and (wrong := tuning_problem(str(path))):
         checks.fail(f"--output: {wrong}")
-    if output is None and refuses(torch.empty(0, dtype=shape.dtype, device=device)) is None:
+    if output is None and refuses(torch.empty(0, dtype=shape.rows, device=device)) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
     if output is not None or path.parent.is_dir():
         checks.output("--output", path)
@@ -97,9 +105,9 @@ def _check_memory(shape: tuning.Shape, counts: list[int], device: torch.device) 
     """Refuse a layer whose weights and rows do not fit."""
     if device.type != "cuda":
         return
-    item = torch.empty((), dtype=shape.dtype).element_size()
-    weights = 3 * shape.experts * shape.hidden * shape.inner * item
-    rows = max(counts) * (shape.top_k * (shape.hidden + 3 * shape.inner) + tuning.SLOTS * shape.hidden) * item
+    weights = 3 * shape.experts * shape.hidden * shape.inner * shape.dtype.itemsize
+    of_token = shape.top_k * (shape.hidden + 3 * shape.inner) + tuning.SLOTS * shape.hidden
+    rows = max(counts) * of_token * shape.rows.itemsize
     free = torch.cuda.mem_get_info(device)[0]
     if weights + rows > 0.8 * free:
         checks.fail(

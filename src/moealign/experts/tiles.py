@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backend.cache import cache_folder
+from .quantized import GROUP
 from .records import ExpertWeights, Routes
 
 __all__ = [
@@ -205,7 +206,7 @@ def with_block_size(tiles: LayerTiles, size: int, itemsize: int) -> LayerTiles:
 
 
 def tuning_key(experts: int, top_k: int, hidden: int, inner: int, dtype: torch.dtype) -> str:
-    """The name of a layer in a tuning file."""
+    """The name of a layer in a tuning file; `dtype` of its weights."""
     return f"E={experts},k={top_k},H={hidden},I={inner},{str(dtype).removeprefix('torch.')}"
 
 
@@ -257,6 +258,9 @@ def parse_tuning(data: bytes) -> dict[str, dict[int, LayerTiles]]:
         for key, entry in result.items():
             if min(entry, default=1) < 1:
                 raise ValueError(f"{min(entry)} tokens in {key}")
+            depths = {tile.k for one in entry.values() for tile in one[1:]}
+            if key.endswith("float8_e4m3fn") and depths - {GROUP}:
+                raise ValueError(f"steps of {max(depths - {GROUP})} in {key}, whose scales are of {GROUP}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError("no tuning file") from error
     return result
@@ -286,12 +290,12 @@ def select_tiles(
     likely = likely_routes(weights, routes, expected_routes)
     itemsize = hidden_states.element_size() if weights.quantized is None else 1
     sizes = (weights.experts(), weights.hidden(), weights.inner())
-    known = tuned(target) if weights.quantized is None else {}
+    known = tuned(target)
     if batch_invariant:
         alike = invariant_routes(target, likely, sizes[0], itemsize)
         tiles = tiles_by_rule(target, alike, 0, *sizes, itemsize)
         return tiles if block_size is None else with_block_size(tiles, block_size, itemsize)
-    entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], hidden_states.dtype))
+    entry = known and known.get(tuning_key(sizes[0], top_k, *sizes[1:], weights.gate_up.dtype))
     if entry and block_size is None:
         tiles = entry[min(entry, key=lambda count: abs(math.log(count * top_k / max(likely, 1))))]
     else:

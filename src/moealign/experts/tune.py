@@ -18,12 +18,14 @@ from ..errors import BackendUnavailable
 from ..timing import graph_us
 from . import launch
 from .layer import fused_moe
+from .quantized import QuantizedWeights, scales_shape
 from .records import ExpertWeights, Routes
 from .tiles import LayerTiles, Target, Tile, target_of, tiles_by_rule, tuned, tuning_key
 
 __all__ = ["Shape", "TuningResult", "neighbours", "search", "starting_tiles", "tune", "write"]
 
 MAX_RELATIVE_ERROR = 2e-2  # against the packed path, in the layer's dtype
+MAX_RELATIVE_ERROR_FP8 = 3e-2  # there the paths round activated rows apart
 SLOTS = 4  # inputs that the calls of a graph use in turn, so that no weights stay in L2
 
 
@@ -34,11 +36,20 @@ class Shape(NamedTuple):
     top_k: int
     hidden: int
     inner: int  # columns of down_proj; gate_up_proj has twice as many rows
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = torch.bfloat16  # of the weights: torch.float8_e4m3fn by blocks of 128 x 128
 
     @property
     def key(self) -> str:
         return tuning_key(*self)
+
+    @property
+    def fp8(self) -> bool:
+        return self.dtype is torch.float8_e4m3fn
+
+    @property
+    def rows(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return torch.bfloat16 if self.fp8 else self.dtype
 
 
 class TuningResult(NamedTuple):
@@ -53,8 +64,7 @@ class TuningResult(NamedTuple):
 
 def starting_tiles(target: Target, shape: Shape, tokens: int) -> list[LayerTiles]:
     """The rule's tiles for this many tokens first, then those for fewer and for more."""
-    itemsize = torch.empty((), dtype=shape.dtype).element_size()
-    sizes = (shape.top_k, shape.experts, shape.hidden, shape.inner, itemsize)
+    sizes = (shape.top_k, shape.experts, shape.hidden, shape.inner, shape.dtype.itemsize)
     routes = tokens * shape.top_k
     candidates = [tiles_by_rule(target, routes, *sizes)]
     for factor in (0.25, 0.5, 2.0, 4.0):
@@ -63,10 +73,13 @@ def starting_tiles(target: Target, shape: Shape, tokens: int) -> list[LayerTiles
     return list(dict.fromkeys(candidates))
 
 
-def neighbours(tile: Tile) -> list[Tile]:
-    """Tiles that differ from `tile` by one step, with the same number of rows."""
+def neighbours(tile: Tile, fp8: bool = False) -> list[Tile]:
+    """Tiles that differ from `tile` by one step, with the same number of rows and, with FP8 weights, the same depth."""
     tiles = [tile._replace(n=n) for n in (tile.n // 2, tile.n * 2) if 16 <= n <= 256]
-    tiles += [tile._replace(k=k) for k in (tile.k // 2, tile.k * 2) if 32 <= k <= 256]
+    if fp8:  # the inputs that share a scale; the sum of a step needs registers
+        tiles.append(tile._replace(warps=4 if tile.warps == 8 else 8))
+    else:
+        tiles += [tile._replace(k=k) for k in (tile.k // 2, tile.k * 2) if 32 <= k <= 256]
     tiles += [tile._replace(stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if 2 <= stages <= 6]
     tiles.append(tile._replace(ctas=0) if tile.ctas else tile._replace(ctas=1, half_tile_rows=0))
     tiles.append(tile._replace(group=2 if tile.group > 2 else 8))
@@ -75,7 +88,9 @@ def neighbours(tile: Tile) -> list[Tile]:
     return tiles
 
 
-def search(start: Sequence[LayerTiles], measure: Callable[[LayerTiles], float]) -> tuple[LayerTiles, float, float, int]:
+def search(
+    start: Sequence[LayerTiles], measure: Callable[[LayerTiles], float], fp8: bool = False
+) -> tuple[LayerTiles, float, float, int]:
     """Search from `start`; candidates that cannot run must measure as infinite.
 
     Returns:
@@ -93,8 +108,8 @@ def search(start: Sequence[LayerTiles], measure: Callable[[LayerTiles], float]) 
 
     measure_all(start)
     for candidate in best()[:2]:
-        measure_all([candidate._replace(first=tile) for tile in neighbours(candidate.first)])
-    measure_all([best()[0]._replace(second=tile) for tile in neighbours(best()[0].second)])
+        measure_all([candidate._replace(first=tile) for tile in neighbours(candidate.first, fp8)])
+    measure_all([best()[0]._replace(second=tile) for tile in neighbours(best()[0].second, fp8)])
     winner = best()[0]
     return winner, times[winner], times[start[0]], len(times)
 
@@ -105,7 +120,8 @@ def tune(shape: Shape, tokens: Sequence[int], device: torch.device, seed: int = 
     Raises:
         BackendUnavailable: the kernels do not run on `device`.
     """
-    experts, top_k, hidden, inner, dtype = shape
+    experts, top_k, hidden, inner, _ = shape
+    dtype = shape.rows
     probe = torch.empty(0, dtype=dtype, device=device)
     reason = launch.refuses(probe) or (None if device.type == "cuda" else "times are taken on a GPU")
     if reason is not None:
@@ -116,7 +132,19 @@ def tune(shape: Shape, tokens: Sequence[int], device: torch.device, seed: int = 
         scale: float = size[-1] ** -0.5
         return torch.randn(size, generator=generator, device=device, dtype=dtype) * scale
 
-    weights = ExpertWeights(randn(experts, 2 * inner, hidden), randn(experts, hidden, inner))
+    def quantized(*size: int) -> QuantizedWeights:
+        data = torch.empty(size, dtype=torch.float8_e4m3fn, device=device)
+        for expert in data:  # one at a time, for memory
+            expert.copy_(randn(*size[1:]) * (100 * size[-1] ** 0.5))
+        scales = torch.full(scales_shape(data, (128, 128)), size[-1] ** -0.5 / 100, device=device)
+        return QuantizedWeights(data, scales, (128, 128))
+
+    sizes = (experts, 2 * inner, hidden), (experts, hidden, inner)
+    if shape.fp8:
+        both = quantized(*sizes[0]), quantized(*sizes[1])
+        weights = ExpertWeights(both[0].data, both[1].data, quantized=both)
+    else:
+        weights = ExpertWeights(randn(*sizes[0]), randn(*sizes[1]))
     for count in tokens:
         inputs = []
         for _ in range(SLOTS if count <= 512 else 1):
@@ -124,13 +152,15 @@ def tune(shape: Shape, tokens: Sequence[int], device: torch.device, seed: int = 
             values, ids = scores.topk(top_k, 1)
             inputs.append((randn(count, hidden) * hidden**0.5, Routes(values.softmax(1), ids.to(torch.int32))))
         measure = _measurement(weights, inputs)
-        yield TuningResult(count, *search(starting_tiles(target_of(device), shape, count), measure))
+        yield TuningResult(count, *search(starting_tiles(target_of(device), shape, count), measure, shape.fp8))
 
 
 def _measurement(weights: ExpertWeights, inputs: Sequence[tuple[Tensor, Routes]]) -> Callable[[LayerTiles], float]:
     """A function that returns the microseconds of a layer with some tiles; infinite if they fail or are wrong."""
     x, routes = inputs[0]
-    expected = fused_moe(x, weights.gate_up, weights.down, routes.weights, routes.ids, backend="packed").float()
+    gate_up, down = weights.quantized or weights[:2]
+    most = MAX_RELATIVE_ERROR if weights.quantized is None else MAX_RELATIVE_ERROR_FP8
+    expected = fused_moe(x, gate_up, down, routes.weights, routes.ids, backend="packed").float()
 
     def run(tiles: LayerTiles, slot: int) -> Tensor:
         x, routes = inputs[slot]
@@ -140,7 +170,7 @@ def _measurement(weights: ExpertWeights, inputs: Sequence[tuple[Tensor, Routes]]
     def measure(tiles: LayerTiles) -> float:
         try:
             error = float((run(tiles, 0).float() - expected).norm() / expected.norm())
-            if not error < MAX_RELATIVE_ERROR:
+            if not error < most:
                 return float("inf")
             calls = [lambda slot=slot: run(tiles, slot) for slot in range(len(inputs))]  # type: ignore[misc]
             return graph_us(calls, warm_up=len(inputs), min_replays=5, max_replays=50, budget_us=5_000.0)
