@@ -20,6 +20,8 @@ from ..layout import PAST_CAPACITY, cdiv, power_of_two
 
 __all__ = [
     "HERE",
+    "Packed",
+    "Packing",
     "Parts",
     "Place",
     "combine",
@@ -28,7 +30,6 @@ __all__ = [
     "header_rows",
     "new_sums",
     "new_wire",
-    "note_overflow",
     "pack",
     "pack_launch",
     "picked_in_torch",
@@ -56,6 +57,43 @@ class Parts(NamedTuple):
 HERE = Parts(None, 1)
 #: Of rows, columns and a dtype, a wire's memory and its parts.
 Place = Callable[[int, int, torch.dtype], tuple[Tensor, Parts]]
+#: The results of :func:`pack`.
+Packed = tuple[Tensor, Tensor, Tensor]
+
+
+class Packing(NamedTuple):
+    """How one kind of wire is filled.  The functions take the rows and then the arguments of its `pack`."""
+
+    operator: str
+    tensors: int  #: among the arguments, which come first; the last one is the offsets
+    capacity: int  #: which of the arguments it is
+    new: Callable[..., tuple[Packed, Parts]]  #: the results, uninitialised, in `memory`
+    by_kernel: Callable[..., launch.GemmLaunch]  #: fills `out`, the wire in `parts`; notes an overflow in `error_word`
+    in_torch: Callable[..., Packed]
+    differentiable: bool = False
+
+    def pack(self, rows: Tensor, args: tuple[Any, ...], error_word: Tensor | None, memory: Place | None) -> Packed:
+        """The results, by the operator where something follows the call."""
+        if modes.watched(rows, *args[: self.tensors]) or (self.differentiable and modes.wants_gradient(rows)):
+            note_overflow(error_word, args[self.tensors - 1], args[self.capacity])
+            result: Packed = modes.call(getattr(torch.ops.moealign, self.operator), rows, *args)
+            return result
+        return self.fill(rows, *args, error_word=error_word, memory=memory)
+
+    def fill(self, rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None) -> Packed:
+        """The results, by a kernel where kernels run."""
+        if launch.refuses(rows) is None:
+            out, parts = self.new(rows, *args, memory=memory)
+            launch.run([self.by_kernel(rows, *args, out=out, error_word=error_word, parts=parts)], rows.device)
+            return out
+        note_overflow(error_word, args[self.tensors - 1], args[self.capacity])
+        return self.in_torch(rows, *args)
+
+    def register(self, library: torch.library.Library) -> None:
+        """Register the operator of `library`."""
+        library.impl(self.operator, self.fill, "CompositeExplicitAutograd")
+        fake = lambda *args: self.new(*args)[0]  # noqa: E731
+        torch.library.register_fake(f"moealign::{self.operator}", fake, lib=library)
 
 
 def words_of(hidden: int, itemsize: int) -> int:
@@ -92,9 +130,7 @@ def note_overflow(error_word: Tensor | None, offsets: Tensor, capacity: int) -> 
         error_word.bitwise_or_(over.to(torch.int32) * PAST_CAPACITY)
 
 
-def pack(
-    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None) -> Packed:
     """The rows ``[T, H]`` of each route in a wire; differentiable in `rows`.
 
     Args:
@@ -109,11 +145,7 @@ def pack(
         The wire; int32 ``[ranks * span]``, the route of each of its rows or ``n``; int32 ``[n]``, the row of each
         route, or -1.
     """
-    if modes.watched(rows, *args[:5]) or modes.wants_gradient(rows):
-        note_overflow(error_word, args[4], args[6])
-        result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire, rows, *args)
-        return result
-    return _pack(rows, *args, error_word=error_word, memory=memory)
+    return _PACKING.pack(rows, args, error_word, memory)
 
 
 def new_wire(
@@ -124,7 +156,7 @@ def new_wire(
     width: int,
     dtype: torch.dtype,
     memory: Place | None,
-) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+) -> tuple[Packed, Parts]:
     """The three results of :func:`pack`, uninitialised, with a wire of `width` columns of `dtype`; and its parts."""
     count = (offsets.shape[0] - 1) * span
     wire, parts = (rows.new_empty(count, width, dtype=dtype), HERE) if memory is None else memory(count, width, dtype)
@@ -132,21 +164,8 @@ def new_wire(
     return (wire, routes, places), parts
 
 
-def _new_wire(rows: Tensor, *args: Any, memory: Place | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+def _new_wire(rows: Tensor, *args: Any, memory: Place | None = None) -> tuple[Packed, Parts]:
     return new_wire(rows, args[3], args[4], args[6] + args[7], rows.shape[1], rows.dtype, memory)
-
-
-def _pack(
-    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if launch.refuses(rows) is None:
-        ids, slots, order, positions, offsets, *sizes = args
-        out, parts = _new_wire(rows, *args, memory=memory)
-        one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word, parts)
-        launch.run([one], rows.device)
-        return out
-    note_overflow(error_word, args[4], args[6])
-    return pack_in_torch(rows, *args)
 
 
 def pack_launch(
@@ -156,14 +175,15 @@ def pack_launch(
     order: Tensor,
     positions: Tensor,
     offsets: Tensor,
-    sizes: tuple[int, ...],
+    top_k: int,
+    capacity: int,
+    header: int,
+    *,
     out: tuple[Tensor, ...],
     error_word: Tensor | None = None,
     parts: Parts = HERE,
 ) -> launch.GemmLaunch:
-    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`; `sizes` are top_k, capacity
-    and header."""
-    top_k, capacity, header = sizes
+    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`."""
     words = launch.row_major(rows).view(torch.int16)
     routes, ranks, width = positions.shape[0], offsets.shape[0] - 1, words.shape[1]
     block, places = min(2048, power_of_two(width)), 256
@@ -193,7 +213,7 @@ def pack_in_torch(
     top_k: int,
     capacity: int,
     header: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Packed:
     """:func:`pack` in torch's operations."""
     ranks, span = offsets.shape[0] - 1, capacity + header
     wire = rows.new_zeros(ranks, span, rows.shape[1])
@@ -263,7 +283,7 @@ def rows_in_torch(
     return listed, filled, routes.view(-1), places
 
 
-def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _pack_save(ctx: Any, inputs: tuple[Any, ...], output: Packed) -> None:
     ctx.top_k = inputs[6]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
@@ -275,8 +295,8 @@ def _pack_backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, .
     return rows.view(-1, ctx.top_k, grad.shape[1]).sum(1), *(None,) * 8
 
 
-_library.impl("pack_wire", _pack, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::pack_wire", lambda *args: _new_wire(*args)[0], lib=_library)
+_PACKING = Packing("pack_wire", 5, 6, _new_wire, pack_launch, pack_in_torch, differentiable=True)
+_PACKING.register(_library)
 modes.differentiable(_library, "pack_wire", pack_in_torch, _pack_save, _pack_backward)
 
 

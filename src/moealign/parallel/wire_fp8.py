@@ -16,7 +16,7 @@ from .. import modes
 from ..experts import launch
 from ..experts.quantized import GROUP, quantize_rows
 from ..layout import cdiv, power_of_two
-from .wire import HERE, Parts, Place, new_wire, note_overflow, picked_in_torch, routes_in_torch
+from .wire import HERE, Packed, Packing, Parts, Place, new_wire, picked_in_torch, routes_in_torch
 
 __all__ = [
     "groups_of",
@@ -75,32 +75,13 @@ _library.define(
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(
-    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None) -> Packed:
     """:func:`moealign.parallel.wire.pack`, with a wire of uint8 ``[ranks * span, pitch]``; gives no gradients."""
-    if modes.watched(rows, *args[:5]):
-        note_overflow(error_word, args[4], args[6])
-        result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_wire_fp8, rows, *args)
-        return result
-    return _pack(rows, *args, error_word=error_word, memory=memory)
+    return _PACKING.pack(rows, args, error_word, memory)
 
 
-def _new_wire(rows: Tensor, *args: Any, memory: Place | None = None) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+def _new_wire(rows: Tensor, *args: Any, memory: Place | None = None) -> tuple[Packed, Parts]:
     return new_wire(rows, args[3], args[4], args[6] + args[7], pitch_of(rows.shape[1]), torch.uint8, memory)
-
-
-def _pack(
-    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if launch.refuses(rows) is None:
-        ids, slots, order, positions, offsets, *sizes = args
-        out, parts = _new_wire(rows, *args, memory=memory)
-        one = pack_launch(rows, ids, slots, order, positions, offsets, tuple(sizes), out, error_word, parts)
-        launch.run([one], rows.device)
-        return out
-    note_overflow(error_word, args[4], args[6])
-    return pack_in_torch(rows, *args)
 
 
 def pack_launch(
@@ -110,14 +91,15 @@ def pack_launch(
     order: Tensor,
     positions: Tensor,
     offsets: Tensor,
-    sizes: tuple[int, ...],
+    top_k: int,
+    capacity: int,
+    header: int,
+    *,
     out: tuple[Tensor, ...],
     error_word: Tensor | None = None,
     parts: Parts = HERE,
 ) -> launch.GemmLaunch:
-    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`; `sizes` are top_k, capacity
-    and header."""
-    top_k, capacity, header = sizes
+    """The launch that fills `out`, the three results of :func:`pack`, the wire in `parts`."""
     rows, wire = launch.row_major(rows), out[0]
     words, hidden = wire.view(torch.int16), rows.shape[1]
     routes, ranks, places = positions.shape[0], offsets.shape[0] - 1, 256
@@ -138,7 +120,7 @@ def pack_launch(
     )  # fmt: skip
 
 
-def pack_in_torch(rows: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def pack_in_torch(rows: Tensor, *args: Any) -> Packed:
     """:func:`pack` in torch's operations."""
     offsets, top_k, capacity, header = args[4:]
     ranks, span, hidden = offsets.shape[0] - 1, capacity + header, rows.shape[1]
@@ -202,7 +184,7 @@ def _unpack_fake(wire: Tensor, ranks: int, capacity: int, hidden: int, dtype: to
     return wire.new_empty(count, hidden, dtype=dtype), wire.new_empty(count, 1, dtype=torch.int16)
 
 
-_library.impl("pack_wire_fp8", _pack, "CompositeExplicitAutograd")
+_PACKING = Packing("pack_wire_fp8", 5, 6, _new_wire, pack_launch, pack_in_torch)
+_PACKING.register(_library)
 _library.impl("unpack_wire_fp8", _unpack, "CompositeExplicitAutograd")
-torch.library.register_fake("moealign::pack_wire_fp8", lambda *args: _new_wire(*args)[0], lib=_library)
 torch.library.register_fake("moealign::unpack_wire_fp8", _unpack_fake, lib=_library)

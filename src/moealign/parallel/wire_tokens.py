@@ -17,7 +17,7 @@ from .. import modes
 from ..experts import launch
 from ..experts.quantized import GROUP
 from ..layout import cdiv, power_of_two
-from .wire import HERE, Parts, Place, new_wire, note_overflow, picked_in_torch, rows_in_torch
+from .wire import HERE, Packed, Packing, Parts, Place, new_wire, picked_in_torch, rows_in_torch
 from .wire_fp8 import groups_of, narrow_in_torch, size_of, widen_in_torch
 
 __all__ = [
@@ -138,9 +138,7 @@ def _known(ids: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def pack(
-    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def pack(rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None) -> Packed:
     """The pairs of the tokens `rows` ``[T, H]`` in a wire; gives no gradients.
 
     Args:
@@ -154,30 +152,13 @@ def pack(
         The wire; int32 ``[ranks * capacity]``, the pair in each of its rows or ``n``; int32 ``[n]``, the row of each
         pair, or -1.
     """
-    if modes.watched(rows, *args[:7]):
-        note_overflow(error_word, args[6], args[7])
-        result: tuple[Tensor, Tensor, Tensor] = modes.call(torch.ops.moealign.pack_tokens, rows, *args)
-        return result
-    return _pack(rows, *args, error_word=error_word, memory=memory)
+    return _PACKING.pack(rows, args, error_word, memory)
 
 
-def _new_wire(
-    rows: Tensor, weights: Tensor, *args: Any, memory: Place | None = None
-) -> tuple[tuple[Tensor, Tensor, Tensor], Parts]:
+def _new_wire(rows: Tensor, weights: Tensor, *args: Any, memory: Place | None = None) -> tuple[Packed, Parts]:
     positions, offsets, capacity, fp8 = args[4:]
     form = format_of(rows.shape[1], rows.dtype, weights.shape[1], fp8)
     return new_wire(rows, positions, offsets, capacity, form.pitch, torch.uint8, memory)
-
-
-def _pack(
-    rows: Tensor, *args: Any, error_word: Tensor | None = None, memory: Place | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if launch.refuses(rows) is None:
-        out, parts = _new_wire(rows, *args, memory=memory)
-        launch.run([pack_launch(rows, *args, out=out, error_word=error_word, parts=parts)], rows.device)
-        return out
-    note_overflow(error_word, args[6], args[7])
-    return pack_in_torch(rows, *args)
 
 
 def pack_launch(
@@ -233,7 +214,7 @@ def pack_in_torch(
     offsets: Tensor,
     capacity: int,
     fp8: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Packed:
     """:func:`pack` in torch's operations."""
     count, (hidden, top_k) = offsets.shape[0] - 1, (rows.shape[1], ids.shape[1])
     listed, filled, routes, places = rows_in_torch(order, positions, offsets, capacity, 0)
@@ -308,9 +289,10 @@ def unpack_in_torch(wire: Tensor, hidden: int, dtype: torch.dtype, top_k: int) -
     return widen_in_torch(data, hidden, dtype), weights.contiguous(), slots.contiguous()
 
 
+_PACKING = Packing("pack_tokens", 7, 7, _new_wire, pack_launch, pack_in_torch)
+_PACKING.register(_library)
 for _name, _eager, _fake in (
     ("first_of_ranks", _first, _new_first),
-    ("pack_tokens", _pack, lambda *args: _new_wire(*args)[0]),
     ("unpack_tokens", _unpack, _new_parts),
 ):
     _library.impl(_name, _eager, "CompositeExplicitAutograd")
