@@ -337,6 +337,7 @@ def test_tiles_are_of_the_routes_that_are_likely_to_have_an_expert_here(quantize
     assert selected(8 * 64 * 8, 1, expected_routes=0).block_size == 16
     assert selected(1, 8, 256).first == selected(1, 8).first  # measured with all experts
     assert selected(8, 1, ids=torch.int32, expected_routes=1).block_size == 16  # never a tile for each of the rows
+    assert selected(1, 8, ids=torch.int32, expected_routes=1) == selected(1, 8, ids=torch.int32)
     pinned = {"batch_invariant": True}
     assert selected(8 * 64 * 8, 1, expected_routes=64 * 8, **pinned) == selected(64, 8, **pinned)
 

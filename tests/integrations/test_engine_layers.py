@@ -427,6 +427,19 @@ def test_a_layer_of_sglang_s(sgl, inplace, scale):
 
 
 @pytest.mark.parametrize(
+    ("sizes", "share"),
+    [({}, None), ({"num_experts": 4, "num_local_experts": 4}, None), ({"num_experts": 32, "num_local_experts": 4}, 8)],
+)
+def test_a_layer_of_sglang_s_expects_the_routes_of_its_rank(sgl, sizes, share, monkeypatch):
+    (x, w13, w2, weights, ids, *_), *_ = arguments()
+    seen = []
+    plain = sglang_layer.fused_moe
+    monkeypatch.setattr(sglang_layer, "fused_moe", lambda *args, **named: seen.append(named) or plain(*args, **named))
+    sglang_layer.run(Runner(**sizes), dispatched(x, weights, ids), quant_info(w13, w2))
+    assert seen[0]["expected_routes"] == (None if share is None else -(-ids.numel() // share))
+
+
+@pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"use_int4_w4a16": True}, "expected unquantised or FP8 experts, got use_int4_w4a16"),

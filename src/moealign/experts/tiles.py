@@ -305,7 +305,7 @@ def select_tiles(
     no_layout = (
         tiles.block_size == 0
         and block_size is None
-        and expected_routes is None
+        and (expected_routes is None or routes.ids.shape[0] <= 2)
         and routes.expert_map is None
         and routes.num_valid_tokens is None
         and routes.ids.dtype in (torch.int32, torch.int64)
@@ -315,11 +315,13 @@ def select_tiles(
 
 def likely_routes(weights: ExpertWeights, routes: Routes, expected: int | None) -> int:
     """How many routes are likely to have an expert here: those `expected`, else all, of which `expert_map` leaves the
-    share of the local experts."""
+    share of the local experts.  All of one or two tokens, whose tiles were measured that way."""
     count = routes.ids.numel()
+    if routes.ids.shape[0] <= 2:
+        return count
     if expected is not None:
         return min(expected, count)
-    if routes.expert_map is None or routes.ids.shape[0] <= 2:  # whose tiles were measured with all experts
+    if routes.expert_map is None:
         return count
     everywhere = max(routes.expert_map.numel(), weights.experts(), 1)
     return -(-count * weights.experts() // everywhere)

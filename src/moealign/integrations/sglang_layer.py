@@ -147,10 +147,17 @@ def run(runner: Any, dispatch_output: Any, quant_info: Any, lora_info: Any = Non
         gate_up_bias=quant_info.b13,
         down_bias=quant_info.b2,
         batch_invariant=bool(fused.is_batch_invariant_mode_enabled()),
+        expected_routes=_expected_routes(config, choice.topk_ids),
         out=rows if config.inplace else _output(fused, rows),
         backend=None if rows.device.type == "cpu" else "triton",
     )
     return importlib.import_module(f"{_MOE}.token_dispatcher.standard").StandardCombineInput(hidden_states=out)
+
+
+def _expected_routes(config: Any, ids: Tensor) -> int | None:
+    """How many ids are likely to be of this rank's experts; None if all are."""
+    everywhere, here = (getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts"))
+    return -(-ids.numel() * here // everywhere) if 0 < here < everywhere else None
 
 
 def _output(fused: Any, rows: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ def replicated_moe(
         bins = placement.bins(topk_ids)
         here = (bins >= rank * placement.slots) & (bins < (rank + 1) * placement.slots)
         local = torch.where(here, bins - rank * placement.slots, -1)
+        options.setdefault("expected_routes", -(-topk_ids.numel() // placement.ranks))
         out = fused_moe(hidden, gate_up_proj, down_proj, weights, local, **options)
     else:
         local_map = placement.expert_map(rank, topk_ids.device)
