@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import moealign
 from moealign import diagnosis, startup, terminal
 from moealign.cli import app, checks
+from moealign.cli.check import ROUTER_KINDS, check_route
 from moealign.cli.tune import describe
 from moealign.errors import how_to_install
 from moealign.experts.tiles import Tile
@@ -147,18 +148,30 @@ def test_check_fails_when_a_backend_is_wrong(monkeypatch):
     assert "expert_ids[0]" in result.output
 
 
-@pytest.mark.parametrize("spoil", ["weights", "ids"])
-def test_check_sees_a_wrong_router(monkeypatch, spoil):
+@pytest.mark.parametrize(("spoil", "said"), [("weights", "weights differ"), ("ids", "ids differ"),
+                                            ("layout", "sorted_token_ids[0]: expected")])  # fmt: skip
+def test_check_sees_a_wrong_router(monkeypatch, spoil, said):
     honest = moealign.route
 
     def spoiled(*arguments, **options):
         weights, ids, layout = honest(*arguments, **options)
-        return (weights * 1.001, ids, layout) if spoil == "weights" else (weights, ids.flip(1) + 1, layout)
+        if spoil == "weights":
+            weights = weights * 1.001
+        elif spoil == "ids":
+            ids = ids.flip(1) + 1
+        else:
+            layout.sorted_token_ids.add_(1)
+        return weights, ids, layout
 
     monkeypatch.setattr("moealign.cli.check.route", spoiled)
     result = run("check", "--cases", "1")
     assert result.exit_code == 1
-    assert f"{spoil} differ" in result.output
+    assert said in result.output
+
+
+def test_check_draws_every_kind_of_router():
+    cases = {case.split(", ", 3)[3] for case, problem in check_route("reference", torch.device("cpu"), 200)}
+    assert cases == {str(kind or "softmax") for kind in ROUTER_KINDS}
 
 
 def test_check_sees_wrong_experts_and_experts_that_fail(monkeypatch):

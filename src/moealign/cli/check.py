@@ -18,7 +18,7 @@ from ..experts.layer import fused_moe
 from ..experts.quantized import QuantizedWeights
 from ..routing import route
 from ..terminal import escape, paragraph, table
-from ..testing import check_backend, oracle_route
+from ..testing import check_backend, difference, oracle_align, oracle_route
 from . import checks
 
 __all__ = ["check", "check_experts", "check_fp8", "check_route"]
@@ -30,6 +30,9 @@ ROUTER_KINDS: tuple[dict[str, Any], ...] = (
     {"num_groups": 4, "topk_groups": 2},
     {"bias": True, "num_groups": 4, "topk_groups": 2},
     {"bias": True, "scoring": "sqrtsoftplus"},
+    {"factors": True, "scale": 2.5},
+    {"shared_experts": 2, "scoring": "sigmoid"},
+    {"replay": True, "renormalize": False},
 )
 RESULTS = (
     "result",
@@ -39,7 +42,10 @@ MAX_ERROR, MAX_ERROR_FP8 = 1e-4, 0.1  # relative: of float32 experts, and of tho
 
 
 def check_route(name: str, device: torch.device, cases: int, seed: int = 0) -> Iterator[tuple[str, str | None]]:
-    """Random routers with ties against the oracle: ids exactly, weights to 2e-6.  Yields (case, None or difference)."""
+    """Random routers with ties against the oracle: ids and layout exactly, weights to 2e-6.
+
+    Yields (the case in words, None or the difference).
+    """
     draw = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(cases):
@@ -47,17 +53,25 @@ def check_route(name: str, device: torch.device, cases: int, seed: int = 0) -> I
         tokens, said = draw.choice((1, 7, 33)), draw.choice(ROUTER_KINDS)
         options = dict(said)
         logits = (torch.randn(tokens, experts, generator=generator) * 8).round() / 4
-        bias = torch.rand(experts, generator=generator) / experts if options.pop("bias", False) else None
-        ids, weights, _ = oracle_route(logits, top_k, correction_bias=bias, **options)
-        there = None if bias is None else bias.to(device)
-        got_weights, got_ids, _ = route(
-            logits.to(device), top_k, block_size=16, correction_bias=there, **options, backend=name
-        )
+        tensors: dict[str, Any] = {}
+        if options.pop("bias", False):
+            tensors["correction_bias"] = torch.rand(experts, generator=generator) / experts
+        if options.pop("factors", False):
+            tensors["expert_scale"] = torch.rand(experts, generator=generator) + 0.5
+        if options.pop("replay", False):
+            tensors["replay_ids"] = torch.randint(-1, experts + 1, (tokens, top_k), generator=generator)
+        ids, weights, _ = oracle_route(logits, top_k, **tensors, **options)
+        there = {key: each.to(device) for key, each in tensors.items()}
+        got_weights, got_ids, layout = route(logits.to(device), top_k, block_size=16, **there, **options, backend=name)
+        every = experts + options.get("shared_experts", 0)
+        wanted = oracle_align(torch.tensor(ids), block_size=16, num_experts=every, ignore_invalid_experts=True)
         problem = None
         if got_ids.tolist() != ids:
             problem = "ids differ"
         elif not torch.allclose(got_weights.cpu(), torch.tensor(weights), rtol=2e-6, atol=1e-9):
             problem = "weights differ"
+        else:
+            problem = difference(layout, wanted)
         yield f"route: {tokens} tokens, {experts} experts, top {top_k}, {said or 'softmax'}", problem
 
 
@@ -184,9 +198,9 @@ def check(
         print(table(names, rows, title=f"moealign {__version__}, random cases", left=4, repeat=2))
         print(
             paragraph(
-                "align: every output against the plain-loop oracle, element for element. route: the experts exactly, "
-                "their weights to 2e-6. fused_moe: float32 and its gradients against float64, one expert after the "
-                "other. fp8: experts with FP8 weights, to the rounding of their rows."
+                "align: every output against the plain-loop oracle, element for element. route: experts and layout "
+                "exactly, their weights to 2e-6. fused_moe: float32 and its gradients against float64, one expert "
+                "after the other. fp8: experts with FP8 weights, to the rounding of their rows."
             )
         )
         for name, reason in unavailable.items():
