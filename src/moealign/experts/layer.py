@@ -117,18 +117,17 @@ def fused_moe(
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
     if quantized is not None:
-        options = (recompute, weight_grads, batch_invariant, expected_routes)
-        return _quantized(hidden_states, x, weights, routes, activation, output_rows, block_size, options, out, backend)
+        options = (block_size, (recompute, weight_grads, batch_invariant), expected_routes, out, backend)
+        return _quantized(hidden_states, x, weights, routes, activation, output_rows, *options)
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
-    training: tuple[Any, ...] = ()
+    training: tuple[Any, ...] = _NO_TRAINING
     if recompute is not False or weight_grads is not None or batch_invariant is not False:
         refusal = modes.checked(check_training, weights, recompute, weight_grads, batch_invariant, dtypes)
         if isinstance(refusal, modes.Refusal):
             return modes.refuse(refusal)[0]
         training = (recompute, *(weight_grads or (None, None)), batch_invariant)
-    hint = () if expected_routes is None else (*(training or _NO_TRAINING), expected_routes)
     gradients = modes.wants_gradient(x, *weights, topk_weights)
     if out is not None:
         shape, derivatives = hidden_states.shape, gradients or modes.forward_mode()
@@ -143,7 +142,7 @@ def fused_moe(
     if name is not None:
         watched = modes.watched(x, gate_up, down, *biases, *routes) and backend != "packed"
         if watched or (path == "triton" and gradients):
-            options = (name, *biases, transposed, block_size, *(hint or training))
+            options = (name, *biases, transposed, block_size, *training, expected_routes)
             result: Tensor = modes.call(torch.ops.moealign.fused_moe, x, gate_up, down, *routes, *options)
         elif path == "triton":
             buffer = out if x is hidden_states else None  # else the result is of autocast's dtype
@@ -156,8 +155,7 @@ def fused_moe(
         rest = (output_rows, block_size, None, expected_routes)
         result = modes.call(_with_callable, x, weights, routes, apply, *rest)
     else:
-        options = (*(training or _NO_TRAINING), output_rows, True)
-        result = modes.call(packed.run_training, x, weights, routes, apply, *options)
+        result = modes.call(packed.run_training, x, weights, routes, apply, *training, output_rows, True)
     return _returned(result, hidden_states, out)
 
 
@@ -176,7 +174,8 @@ def _quantized(
     activation: Any,
     output_rows: Rows | None,
     block_size: int | None,
-    training: tuple[Any, ...],
+    training: tuple[object, object, Any],
+    expected_routes: int | None,
     out: Tensor | None,
     backend: str | None,
 ) -> Tensor:
@@ -185,7 +184,7 @@ def _quantized(
     gated = modes.checked(check_layer, x, weights, routes, activation, output_rows, block_size)
     if isinstance(gated, modes.Refusal):
         return modes.refuse(gated)[0]
-    refusal = modes.checked(check_quantized_layer, x, weights, routes, training[:3], named)
+    refusal = modes.checked(check_quantized_layer, x, weights, routes, training, named)
     if isinstance(refusal, modes.Refusal):
         return modes.refuse(refusal)[0]
     if out is not None:
@@ -196,11 +195,11 @@ def _quantized(
     if named:
         name = activation.text if isinstance(activation, Gate) else activation
         buffer = out if x is hidden_states else None  # else the result is of autocast's dtype
-        options = (training[2], buffer, backend, training[3])
+        options = (training[2], buffer, backend, expected_routes)
         result = quantized_operators.run_layer(x, weights, routes, name, block_size, *options)
     else:
         apply = function_of(activation, gated) if isinstance(activation, (str, Gate)) else activation
-        rest = (output_rows, block_size, backend, training[3])
+        rest = (output_rows, block_size, backend, expected_routes)
         result = modes.call(_with_callable, x, weights, routes, apply, *rest)
     return _returned(result, hidden_states, out)
 

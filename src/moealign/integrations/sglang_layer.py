@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import InvalidInput
 from ..experts.activations import Gate
 from ..experts.layer import fused_moe
+from ..layout import cdiv
 from . import engines, fp8
 
 __all__ = ["FUNCTION", "TARGET", "forget", "gate_of", "refuses_layer", "run"]
@@ -157,7 +158,7 @@ def run(runner: Any, dispatch_output: Any, quant_info: Any, lora_info: Any = Non
 def _expected_routes(config: Any, ids: Tensor) -> int | None:
     """How many ids are likely to be of this rank's experts; None if all are."""
     everywhere, here = (getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts"))
-    return -(-ids.numel() * here // everywhere) if 0 < here < everywhere else None
+    return cdiv(ids.numel() * here, everywhere) if 0 < here < everywhere else None
 
 
 def _output(fused: Any, rows: Tensor) -> Tensor:

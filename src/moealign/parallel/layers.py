@@ -12,6 +12,7 @@ from .. import modes
 from ..alignment import align
 from ..errors import InvalidInput
 from ..experts.layer import fused_moe
+from ..layout import cdiv
 from .collectives import Copy, Exchange, Group, Reduce, collective, member, refuse_tracing
 from .exchange import ExpertExchange
 from .experts import ExpertPlacement
@@ -59,7 +60,7 @@ def replicated_moe(
         bins = placement.bins(topk_ids)
         here = (bins >= rank * placement.slots) & (bins < (rank + 1) * placement.slots)
         local = torch.where(here, bins - rank * placement.slots, -1)
-        options.setdefault("expected_routes", -(-topk_ids.numel() // placement.ranks))
+        options.setdefault("expected_routes", cdiv(topk_ids.numel(), placement.ranks))
         out = fused_moe(hidden, gate_up_proj, down_proj, weights, local, **options)
     else:
         local_map = placement.expert_map(rank, topk_ids.device)

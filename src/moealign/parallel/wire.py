@@ -92,8 +92,11 @@ class Packing(NamedTuple):
     def register(self, library: torch.library.Library) -> None:
         """Register the operator of `library`."""
         library.impl(self.operator, self.fill, "CompositeExplicitAutograd")
-        fake = lambda *args: self.new(*args)[0]  # noqa: E731
-        torch.library.register_fake(f"moealign::{self.operator}", fake, lib=library)
+        torch.library.register_fake(f"moealign::{self.operator}", self.fake, lib=library)
+
+    def fake(self, rows: Tensor, *args: Any) -> Packed:
+        """The results of the operator without their values."""
+        return self.new(rows, *args)[0]
 
 
 def words_of(hidden: int, itemsize: int) -> int:

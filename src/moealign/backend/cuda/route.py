@@ -152,6 +152,7 @@ class _Inputs:
 
 
 def _alone_defines(routing: RouteProblem, vector: bool, mean: bool) -> Defines:
+    """The macros of router.cu."""
     return (
         ("EXPERTS", routing.num_experts),
         *_macros(routing, vector, 1 if mean else _warps_per_token(routing)),
