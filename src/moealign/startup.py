@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-__all__ = ["is_command", "prepare"]
+__all__ = ["INTERRUPTED", "is_command", "prepare"]
 
 MODULES = ("moealign", "moealign.bench")
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells count it

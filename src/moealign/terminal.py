@@ -5,6 +5,7 @@ Figures are never cut: a table that is too wide continues below with its first c
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import os
@@ -16,6 +17,8 @@ import textwrap
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
+
+from .startup import INTERRUPTED
 
 __all__ = ["bars", "complain", "escape", "exit_with", "paragraph", "table", "width"]
 
@@ -133,6 +136,24 @@ class Output:
         return getattr(self._stream, name)
 
 
+def _interrupt() -> None:
+    """Ctrl-C for the main thread, also while that sleeps where signals can be sent to threads."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Repeat a Ctrl-C that Python had to ignore, as it came in a finalizer or in a callback from C, such as numba's."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.05, _interrupt)  # once that has returned
+    again.daemon = True
+    again.start()
+
+
 def exit_with(run: Callable[[], object]) -> NoReturn:
     """Call `run` and exit with its status: 130 after Ctrl-C, 1 if standard output could not be written.
 
@@ -146,13 +167,14 @@ def exit_with(run: Callable[[], object]) -> NoReturn:
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = _interrupt_again
     status: object = 0
     try:
         status = run()
     except SystemExit as ending:
         status = ending.code
     except KeyboardInterrupt:
-        status = 130
+        status = INTERRUPTED
     output.flush()
     if output.error is not None:
         with contextlib.suppress(OSError):  # what is still buffered goes nowhere when the interpreter flushes it
@@ -160,4 +182,7 @@ def exit_with(run: Callable[[], object]) -> NoReturn:
         if output.error.errno != errno.EPIPE:
             print(f"moealign: standard output: cannot be written ({output.error.strerror})", file=sys.stderr)
         status = status or 1
+    if status == INTERRUPTED:  # Python would kill itself if Ctrl-C came in code that was compiled from a string
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
     sys.exit(status)  # type: ignore[arg-type]

@@ -687,6 +687,48 @@ def test_an_interrupt_at_any_time_is_silent_and_130(after, tmp_path):
     assert (child.returncode, errors) == (130, "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize(
+    "where", ["interrupt()", "ctypes.CFUNCTYPE(None)(interrupt)()", "Finalized()", "exec('interrupt()')"]
+)
+def test_an_interrupt_anywhere_ends_a_command(where, tmp_path):
+    (tmp_path / "command.py").write_text(f"""
+import ctypes, signal, time
+from moealign.terminal import exit_with
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+class Finalized:
+    def __del__(self):
+        interrupt()
+
+def run():
+    {where}
+    time.sleep(600)
+
+exit_with(run)
+""")
+    command = [sys.executable, "-m", "command"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(tmp_path), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_what_else_python_has_to_ignore_is_told():
+    script = """
+from moealign.terminal import exit_with
+
+class Bad:
+    def __del__(self):
+        1 / 0
+
+exit_with(lambda: Bad() and 0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment(), timeout=60)
+    assert done.returncode == 0
+    assert "ZeroDivisionError" in done.stderr
+
+
 def test_only_our_own_command_changes_the_process():
     assert startup.is_command(["-m"], ["python", "-m", "moealign", "info"])
     assert startup.is_command(["-m"], ["python", "-X", "utf8", "-mmoealign"])

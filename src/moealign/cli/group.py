@@ -10,11 +10,12 @@ from typer.core import TyperCommand, TyperGroup
 
 from .. import diagnosis
 from ..errors import InvalidInput, MoealignError
+from ..startup import INTERRUPTED
 from ..terminal import complain, width
 
 __all__ = ["Command", "Group"]
 
-REFUSED, FAILED, INTERRUPTED = 2, 1, 130
+REFUSED, FAILED = 2, 1
 BOXES_FROM = 80  # columns: in fewer, help in boxes cuts the names of options
 
 
